@@ -1,0 +1,63 @@
+"""What a backend can do. Forwards, loads and copies happen in the order they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from backends.api.limits import Limits
+from backends.api.step import U32, ScheduleStep, StepResult, Ticket
+from engine.model.weights import WeightSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How a backend stands. compiles_after_ready must stay 0; memory: bytes by use ("weights", "cache"), per device."""
+
+    ready: bool
+    version: int
+    programs: int
+    compiles_after_ready: int
+    device: str
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """One engine's device side, on one host.
+
+    forward raises StepRefused before anything is enqueued, touching only its rows. Any call may raise DeviceFailed: all
+    tickets out are void, the caches are empty and the backend accepts the next forward; or BackendLost: it is gone.
+    Adapters, encoders and the transfer of cache pages join the protocol with the work that builds them.
+    """
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def load(self, weights: WeightSource, version: int = 0) -> None:
+        """Take weights; again later for new ones. Ordered like a forward."""
+        ...
+
+    def warmup(self) -> None:
+        """Build every program that a step may need. Compiling afterwards is an error, counted in status()."""
+        ...
+
+    def forward(self, step: ScheduleStep) -> Ticket:
+        """Enqueue a step; never waits for the device. Refused when limits.depth tickets are out."""
+        ...
+
+    def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
+        """Choose tokens; called once per forward and before the next one.
+
+        masks uint32[M, 1+K, ceil(V/32)]: one for each masked row, in row order; bit v % 32 of word v // 32 allows v.
+        """
+        ...
+
+    def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
+        """Wait for a step, oldest ticket first. timeout: seconds; past it DeviceFailed."""
+        ...
+
+    def status(self) -> Status: ...
+
+    def close(self) -> None:
+        """Free the device. The backend can't be used afterwards."""
+        ...

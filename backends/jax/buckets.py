@@ -1,0 +1,88 @@
+"""The shapes that steps are padded to. A ladder over tokens alone; everything else follows from the bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from backends.api.limits import Limits
+from backends.api.step import I32
+
+TILE = 32
+"""Queries of one tile of a row with more than one token. Buckets up to this size have no tiles: each token reads the
+cache for itself, which costs little there and halves the compile time."""
+HEAD = ("tokens", "tiles")
+"""Counts at the head of the buffer: real tokens, tiles."""
+ROWS = ("slot", "start", "length", "first", "output", "top_k", "seed_high", "seed_low", "temperature", "top_p", "min_p")
+"""One line of the buffer each, [rows]; the last three hold the bits of a float32. start: -1 or the cached length;
+length: tokens fed; first: index of the row's first token; output: bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a bucket of `tokens` holds: rows, tiles of rows with more than one token, edits of page tables."""
+
+    tokens: int
+    rows: int
+    tiles: int
+    edits: int
+    groups: int
+
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """The parts of the packed buffer, in order. edits: (slot, column, page). tiles: (row, first token, count)."""
+        return {
+            "head": (len(HEAD),),
+            "tokens": (self.tokens,),
+            "row": (self.tokens,),
+            "rows": (len(ROWS), self.rows),
+            "base": (self.groups, self.rows),
+            "edits": (self.edits, 3),
+            "tiles": (self.tiles, 3),
+        }
+
+    @property
+    def size(self) -> int:
+        """Entries of the packed buffer."""
+        return sum(prod(shape) for shape in self.fields().values())
+
+    def split(self, buffer: I32) -> dict[str, I32]:
+        """Views of the parts of a packed buffer, on the host or on the device."""
+        out, at = {}, 0
+        for name, shape in self.fields().items():
+            out[name] = buffer[at : at + prod(shape)].reshape(shape)
+            at += prod(shape)
+        return out
+
+
+def make_shape(tokens: int, limits: Limits) -> Shape:
+    """The shape of the bucket of `tokens` tokens.
+
+    edits: what the rows of a step can need when they go on: one page a row, and one for each page of tokens. Longer
+    lists (a row seated on a long prefix) go ahead of the step through a program of their own.
+    """
+    rows = min(tokens, limits.max_rows)
+    return Shape(
+        tokens=tokens,
+        rows=rows,
+        # each row has at most one tile that is not full
+        tiles=0 if tokens <= TILE else rows + tokens // TILE,
+        edits=sum(rows + tokens // g.page for g in limits.groups),
+        groups=len(limits.groups),
+    )
+
+
+def pick(tokens: int, limits: Limits) -> int:
+    """The smallest bucket that holds `tokens` tokens."""
+    return next(b for b in ladder(limits) if b >= tokens)
+
+
+def ladder(limits: Limits) -> tuple[int, ...]:
+    """The buckets, rising; the last holds every step."""
+    return tuple(sorted({b for b in limits.token_buckets if 0 < b < limits.max_tokens} | {limits.max_tokens}))
+
+
+def pad_slot(limits: Limits) -> np.int32:
+    """The slot that padding stands for."""
+    return np.int32(limits.slots)

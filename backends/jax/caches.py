@@ -1,0 +1,65 @@
+"""What the device keeps between steps: the caches of keys and values, and what it knows of each slot."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from backends.api.limits import Limits
+from backends.jax.mesh import CACHE, replicated
+from backends.jax.params import DTYPES
+from engine.config import Resolved
+
+
+class State(NamedTuple):
+    """Per slot; row `slots` takes what padding writes. length int32[slots+1]: cached positions. last int32[slots+1]:
+    the last accepted token. tables int32[slots+1, columns]: page tables of all groups side by side."""
+
+    length: Any
+    last: Any
+    tables: Any
+
+
+def columns(limits: Limits) -> tuple[int, ...]:
+    """First column of each group's page table in State.tables."""
+    return tuple(sum(limits.max_row_pages[:g]) for g in range(len(limits.groups)))
+
+
+def state_shapes(limits: Limits, mesh: Mesh) -> State:
+    """Shapes of the state."""
+    slots, sharding = limits.slots + 1, replicated(mesh)
+    one = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=sharding)
+    tables = jax.ShapeDtypeStruct((slots, sum(limits.max_row_pages)), jnp.int32, sharding=sharding)
+    return State(one, one, tables)
+
+
+def cache_shapes(limits: Limits, config: Resolved, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of the caches, one flat array a group: [layers * pages, page, 2, kv_heads, head_dim], 2 = key and value.
+
+    Page p of the group's layer of rank i is entry i * pages + p: one array that no layer slices is never copied.
+    """
+    return tuple(
+        jax.ShapeDtypeStruct(
+            (len(g.layers) * pages, g.page, 2, g.kv_heads, g.head_dim),
+            DTYPES[config.cache_dtype],
+            sharding=NamedSharding(mesh, CACHE),
+        )
+        for g, pages in zip(limits.groups, limits.pages, strict=True)
+    )
+
+
+def specs(limits: Limits) -> tuple[tuple[PartitionSpec, ...], State]:
+    """How caches and state are split over the mesh."""
+    whole = PartitionSpec()
+    return (CACHE,) * len(limits.groups), State(whole, whole, whole)
+
+
+def lower_empty(limits: Limits, config: Resolved, mesh: Mesh) -> Any:
+    """The program that makes empty caches and state on the device: () -> (caches, state)."""
+    want = cache_shapes(limits, config, mesh), state_shapes(limits, mesh)
+    shardings = jax.tree.map(lambda s: s.sharding, want)
+    make = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), want)  # noqa: E731
+    return jax.jit(make, out_shardings=shardings).lower()

@@ -1,0 +1,123 @@
+"""A step as one packed int32 buffer, and the buffer as the arrays of the program. One transfer a step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backends.api.limits import Limits
+from backends.api.step import I32, PageTable, ScheduleStep, empty
+from backends.jax.buckets import HEAD, ROWS, TILE, Shape, pad_slot
+from backends.jax.caches import columns
+
+EDITS = 1024
+"""Edits of page tables that the program ahead of a step takes at once."""
+
+
+class Batch(NamedTuple):
+    """The step on the device, padded to its bucket. T tokens, R rows, N tiles.
+
+    tokens, row int32[T]; real bool[T]. Of each row [R]: slot, start, length, first, output, top_k int32; seed_high,
+    seed_low uint32; temperature, top_p, min_p float32. base int32[G, R]. edits int32[E, 3]: (slot, column, page).
+    tiles int32[N, 3]: (row, first token, count), the first tile_count of them. A padded row has length 0.
+    """
+
+    tokens: Any
+    row: Any
+    real: Any
+    slot: Any
+    start: Any
+    length: Any
+    first: Any
+    output: Any
+    top_k: Any
+    seed_high: Any
+    seed_low: Any
+    temperature: Any
+    top_p: Any
+    min_p: Any
+    base: Any
+    edits: Any
+    tiles: Any
+    tile_count: Any
+
+
+def pack(step: ScheduleStep, shape: Shape, limits: Limits) -> tuple[I32, list[I32]]:
+    """int32[shape.size], and the edits that go ahead of the step, int32[EDITS, 3] each, where it has too many."""
+    buffer = np.zeros(shape.size, np.int32)
+    at, rows, s = shape.split(buffer), len(step.slots), step.sampling
+    first = np.cumsum(step.lens, dtype=np.int32) - step.lens
+    at["tokens"][: len(step.tokens)] = step.tokens
+    at["row"][: len(step.tokens)] = np.repeat(np.arange(rows, dtype=np.int32), step.lens)
+    line = dict(zip(ROWS, at["rows"], strict=True))
+    line["slot"][rows:] = pad_slot(limits)
+    for name, value in {
+        "slot": step.slots,
+        "start": step.starts,
+        "length": step.lens,
+        "first": first,
+        "output": step.output,
+        "top_k": s.top_k,
+        "seed_high": (s.seed >> np.uint64(32)).astype(np.uint32).view(np.int32),
+        "seed_low": s.seed.astype(np.uint32).view(np.int32),
+        "temperature": s.temperature.view(np.int32),
+        "top_p": s.top_p.view(np.int32),
+        "min_p": s.min_p.view(np.int32),
+    }.items():
+        line[name][:rows] = value
+    edits = []
+    for g, (table, column) in enumerate(zip(step.tables, columns(limits), strict=True)):
+        assert isinstance(table, PageTable)
+        at["base"][g, :rows] = table.base
+        edits.append(table.edits + np.array([0, column, 0], np.int32))
+    last, ahead = _cut(np.concatenate(edits), shape.edits, limits)
+    at["edits"][:] = last
+    tiles = plan_tiles(step.lens, first) if shape.tiles else empty(0, 3)
+    at["tiles"][: len(tiles)] = tiles
+    at["head"][:] = [{"tokens": len(step.tokens), "tiles": len(tiles)}[name] for name in HEAD]
+    return buffer, ahead
+
+
+def _cut(edits: I32, room: int, limits: Limits) -> tuple[I32, list[I32]]:
+    """Edits in the step, int32[room, 3], and those ahead of it. Padding writes to the slot of padding."""
+
+    def padded(part: I32, size: int) -> I32:
+        out = np.tile(np.array([pad_slot(limits), 0, 0], np.int32), (size, 1))
+        out[: len(part)] = part
+        return out
+
+    rest = edits[room:]
+    return padded(edits[:room], room), [padded(rest[i : i + EDITS], EDITS) for i in range(0, len(rest), EDITS)]
+
+
+def plan_tiles(lens: I32, first: I32) -> I32:
+    """Rows with more than one token cut into tiles of one row each: int32[N, 3], (row, first token, count)."""
+    rows = np.flatnonzero(lens > 1)
+    counts = -(-lens[rows] // TILE)
+    row = np.repeat(rows, counts)
+    begin = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * TILE
+    return np.stack([row, first[row] + begin, np.minimum(TILE, lens[row] - begin)], axis=1).astype(np.int32)
+
+
+def unpack(buffer: jax.Array, shape: Shape) -> Batch:
+    """The packed buffer as arrays, inside the program."""
+    at = shape.split(buffer)  # type: ignore[arg-type]
+    head = dict(zip(HEAD, at["head"], strict=True))
+    line: dict[str, Any] = dict(zip(ROWS, at["rows"], strict=True))
+    for name in ("seed_high", "seed_low"):
+        line[name] = jax.lax.bitcast_convert_type(line[name], jnp.uint32)
+    for name in ("temperature", "top_p", "min_p"):
+        line[name] = jax.lax.bitcast_convert_type(line[name], jnp.float32)
+    return Batch(
+        tokens=at["tokens"],
+        row=at["row"],
+        real=jnp.arange(shape.tokens) < head["tokens"],
+        base=at["base"],
+        edits=at["edits"],
+        tiles=at["tiles"],
+        tile_count=head["tiles"],
+        **line,
+    )

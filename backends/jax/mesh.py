@@ -1,0 +1,57 @@
+"""The devices of the backend as a jax Mesh, and how parameters and caches lie on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine.config import Resolved
+from engine.errors import ConfigError
+from engine.mesh import AXES, RULES, MeshSpec
+
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+CACHE = PartitionSpec(None, None, None, RULES["kv_heads"], None)
+"""Of a cache [layers * pages, page, 2, kv_heads, head_dim]."""
+
+
+def find_devices(platform: str) -> list[jax.Device]:
+    """The devices of a platform: "cpu", "gpu" or "tpu". Raises ConfigError where jax sees none.
+
+    Where nobody chose jax's platforms, only this one is started: the others cost seconds and print warnings.
+    """
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", PLATFORMS[platform])
+    try:
+        return jax.devices(platform)
+    except RuntimeError as missing:
+        raise ConfigError(
+            f"platform: jax sees no {platform} on this machine ({missing})", field="platform"
+        ) from missing
+
+
+def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of the first devices, with the axes of engine.mesh. Raises ConfigError naming an axis not built yet."""
+    for axis in AXES:
+        if getattr(spec, axis) > 1:
+            raise ConfigError(f"mesh: {axis}={getattr(spec, axis)} is not built in the jax backend yet", field="mesh")
+    if len(devices) < spec.size:
+        raise ConfigError(f"mesh: {spec} needs {spec.size} devices, there are {len(devices)}", field="mesh")
+    return Mesh(np.array(devices[: spec.size]).reshape([getattr(spec, axis) for axis in AXES]), AXES)
+
+
+def open_mesh(config: Resolved) -> Mesh:
+    """The mesh that a configuration asks for."""
+    return make_mesh(config.mesh, find_devices(config.platform))
+
+
+def partition(axes: Sequence[str]) -> PartitionSpec:
+    """How a parameter with these logical axes is split."""
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,116 @@
+"""The one compiled program of a step: page-table edits, forward, sampling and the slots' new state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from backends.api.limits import Limits
+from backends.api.step import TOKEN
+from backends.jax import caches, params
+from backends.jax.attend import Attend, View, locate
+from backends.jax.buckets import Shape, make_shape
+from backends.jax.caches import State
+from backends.jax.inputs import EDITS, Batch, unpack
+from backends.jax.mesh import replicated
+from backends.jax.sampler import sample
+from engine.config import Resolved
+from engine.model.spec import ModelSpec
+from models_jax import decoder, ops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that the programs of one engine are made from: no weights; the mesh may be of a TPU that is only described."""
+
+    spec: ModelSpec
+    config: Resolved
+    limits: Limits
+    mesh: Mesh
+
+    @property
+    def leaves(self) -> params.Tree:
+        """The parameter tree."""
+        return params.tree(self.spec, self.config.stack)
+
+
+def edit(state: State, edits: jax.Array) -> State:
+    """Write entries int32[E, 3], (slot, column, page), to the page tables."""
+    return state._replace(tables=state.tables.at[edits[:, 0], edits[:, 1]].set(edits[:, 2]))
+
+
+def run(
+    plan: Plan, shape: Shape, taps: Sequence[str], weights: Any, cache: Any, state: State, packed: jax.Array
+) -> tuple[Any, State, jax.Array, dict[str, jax.Array]]:
+    """One step in local view. Returns the caches, the state, int32[R, 2] of (token, status) and the taps, float32."""
+    batch = unpack(packed, shape)
+    state = edit(state, batch.edits)
+    before = jnp.where(batch.start >= 0, batch.start, state.length[batch.slot])
+    position = before[batch.row] + jnp.arange(shape.tokens) - batch.first[batch.row]
+    tokens = jnp.where(batch.tokens >= 0, batch.tokens, state.last[batch.slot[batch.row]])
+    view = View(batch, before, position, locate(batch, state, position, plan.limits), shape.tiles > 0)
+
+    attend = Attend(plan.config, view)
+    hidden, cache, found = decoder.forward(plan.spec, weights, tokens, position, attend, cache, taps)
+    ends = jnp.maximum(batch.first + batch.length - 1, 0)
+    if "logits" in taps:
+        found["logits"] = _logits(plan, weights, hidden)
+        scores = found["logits"][ends]
+    else:
+        scores = _logits(plan, weights, hidden[ends])
+    after = before + batch.length
+    made, status = sample(scores, batch, after)
+    state = _advance(state, batch, after, made)
+    return cache, state, jnp.stack([made, status], 1), {k: v.astype(jnp.float32) for k, v in found.items()}
+
+
+def _logits(plan: Plan, weights: Any, x: jax.Array) -> jax.Array:
+    """Normed hidden states [R, hidden] -> float32[R, V] on every device."""
+    return ops.gather(decoder.logits(plan.spec, weights, x), "vocab", 1)
+
+
+def _advance(state: State, batch: Batch, after: jax.Array, made: jax.Array) -> State:
+    """The slots after the step: their lengths, and the last token of rows that return one."""
+    last = jnp.where((batch.output & TOKEN) > 0, made, state.last[batch.slot])
+    return state._replace(
+        length=state.length.at[batch.slot].set(after),
+        last=state.last.at[batch.slot].set(last),
+    )
+
+
+def lower_step(plan: Plan, tokens: int, taps: tuple[str, ...] = ()) -> jax.stages.Lowered:
+    """The step of the bucket of `tokens` tokens, traced from shapes alone, caches and state donated."""
+    shape, whole = make_shape(tokens, plan.limits), PartitionSpec()
+
+    def step(weights: Any, cache: Any, state: State, packed: jax.Array) -> Any:
+        return run(plan, shape, taps, weights, cache, state, packed)
+
+    cache_specs, state_specs = caches.specs(plan.limits)
+    weight_specs = params.map_leaves(lambda leaf: leaf.spec, plan.leaves)
+    local = jax.shard_map(
+        step,
+        mesh=plan.mesh,
+        in_specs=(weight_specs, cache_specs, state_specs, whole),
+        out_specs=(cache_specs, state_specs, whole, whole),
+        check_vma=False,
+    )
+    return jax.jit(local, donate_argnums=(1, 2)).lower(
+        params.shapes(plan.leaves, plan.config, plan.mesh),
+        caches.cache_shapes(plan.limits, plan.config, plan.mesh),
+        caches.state_shapes(plan.limits, plan.mesh),
+        jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=replicated(plan.mesh)),
+    )
+
+
+def lower_edit(plan: Plan) -> jax.stages.Lowered:
+    """The program ahead of a step with more page-table edits than its bucket holds. State donated."""
+    edits = jax.ShapeDtypeStruct((EDITS, 3), jnp.int32, sharding=replicated(plan.mesh))
+    shardings = jax.tree.map(lambda s: s.sharding, caches.state_shapes(plan.limits, plan.mesh))
+    return jax.jit(edit, donate_argnums=0, out_shardings=shardings).lower(
+        caches.state_shapes(plan.limits, plan.mesh), edits
+    )

@@ -1,0 +1,74 @@
+"""Every program that a backend runs: planned once, compiled before ready, never after."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+
+from backends.jax import caches, step
+from backends.jax.buckets import ladder
+from backends.jax.step import Plan
+from engine.errors import StepRefused
+
+
+class Program(NamedTuple):
+    """Which program. kind: "step", "edit" (page tables ahead of a step) or "empty" (new caches and state)."""
+
+    kind: str
+    tokens: int = 0
+    taps: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.tokens} tokens" + (f" with taps {', '.join(self.taps)}" if self.taps else "")
+
+
+EMPTY, EDIT = Program("empty"), Program("edit")
+
+
+class Programs:
+    """The table of executables. All compiling of the backend happens here, ahead of time, so that it can be counted.
+
+    late: programs compiled after `ready`.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.ready = False
+        self.late = 0
+        self.made: dict[Program, jax.stages.Compiled] = {}
+
+    def planned(self) -> list[Program]:
+        """What steps without taps may need."""
+        return [EMPTY, EDIT, *(Program("step", tokens) for tokens in ladder(self.plan.limits))]
+
+    def take(self, program: Program) -> jax.stages.Compiled:
+        """The executable; compiled now if it is new. Raises StepRefused where that would be after ready."""
+        if program not in self.made:
+            if self.ready:
+                field = "taps" if program.taps else "tokens"
+                raise StepRefused(f"{field}: no program for a {program}: nothing compiles after warmup", field=field)
+            self._keep(program, self._lower(program).compile())
+        return self.made[program]
+
+    def warm(self) -> None:
+        """Compile all that is planned: traced one after the other, compiled side by side."""
+        missing = [program for program in self.planned() if program not in self.made]
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1) or 1) as pool:
+            running = [(program, pool.submit(self._lower(program).compile)) for program in missing]
+            for program, future in running:
+                self._keep(program, future.result())
+        self.ready = True
+
+    def _keep(self, program: Program, executable: jax.stages.Compiled) -> None:
+        self.made[program] = executable
+        self.late += self.ready
+
+    def _lower(self, program: Program) -> jax.stages.Lowered:
+        if program.kind == "empty":
+            return caches.lower_empty(self.plan.limits, self.plan.config, self.plan.mesh)
+        if program.kind == "edit":
+            return step.lower_edit(self.plan)
+        return step.lower_step(self.plan, program.tokens, program.taps)

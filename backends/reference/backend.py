@@ -1,0 +1,227 @@
+"""The reference backend: the contract in plain numpy, slow and strict. Everything runs when it is called.
+
+It refuses what other backends can't see: a page table entry that was not sent since the slot was seated, a slot that
+goes on without having been seated, a last token that doesn't exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.api.check import check_masks, check_step
+from backends.api.limits import Limits
+from backends.api.protocol import Status
+from backends.api.step import I32, NONFINITE, OK, TOKEN, U32, ScheduleStep, StepResult, Ticket
+from backends.reference.caches import Caches, Row
+from backends.reference.model import forward
+from backends.reference.sampler import Counts, sample
+from engine.config import Resolved
+from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError, StepRefused
+from engine.model.groups import Place, places
+from engine.model.params import params
+from engine.model.spec import Attention, ModelSpec
+from engine.model.weights import WeightSource
+
+UNKNOWN = -1
+MOST_BIAS, MOST_HISTORY, MOST_COPIES = 1024, 1 << 20, 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fed:
+    """A step between forward and sample. tokens int32[T]: all literal. logits: of each row, float32[1 + drafts, V]."""
+
+    step: ScheduleStep
+    rows: list[Row]
+    tokens: I32
+    version: int
+    doomed: bool
+    logits: list[NDArray[Any]] = field(default_factory=list)
+    taps: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+class ReferenceBackend:
+    """Backend in numpy. config.dtype: float32, or float64. config.options: max_draft.
+
+    fails: asked at each forward; where it says True, that step's collect raises DeviceFailed, as a device would.
+    """
+
+    def __init__(self, spec: ModelSpec, config: Resolved) -> None:
+        if config.dtype not in ("float32", "float64"):
+            raise ConfigError(f"dtype: reference computes in float32 or float64, not {config.dtype}", field="dtype")
+        if config.mesh.size * config.mesh.ep != 1:
+            raise ConfigError(f"mesh: reference runs on one device, not {config.mesh}", field="mesh")
+        for name in sorted(set(config.options) - {"max_draft"}):
+            raise ConfigError(f"options.{name}: unknown to the reference backend; it knows max_draft", field=name)
+        self.spec, self.config, self.places = spec, config, places(spec)
+        self.fails: Callable[[ScheduleStep], bool] = lambda step: False
+        self.weights: dict[str, NDArray[Any]] = {}
+        self.version, self.closed = 0, False
+        draft = int(config.options.get("max_draft", 0))
+        self.limits = Limits.of(
+            spec,
+            config,
+            max_draft=draft,
+            run_ahead=config.depth if draft else 0,
+            max_masks=config.max_rows,
+            max_bias=MOST_BIAS,
+            max_history=MOST_HISTORY,
+            max_copies=MOST_COPIES,
+            taps=True,
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        """A device with nothing on it: dirty caches, no slot seated, no ticket out."""
+        slots = self.limits.slots
+        self.caches = Caches(self.limits, self.config.cache_dtype)
+        self.counts = Counts(slots, self.limits.vocab)
+        self.length, self.last = np.full((2, slots), UNKNOWN, np.int32)
+        self.fed: Fed | None = None
+        self.out: dict[Ticket, StepResult | None] = {}
+
+    def load(self, weights: WeightSource, version: int = 0) -> None:
+        """Take weights, converted to the type that is computed in."""
+        self._open()
+        loaded = {}
+        for name, p in params(self.spec).items():
+            value = np.asarray(weights.read(name, tuple(slice(0, n) for n in p.shape)))
+            if value.shape != p.shape:
+                raise ModelError(f"{name}: has shape {list(value.shape)}, not {list(p.shape)}", field=name)
+            loaded[name] = value.astype(self.config.dtype)
+        self.weights, self.version = loaded, version
+
+    def warmup(self) -> None:
+        """Nothing is compiled."""
+        self._open()
+
+    def forward(self, step: ScheduleStep) -> Ticket:
+        """Run the model on a step; tokens are chosen in `sample`."""
+        self._open()
+        self._may_start(step)
+        check_step(step, self.limits)
+        rows, tokens = self._rows(step)
+        fed = Fed(step=step, rows=rows, tokens=tokens, version=self.version, doomed=self.fails(step))
+        self._run(fed)
+        self.fed = fed
+        return step.step
+
+    def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
+        """Choose and verify, and move the slots on."""
+        self._open()
+        if self.fed is None or self.fed.step.step != ticket:
+            raise StepRefused(f"ticket {ticket} is not waiting to be sampled", field="ticket")
+        check_masks(masks, self.fed.step, self.limits)
+        fed, self.fed = self.fed, None
+        result = self._result(fed, masks)
+        self.out[ticket] = None if fed.doomed else result
+
+    def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
+        """The oldest step's result."""
+        self._open()
+        if next(iter(self.out), None) != ticket:
+            raise StepRefused(f"ticket {ticket} is not the oldest that was sampled", field="ticket")
+        result = self.out.pop(ticket)
+        if result is None:
+            self._reset()
+            raise DeviceFailed(f"step {ticket} failed")
+        return result
+
+    def status(self) -> Status:
+        """Ready once weights are loaded."""
+        weights = sum(value.nbytes for value in self.weights.values())
+        cache = sum(paged.memory.nbytes for paged in self.caches.groups)
+        return Status(
+            ready=bool(self.weights) and not self.closed,
+            version=self.version,
+            programs=0,
+            compiles_after_ready=0,
+            device="numpy",
+            memory={"weights": weights, "cache": cache},
+        )
+
+    def close(self) -> None:
+        """Drop everything. Every later call raises BackendLost."""
+        self.weights, self.closed = {}, True
+        self._reset()
+
+    def _open(self) -> None:
+        if self.closed:
+            raise BackendLost("the reference backend was closed")
+
+    def _may_start(self, step: ScheduleStep) -> None:
+        """Refuse a forward that comes too early."""
+        if not self.weights:
+            raise StepRefused("weights: load comes before the first forward", field="weights")
+        if self.fed is not None:
+            raise StepRefused(f"step: {self.fed.step.step} is forwarded and not sampled", field="step")
+        if len(self.out) >= self.limits.depth:
+            raise StepRefused(f"depth: {self.limits.depth} steps are out", field="depth")
+        if step.step in self.out:
+            raise StepRefused(f"step: {step.step} is out already", field="step")
+
+    def _rows(self, step: ScheduleStep) -> tuple[list[Row], I32]:
+        """Rows with their lengths, and literal tokens. Refuses rows that go on from nothing."""
+        starts = np.where(step.starts < 0, self.length[step.slots], step.starts)
+        _refuse(starts == UNKNOWN, "starts", "the slot was never seated")
+        _refuse(starts + step.lens > step.upper, "upper", "below the slot's own length")
+        row = np.repeat(np.arange(len(starts)), step.lens)
+        tokens = np.where(step.tokens == -1, self.last[step.slots[row]], step.tokens)
+        opening = tokens[np.cumsum(step.lens) - step.lens]
+        _refuse(opening == UNKNOWN, "tokens", "the slot has no last token")
+        ends = np.cumsum(step.lens).tolist()
+        parts = zip(ends, step.lens.tolist(), step.slots.tolist(), starts.tolist(), strict=True)
+        return [Row(slice(end - n, end), slot, start) for end, n, slot, start in parts], tokens
+
+    def _run(self, fed: Fed) -> None:
+        """The forward, from page tables to logits."""
+        step, rows = fed.step, fed.rows
+        cells = self.caches.prepare(step, rows)
+        self.counts.seat(step)
+        for row in rows:
+            self.length[row.slot] = row.end
+            self.last[row.slot] = UNKNOWN
+
+        def attend(place: Place, a: Attention, q: Any, k: Any, v: Any) -> Any:
+            return self.caches.attend(place, a, rows, cells, q, k, v)
+
+        positions = np.concatenate([np.arange(row.start, row.end) for row in rows])
+        head = self.weights["embed" if self.spec.tied else "head"]
+        taps: dict[str, NDArray[Any]] = {}
+        with np.errstate(all="ignore"):
+            hidden = forward(self.spec, self.weights, fed.tokens, positions, attend, taps)
+            for row, drafts in zip(rows, step.drafts.tolist(), strict=True):
+                fed.logits.append((hidden[row.at.stop - 1 - drafts : row.at.stop] @ head.T).astype(np.float32))
+            if "logits" in step.taps:
+                taps["logits"] = hidden @ head.T
+        fed.taps.update({name: taps[name].astype(np.float32) for name in step.taps})
+
+    def _result(self, fed: Fed, masks: U32 | None) -> StepResult:
+        """Tokens of the rows that return one; their slots' lengths, last tokens and counts move on."""
+        step, rows = fed.step, len(fed.rows)
+        tokens = np.full((rows, 1 + self.limits.max_draft), -1, np.int32)
+        counts, status = np.zeros(rows, np.int32), np.full(rows, OK, np.uint8)
+        order = np.cumsum(step.masked) - 1
+        for r, row in enumerate(fed.rows):
+            if not step.output[r] & TOKEN:
+                continue
+            guesses = fed.tokens[row.at][len(fed.tokens[row.at]) - int(step.drafts[r]) :]
+            mask = masks[order[r]] if masks is not None and step.masked[r] else None
+            made = row.end - len(guesses)  # position of the first token made
+            with np.errstate(all="ignore"):
+                found = sample(step, r, fed.logits[r], guesses, made, self.counts, mask)
+            tokens[r, : len(found)], counts[r] = found, len(found)
+            status[r] = OK if np.isfinite(fed.logits[r]).all() else NONFINITE
+            self.length[row.slot], self.last[row.slot] = made + len(found) - 1, found[-1]
+        return StepResult(
+            step=step.step, version=fed.version, tokens=tokens, counts=counts, status=status, taps=fed.taps
+        )
+
+
+def _refuse(bad: NDArray[np.bool_], field: str, what: str) -> None:
+    if bad.any():
+        raise StepRefused(f"{field}: {what}", rows=np.flatnonzero(bad).tolist(), field=field)

@@ -1,0 +1,123 @@
+"""Paged attention in plain torch: gather what a bunch of rows may see, then one dense attention over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch.nn import functional as F
+
+from backends.api.limits import Limits
+from backends.torch.caches import Caches
+from backends.torch.inputs import Batch
+from engine.config import Resolved
+from engine.model.groups import Place
+from engine.model.spec import Attention
+
+Array: TypeAlias = torch.Tensor
+Kernel: TypeAlias = Callable[[Array, Array, Array, Array, float], Array]
+"""q [B, Q, q_heads, D], k and v [B, L, kv_heads, D], mask [B, 1, Q, L] of 0 and -inf, scale -> [B, Q, q_heads, D]."""
+
+
+def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
+    """The kernel for a layer, and why."""
+    what = f"head {a.head_dim}, {config.cache_dtype} cache"
+    if config.platform == "cpu":
+        return fused, f"torch's fused CPU attention over gathered pages, {what}"
+    if config.dtype == "float32":
+        return explicit, f"matmul and softmax over gathered pages, {what}: fused kernels round float32 on this device"
+    return spread, f"torch's fused attention over gathered pages, {what}: no paged kernel is built for torch yet"
+
+
+def fused(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+    """One call, kv heads shared inside."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2)
+
+
+def explicit(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+    """Two products and a softmax, in the dtype of q; the queries of a kv head's group stand side by side."""
+    rows, queries, heads, dim = q.shape
+    shared = k.shape[2]
+    grouped = q.view(rows, queries, shared, -1, dim).permute(0, 2, 3, 1, 4).reshape(rows, shared, -1, dim)
+    s = torch.matmul(grouped, k.permute(0, 2, 3, 1)).view(rows, heads, queries, -1)
+    p = (s * scale + mask).softmax(-1).view(rows, shared, -1, k.shape[1])
+    o = torch.matmul(p, v.transpose(1, 2)).view(rows, heads, queries, dim)
+    return o.transpose(1, 2)
+
+
+def spread(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+    """One fused call that knows no shared heads: a single query's group becomes its queries, otherwise k, v repeat."""
+    rows, queries, heads, dim = q.shape
+    group = heads // k.shape[2]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if queries == 1:
+        o = F.scaled_dot_product_attention(q.view(rows, -1, group, dim), k, v, attn_mask=mask, scale=scale)
+        return o.reshape(rows, 1, heads, dim)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+class Sight(NamedTuple):
+    """What a bunch of rows sees of a cache group. read int64[B*L]: entries of the cache; mask [B, 1, Q, L]."""
+
+    read: Array
+    mask: Array
+
+
+class View(NamedTuple):
+    """A cache group as a step sees it. write int64[T]: entries that the new keys and values go to."""
+
+    write: Array
+    sights: tuple[Sight, ...]
+
+
+def locate(
+    batch: Batch, caches: Caches, before: Array, positions: Array, limits: Limits, dtype: torch.dtype
+) -> list[View]:
+    """The cache groups as this step sees them. before int64[R]: lengths before the step; positions int64[T]."""
+    out = []
+    for g, (group, width) in enumerate(zip(limits.groups, limits.max_row_pages, strict=True)):
+        page, base = group.page, batch.base[g]
+        table = caches.tables[g].index_select(0, batch.slots)
+        place = positions - base[batch.row]
+        entry = batch.row * width + (place // page).clamp_(0, width - 1)
+        write = table.view(-1)[entry] * page + place % page
+        void, step = caches.groups[g].shape[1] - 1, torch.arange(page, device=base.device)
+        sights = []
+        for bunch in batch.order.bunches:
+            rows, length = bunch.rows, bunch.reach[g] * page
+            cell = (table[rows, : bunch.reach[g], None] * page + step).view(-1, length)
+            at = base[rows, None] + torch.arange(length, device=base.device)
+            start, query = before[rows, None], positions[bunch.tokens].view(-1, bunch.queries, 1)
+            written, seen = at < start + bunch.queries, at[:, None] <= query
+            if group.window:
+                written &= at > start - group.window
+                seen &= at[:, None] > query - group.window
+            read = torch.where(written, cell, void).view(-1)
+            mask = torch.where(seen, 0.0, -math.inf).to(dtype)
+            sights.append(Sight(read, mask[:, None]))
+        out.append(View(write, tuple(sights)))
+    return out
+
+
+class Attend:
+    """The `attend` of models_torch: the caches are changed in place."""
+
+    def __init__(self, config: Resolved, batch: Batch, views: list[View]) -> None:
+        self.config, self.bunches, self.views = config, batch.order.bunches, views
+
+    def __call__(self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place) -> tuple[Array, Caches]:
+        kernel, _ = choose(a, self.config)
+        store, view = cache.groups[place.group][place.rank], self.views[place.group]
+        store.index_copy_(0, view.write, torch.stack((k, v), 1).to(store.dtype))
+        parts = []
+        for bunch, sight in zip(self.bunches, view.sights, strict=True):
+            query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
+            kv = store.index_select(0, sight.read).view(query.shape[0], -1, *store.shape[1:]).to(q.dtype)
+            o = kernel(query, kv[:, :, 0], kv[:, :, 1], sight.mask, a.scale)
+            parts.append(o.reshape(-1, *q.shape[1:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts), cache

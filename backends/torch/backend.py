@@ -1,0 +1,252 @@
+"""The torch backend: eager steps on a CPU, or on an NVIDIA or AMD GPU."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backends.api.build import Host
+from backends.api.check import check_masks, check_step
+from backends.api.limits import Limits
+from backends.api.protocol import Status
+from backends.api.step import NONFINITE, OK, U32, ScheduleStep, StepResult, Ticket
+from backends.torch import caches, mesh, params, step
+from backends.torch.inputs import Order, pack
+from engine.config import Resolved
+from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
+from engine.model.spec import ModelSpec
+from engine.model.weights import WeightSource
+
+UNSEATED = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight:
+    """A step that is out. made: int64[2, O] on the host once `done` has happened; taps likewise. rows: of the step."""
+
+    version: int
+    rows: int
+    order: Order
+    started: Any
+    made: torch.Tensor
+    taps: dict[str, torch.Tensor]
+    done: Any
+
+
+class TorchBackend:
+    """backends.api.protocol.Backend on torch. Not thread-safe: one thread calls it, as one loop plans the steps.
+
+    On a CPU everything runs when it is called.
+    """
+
+    def __init__(self, spec: ModelSpec, config: Resolved) -> None:
+        if config.deterministic:
+            raise ConfigError("deterministic: not built in the torch backend yet", field="deterministic")
+        for key in config.options:
+            raise ConfigError(f"backend.torch.{key}: unknown key; torch has none", field=f"backend.torch.{key}")
+        for field in ("dtype", "cache_dtype"):
+            if getattr(config, field) not in params.DTYPES:
+                names = ", ".join(params.DTYPES)
+                raise ConfigError(f"{field}: torch knows {names}, not {getattr(config, field)}", field=field)
+        self.spec, self.config = spec, config
+        self.device = mesh.open_device(config)
+        self.limits = Limits.of(spec, config, taps=True)
+        self.weights: dict[str, Any] = {}
+        self.version, self.ready, self.closed = 0, False, False
+        self._empty()
+
+    def load(self, weights: WeightSource, version: int = 0) -> None:
+        """Take weights; steps that are out keep the old ones. Raises ModelError naming a tensor."""
+        with self._device():
+            if not self.flights:
+                self.weights = {}  # the old ones need not stand beside the new
+            self.weights = params.upload(self.spec, weights, params.DTYPES[self.config.dtype], self.device)
+        self.version = version
+
+    def warmup(self) -> None:
+        """Nothing is compiled; on a GPU a large step and a small one make its libraries load and reserve memory."""
+        self._open()
+        if self.device.type != "cpu" and self.weights and not self.flights:
+            host, limits = Host(self), self.limits
+            text, room = host.open(), min(p * g.page for p, g in zip(limits.pages, limits.groups, strict=True))
+            most = min(limits.max_tokens, limits.max_len - 1, room - 1)
+            drawn = {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "min_p": 0.1}
+            for tokens in ([0] * most, [-1]):
+                host.run([(text, host.row(text, tokens, **drawn))])
+            with self._device():
+                self._empty()
+        self.ready = True
+
+    def forward(self, step_: ScheduleStep) -> Ticket:
+        """Enqueue the model; never waits for the device."""
+        self._open()
+        self._may_start(step_)
+        check_step(step_, self.limits)
+        before = np.where(step_.starts < 0, self.length[step_.slots], step_.starts)
+        _refuse(before == UNSEATED, "starts", "the slot was never seated")
+        _refuse(before + step_.lens > step_.upper, "upper", "below the slot's own length")
+        with self._device():
+            started = self._mark()
+            batch = pack(step_, self.limits, self.device)
+            fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, step_.taps)
+        self.length[step_.slots] = before + step_.lens
+        self.fed = step_, fed, started
+        return step_.step
+
+    def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
+        """Choose tokens, and send them on their way to the host."""
+        self._open()
+        if self.fed is None or self.fed[0].step != ticket:
+            raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
+        step_, fed, started = self.fed
+        check_masks(masks, step_, self.limits)
+        self.fed = None
+        with self._device():
+            made = self._bring(step.sample(fed, self.caches))
+            taps = {name: self._bring(value) for name, value in fed.taps.items()}
+            self.flights[ticket] = Flight(
+                version=self.version,
+                rows=len(step_.slots),
+                order=fed.batch.order,
+                started=started,
+                made=made,
+                taps=taps,
+                done=self._mark(),
+            )
+
+    def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
+        """Wait for the oldest step. timeout: seconds."""
+        self._open()
+        if next(iter(self.flights), None) != ticket:
+            raise StepRefused(f"ticket: {ticket} is not the oldest step that was sampled", field="ticket")
+        flight = self.flights[ticket]
+        with self._device():
+            if not _wait(flight.done, timeout):
+                self._fail(TimeoutError(f"step {ticket} gave no result after {timeout:g} s"))
+            micros = _micros(flight.started, flight.done)
+        del self.flights[ticket]
+        return _result(ticket, flight, micros)
+
+    def status(self) -> Status:
+        """How the backend stands. Eager torch has no programs."""
+        cache = 0 if self.closed else sum(c.nbytes for c in self.caches.groups)
+        return Status(
+            ready=self.ready and bool(self.weights) and not self.closed,
+            version=self.version,
+            programs=0,
+            compiles_after_ready=0,
+            device=mesh.name(self.device),
+            memory={"weights": params.held(self.weights), "cache": cache},
+        )
+
+    def close(self) -> None:
+        """Free the device. Every later call raises BackendLost."""
+        self.closed, self.weights, self.fed = True, {}, None
+        self.flights.clear()
+        del self.caches
+
+    def _open(self) -> None:
+        if self.closed:
+            raise BackendLost("the torch backend is closed")
+
+    def _may_start(self, step_: ScheduleStep) -> None:
+        """Refuse a forward that comes too early."""
+        if not self.weights:
+            raise StepRefused("weights: load comes before the first forward", field="weights")
+        if self.fed is not None:
+            raise StepRefused(f"step: step {self.fed[0].step} was not sampled yet", field="step")
+        if len(self.flights) >= self.limits.depth:
+            raise StepRefused(f"step: {self.limits.depth} steps are out, collect one first", field="step")
+        if step_.step in self.flights:
+            raise StepRefused(f"step: step {step_.step} is out already", field="step")
+
+    def _empty(self) -> None:
+        """Empty caches, no slot seated, no ticket out. length: of each slot, as the device will know it."""
+        self.fed: tuple[ScheduleStep, step.Fed, Any] | None = None
+        self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
+        self.length: NDArray[np.int32] = np.full(self.limits.slots, UNSEATED, np.int32)
+        self.__dict__.pop("caches", None)  # the old ones must not stand beside the new
+        self.caches = caches.make(self.limits, self.config.cache_dtype, self.device)
+
+    @contextmanager
+    def _device(self) -> Iterator[None]:
+        """Around everything that runs on the device: no autograd, full float32, and its failures as DeviceFailed."""
+        self._open()
+        try:
+            with torch.inference_mode(), mesh.exact(self.device, self.config.dtype):
+                yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Void all tickets and start from empty caches; a device that can't do even that is lost."""
+        try:
+            self._empty()
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as again:
+            self.close()
+            raise BackendLost(f"the device failed and can't be used again: {again}") from error
+        raise DeviceFailed(f"the device failed: {error}") from error
+
+    def _mark(self) -> Any:
+        """A point in the device's time: an event, or on a CPU the clock."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _bring(self, value: torch.Tensor) -> torch.Tensor:
+        """Start a copy to the host."""
+        if self.device.type == "cpu":
+            return value
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+
+
+def _wait(done: Any, timeout: float) -> bool:
+    """Whether an event happened before `timeout` seconds were over. torch can't wait with a deadline, so this looks
+    again after a part of the time waited."""
+    start = time.monotonic()
+    while not isinstance(done, float) and not done.query():
+        waited = time.monotonic() - start
+        if waited > timeout:
+            return False
+        time.sleep(min(2e-5 + waited / 32, 1e-3))
+    return True
+
+
+def _micros(started: Any, done: Any) -> int:
+    """Microseconds between two marks."""
+    return int(1e6 * (done - started)) if isinstance(done, float) else int(1e3 * started.elapsed_time(done))
+
+
+def _refuse(bad: NDArray[np.bool_], field: str, what: str) -> None:
+    if bad.any():
+        raise StepRefused(f"{field}: {what}", rows=np.flatnonzero(bad).tolist(), field=field)
+
+
+def _result(ticket: Ticket, flight: Flight, micros: int) -> StepResult:
+    """A step's result in the order of its rows and tokens. A row with non-finite logits has no token."""
+    order, (made, finite) = flight.order, flight.made.numpy()
+    rows = order.rows[order.chosen]
+    tokens, counts = np.full((flight.rows, 1), -1, np.int32), np.zeros(flight.rows, np.int32)
+    status = np.full(flight.rows, OK, np.uint8)
+    tokens[rows, 0] = np.where(finite, made, -1)
+    counts[rows], status[rows] = finite, np.where(finite, OK, NONFINITE)
+    back = np.argsort(order.tokens)
+    return StepResult(
+        step=ticket,
+        version=flight.version,
+        tokens=tokens,
+        counts=counts,
+        status=status,
+        taps={name: value.numpy()[back] for name, value in flight.taps.items()},
+        device_us=micros,
+    )

@@ -1,0 +1,42 @@
+"""What the device keeps between steps: the caches of keys and values, and what it knows of each slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from backends.api.limits import Limits
+from backends.torch.params import DTYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caches:
+    """Caches, and int64 state per slot; changed in place.
+
+    groups: of each cache group [layers, pages*page + 1, 2, kv_heads, head_dim], 2 = key and value; token t of page p
+    lies at p*page + t. The last entry is zero and never written: what a row must not see is read there, so that
+    whatever stands in unused parts of the cache, NaN too, reaches nobody.
+    length [slots]: cached positions. last [slots]: last accepted token. tables: of each group [slots, max_row_pages].
+    """
+
+    groups: tuple[torch.Tensor, ...]
+    length: torch.Tensor
+    last: torch.Tensor
+    tables: tuple[torch.Tensor, ...]
+
+
+def make(limits: Limits, dtype: str, device: torch.device) -> Caches:
+    """Empty caches. dtype: of keys and values."""
+    slot = lambda *shape: torch.zeros((limits.slots, *shape), dtype=torch.int64, device=device)  # noqa: E731
+    return Caches(
+        groups=tuple(
+            torch.zeros(
+                (len(g.layers), pages * g.page + 1, 2, g.kv_heads, g.head_dim), dtype=DTYPES[dtype], device=device
+            )
+            for g, pages in zip(limits.groups, limits.pages, strict=True)
+        ),
+        length=slot(),
+        last=slot(),
+        tables=tuple(slot(width) for width in limits.max_row_pages),
+    )

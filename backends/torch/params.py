@@ -1,0 +1,57 @@
+"""Weights from a source to the device: one tensor a parameter, in the tree that the model code reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.errors import ModelError
+from engine.model.params import params
+from engine.model.spec import ModelSpec
+from engine.model.weights import WeightSource
+from models_torch.packed import pack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INNER = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+"""Last part of a matrix's name -> how many trailing dimensions a product sums over."""
+
+
+def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Read every parameter: {"embed": ..., "layers": [{"attention": {"q": ...}}], ...}, in `dtype` on `device`.
+
+    On a CPU that computes in float32, matrices are packed (models_torch.packed). Raises ModelError naming the tensor.
+    """
+    tree: dict[str, Any] = {"layers": [{"attention": {}, "mlp": {}} for _ in spec.layers]}
+    packing = device.type == "cpu" and dtype == torch.float32
+    for name, p in params(spec).items():
+        read = source.read(name, tuple(slice(0, n) for n in p.shape))
+        if read.shape != p.shape:
+            raise ModelError(f"{name}: has shape {list(read.shape)}, not {list(p.shape)}", field=name)
+        value = as_tensor(read)
+        *path, leaf = name.split(".")
+        inner = 1 if name == "embed" and spec.tied else INNER.get(leaf)
+        packed = pack(value, inner, name == "embed") if packing and inner else None
+        at: Any = tree
+        for part in path:
+            at = at[int(part)] if isinstance(at, list) else at[part]
+        at[leaf] = value.to(device=device, dtype=dtype) if packed is None else packed
+    return tree
+
+
+def as_tensor(read: NDArray[Any]) -> torch.Tensor:
+    """A copy of an array on the CPU. torch doesn't know the bfloat16 of ml_dtypes: it takes the bits."""
+    if read.dtype.name == "bfloat16":
+        return torch.from_numpy(read.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(read.copy())
+
+
+def held(tree: Any) -> int:
+    """Bytes of a tree of parameters."""
+    if isinstance(tree, dict):
+        return sum(held(part) for part in tree.values())
+    if isinstance(tree, list):
+        return sum(held(part) for part in tree)
+    return int(tree.nbytes)

@@ -1,0 +1,3 @@
+"""The hardware-neutral middle: descriptions, cache, scheduler, loop and text. Imports neither jax nor torch."""
+
+DISTRIBUTION = "radixmesh"

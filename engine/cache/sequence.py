@@ -1,0 +1,133 @@
+"""One request's view of the cache: its page tables, what it owns of them, and what the device has yet to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from engine.cache.pages import PagePool
+from engine.cache.radix import NONE, Match, RadixTree
+
+
+class SequenceCache:
+    """Pages of one seated request, per cache group.
+
+    table[g]: pages from position base[g] on, as the device's slot table has them (entries before `gone[g]` are trimmed
+    and stale). own[g]: those that this sequence must give back; the others belong to the tree, which a lock on `node`
+    protects. read[g]: state page that the next row starts from. edits[g]: (index, page) that the device doesn't know.
+    """
+
+    __slots__ = ("base", "edits", "gone", "groups", "limit", "node", "own", "pools", "read", "table", "tree", "write")
+
+    def __init__(self, tree: RadixTree, pools: Sequence[PagePool], limit: Sequence[int], match: Match) -> None:
+        """Take over a match, which gets locked. limit: entries of a slot's table, per group. Needs one free page in
+        each state group."""
+        self.tree, self.groups, self.pools, self.limit = tree, tree.groups, tuple(pools), tuple(limit)
+        self.node = match.node
+        tree.lock(match.node)
+        self.table = [list(pages) for pages in match.pages]
+        self.base = list(match.base)
+        self.gone = [0] * len(self.groups)
+        self.own: list[set[int]] = [set() for _ in self.groups]
+        self.edits: list[list[tuple[int, int]]] = [list(enumerate(pages)) for pages in self.table]
+        self.read = list(match.states)
+        self.write = [NONE] * len(self.groups)
+        for g, group in enumerate(self.groups):
+            if group.kind == "state":
+                self.write[g] = self._take(g)
+
+    def _take(self, g: int) -> int:
+        page = self.pools[g].take(1)[0]
+        self.own[g].add(page)
+        return page
+
+    def need(self, upto: int) -> list[int]:
+        """Pages that growing to `upto` positions takes from each pool."""
+        return [
+            0 if group.kind == "state" else max(0, -(-(upto - self.base[g]) // group.page) - len(self.table[g]))
+            for g, group in enumerate(self.groups)
+        ]
+
+    def trim(self, lower: int) -> None:
+        """Give back the pages that no query at position `lower` or later reads (windows)."""
+        for g, group in enumerate(self.groups):
+            if group.kind != "window":
+                continue
+            low = max(0, lower - group.window + 1)
+            while self.gone[g] < len(self.table[g]) and self.base[g] + (self.gone[g] + 1) * group.page <= low:
+                page = self.table[g][self.gone[g]]
+                self.gone[g] += 1
+                if page in self.own[g]:
+                    self.own[g].remove(page)
+                    self.pools[g].give([page])
+                self.table[g][self.gone[g] - 1] = NONE
+
+    def grow(self, upto: int) -> None:
+        """Take pages until positions before `upto` have one. The pools must have `need(upto)` free."""
+        for g, group in enumerate(self.groups):
+            if group.kind == "state":
+                continue
+            while self.base[g] + len(self.table[g]) * group.page < upto:
+                if len(self.table[g]) == self.limit[g]:
+                    self._rebase(g)
+                page = self._take(g)
+                self.edits[g].append((len(self.table[g]), page))
+                self.table[g].append(page)
+
+    def _rebase(self, g: int) -> None:
+        """Shift a window's table to begin at its first page still held, and tell the device the whole of it."""
+        gone = self.gone[g]
+        assert gone > 0, "a row outgrew limits.max_row_pages"
+        self.table[g] = self.table[g][gone:]
+        self.base[g] += gone * self.groups[g].page
+        self.gone[g] = 0
+        self.edits[g] = list(enumerate(self.table[g]))
+
+    def sent(self) -> None:
+        """The device was told: the next row starts from its own state page and has no edits yet."""
+        self.edits = [[] for _ in self.groups]
+        self.read = list(self.write)
+
+    def share(self, namespace: Hashable, key: bytes, states: Sequence[int]) -> None:
+        """Offer the whole pages that `key` (int32 bytes) covers to the tree, with state checkpoints owned by this
+        sequence, or -1. From now on they are the tree's, locked through its node; where the tree had its own of the
+        same content, the table turns to those (rows in flight still read the old ones, which is why they are only
+        given out to later steps)."""
+        count = len(key) // 4 // self.tree.page
+        offered = [[NONE] * self._skipped(g) + table for g, table in enumerate(self.table)]
+        node, took = self.tree.insert(namespace, key, [column[:count] for column in offered], states)
+        self.tree.lock(node)
+        self.tree.unlock(self.node)
+        self.node = node
+        for g, taken in enumerate(took):
+            self.own[g] -= taken
+            if self.own[g].intersection(offered[g][:count]):
+                self._adopt(g, self.tree.column(node, g))
+
+    def _skipped(self, g: int) -> int:
+        """Pages before the table's first."""
+        return self.base[g] // self.groups[g].page if self.groups[g].page else 0
+
+    def _adopt(self, g: int, column: Sequence[int]) -> None:
+        """Turn to the tree's pages where this sequence has the same in pages of its own."""
+        for i, theirs in enumerate(column[self._skipped(g) :]):
+            mine = self.table[g][i]
+            if mine != theirs and mine in self.own[g]:
+                self.give(g, mine)
+                self.table[g][i] = theirs
+                self.edits[g].append((i, theirs))
+
+    def checkpoint(self, g: int) -> int:
+        """A page for a copy of state group g, or -1 when none is to be had."""
+        return self._take(g) if self.pools[g].free else NONE
+
+    def give(self, g: int, page: int) -> None:
+        """Give one page back that this sequence owns."""
+        self.own[g].remove(page)
+        self.pools[g].give([page])
+
+    def release(self) -> None:
+        """Give everything back; the sequence is over."""
+        for own, pool in zip(self.own, self.pools, strict=True):
+            pool.give(own)
+            own.clear()
+        self.tree.unlock(self.node)

@@ -1,0 +1,332 @@
+"""One configuration for every backend: frozen dataclasses read from TOML and flags. engine.resolve decides the rest."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from engine.errors import ConfigError
+from engine.mesh import MeshSpec
+
+Check: TypeAlias = Callable[[str, Any], Any]
+"""(key, value) -> the value as it is kept. Raises ConfigError naming the key."""
+
+MOST = 2**31 - 1
+BACKENDS = ("auto", "jax", "torch", "reference")
+PLATFORMS = ("auto", "cpu", "gpu", "tpu")
+DTYPES = ("auto", "float32", "bfloat16")
+POLICIES = ("lpm", "fcfs")
+STACKS = ("auto", "scan", "list")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What was decided. Backends and scheduler read this and nothing else; `resolve` makes it, with its decisions.
+
+    backend: "jax", "torch" or "reference". platform: "cpu", "gpu" or "tpu". dtype: of weights and activations;
+    cache_dtype: of keys and values ("float32" or "bfloat16"). page: tokens per page; pages: pages of each cache group.
+    max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
+    token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
+    stack: "scan" or "list", how the jax backend runs layers.
+    """
+
+    backend: str
+    platform: str
+    dtype: str
+    cache_dtype: str
+    max_len: int
+    pages: tuple[int, ...]
+    page: int = 16
+    slots: int = 32
+    max_rows: int = 32
+    max_tokens: int = 512
+    token_buckets: tuple[int, ...] = (1, 8, 32, 128, 512)
+    depth: int = 2
+    radix: bool = True
+    policy: str = "lpm"
+    mesh: MeshSpec = field(default_factory=MeshSpec)
+    deterministic: bool = False
+    stack: str = "list"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _fail(key: str, what: str) -> ConfigError:
+    return ConfigError(f"{key}: {what}", field=key)
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _fail(key, f"must be a string, not {value!r}")
+    return value
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _fail(key, f"must be true or false, not {value!r}")
+    return value
+
+
+def _whole(low: int, high: int = MOST) -> Check:
+    def check(key: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _fail(key, f"must be an integer, not {value!r}")
+        if not low <= value <= high:
+            raise _fail(key, f"must be between {low} and {high}, not {value}")
+        return value
+
+    return check
+
+
+def _share(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _fail(key, f"must be a number, not {value!r}")
+    if not 0 < value <= 1:
+        raise _fail(key, f"must be above 0 and at most 1, not {value:g}")
+    return float(value)
+
+
+def _one_of(names: tuple[str, ...]) -> Check:
+    def check(key: str, value: Any) -> str:
+        if value in names:
+            return str(value)
+        near = difflib.get_close_matches(str(value), names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise _fail(key, f"must be one of {', '.join(names)}, not {value!r}{hint}")
+
+    return check
+
+
+def _ladder(key: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise _fail(key, f"must be a list of integers, not {value!r}")
+    steps = tuple(_whole(1)(key, v) for v in value)
+    if any(a >= b for a, b in pairwise(steps)):
+        raise _fail(key, f"must rise, not {list(steps)}")
+    return steps
+
+
+def _or_auto(check: Check) -> Check:
+    """A key that is decided when it is left out or "auto"."""
+    return lambda key, value: None if value == "auto" else check(key, value)
+
+
+def _key(check: Check, default: Any) -> Any:
+    return field(default=default, metadata={"check": check})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """path: a model's folder; None is the demo model that comes with the package. dtype: of weights and activations.
+    max_len: positions (prompt and answer) a request may reach."""
+
+    path: str | None = _key(_text, None)
+    dtype: str = _key(_one_of(DTYPES), "auto")
+    max_len: int | None = _key(_or_auto(_whole(2)), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """Devices along each axis, as engine.mesh.MeshSpec has them."""
+
+    dp: int = _key(_whole(1), 1)
+    pp: int = _key(_whole(1), 1)
+    tp: int = _key(_whole(1), 1)
+    ep: int = _key(_whole(1), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """tokens: positions that the pool of pages holds. fraction: share of the device's free memory that weights and
+    cache may take, where tokens is not given. page: tokens per page. dtype: of keys and values. radix: keep prefixes.
+    """
+
+    tokens: int | None = _key(_or_auto(_whole(1)), None)
+    fraction: float | None = _key(_or_auto(_share), None)
+    page: int = _key(_whole(1, 1024), 16)
+    dtype: str = _key(_one_of(DTYPES), "auto")
+    radix: bool = _key(_flag, True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sched:
+    """slots: requests on the device at once. max_rows, max_tokens: of one step. token_buckets: the sizes that steps are
+    padded to. depth: steps in flight. policy: order of waiting requests, longest cached prefix or arrival."""
+
+    slots: int | None = _key(_or_auto(_whole(1, 65536)), None)
+    max_rows: int | None = _key(_or_auto(_whole(1, 65536)), None)
+    max_tokens: int | None = _key(_or_auto(_whole(1, 1 << 20)), None)
+    token_buckets: tuple[int, ...] | None = _key(_or_auto(_ladder), None)
+    depth: int | None = _key(_or_auto(_whole(1, 8)), None)
+    policy: str = _key(_one_of(POLICIES), "lpm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serve:
+    """The network faces; none is built yet, so that no key is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jax:
+    """stack: "scan" over stacked layers or a "list" of layers, unrolled."""
+
+    stack: str = _key(_one_of(STACKS), "auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Torch:
+    """The torch backend has no keys of its own yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """name: which backend; "auto" is torch on NVIDIA and AMD GPUs, jax on TPUs and CPUs. platform: on what it runs."""
+
+    name: str = _key(_one_of(BACKENDS), "auto")
+    platform: str = _key(_one_of(PLATFORMS), "auto")
+    jax: Jax = field(default_factory=Jax)
+    torch: Torch = field(default_factory=Torch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What was asked: one table a room. None and "auto" are decided by `engine.resolve`."""
+
+    model: Model = field(default_factory=Model)
+    mesh: Mesh = field(default_factory=Mesh)
+    cache: Cache = field(default_factory=Cache)
+    sched: Sched = field(default_factory=Sched)
+    serve: Serve = field(default_factory=Serve)
+    backend: Backend = field(default_factory=Backend)
+
+
+TABLES: Mapping[str, type] = {
+    "": Config,
+    "model": Model,
+    "mesh": Mesh,
+    "cache": Cache,
+    "sched": Sched,
+    "serve": Serve,
+    "backend": Backend,
+    "backend.jax": Jax,
+    "backend.torch": Torch,
+}
+"""Dotted name of a table -> its class."""
+
+SHORT: Mapping[str, str] = {"model": "model.path", "backend": "backend.name", "dtype": "model.dtype"}
+"""Flat names that could mean more than one key."""
+
+
+def keys() -> Iterator[str]:
+    """Every key, dotted."""
+    for name, table in TABLES.items():
+        for f in fields(table):
+            if "check" in f.metadata:
+                yield f"{name}.{f.name}"
+
+
+def dotted(name: str) -> str:
+    """The key that a flat name means: "cache.page", "cache_page", or "page" where no other table has it.
+
+    Raises ConfigError with the nearest name.
+    """
+    if name in SHORT:
+        return SHORT[name]
+    known = list(keys())
+    for key in known:
+        if name in (key, key.replace(".", "_")):
+            return key
+    short = [key for key in known if key.rpartition(".")[2] == name]
+    if len(short) == 1:
+        return short[0]
+    if short:
+        raise _fail(name, f"could mean {' or '.join(short)}; write one of them")
+    flat = {alias: alias for alias in (*SHORT, "mesh", *known)} | {k.rpartition(".")[2]: k for k in known}
+    raise _fail(name, f"unknown key{_nearest(name, flat)}")
+
+
+def load(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a TOML file, if one is given, with flags over it.
+
+    overrides: flat or dotted names (see `dotted`) and "mesh" as in MeshSpec.parse; None means not given.
+    Raises ConfigError: a file that can't be read, an unknown key with the nearest name, a wrong type or range.
+    """
+    tree = read(Path(file)) if file is not None else {}
+    for name, value in (overrides or {}).items():
+        if value is None:
+            continue
+        if name == "mesh":
+            sizes = MeshSpec.parse(_text("mesh", value)) if value else MeshSpec()
+            for f in fields(Mesh):
+                tree = _put(tree, ("mesh", f.name), getattr(sizes, f.name))
+        else:
+            tree = _put(tree, tuple(dotted(name).split(".")), value)
+    config: Config = _build(tree, "")
+    return config
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError naming the file."""
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(
+            f"config {file}: {error.strerror}; give a TOML file that can be read", field="config"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {file}: not valid TOML: {error}", field="config") from error
+
+
+def _put(tree: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A copy of the tree with one more value."""
+    first, *rest = path
+    if not rest:
+        return {**tree, first: value}
+    inner = tree.get(first, {})
+    return {**tree, first: _put(inner if isinstance(inner, Mapping) else {}, tuple(rest), value)}
+
+
+def _build(tree: Any, name: str) -> Any:
+    """The dataclass of the table `name`, from what TOML or flags say."""
+    if not isinstance(tree, Mapping):
+        raise _fail(name, f"must be a table, [{name}], not {tree!r}")
+    table, values = TABLES[name], {}
+    for key, value in tree.items():
+        full = f"{name}.{key}" if name else str(key)
+        known = next((f for f in fields(table) if f.name == key), None)
+        if known is None:
+            raise _fail(full, f"unknown key{_hint(name, str(key))}")
+        values[key] = known.metadata["check"](full, value) if "check" in known.metadata else _build(value, full)
+    return table(**values)
+
+
+def _hint(table: str, key: str) -> str:
+    """What an unknown key of a table should have been."""
+    if table == "serve":
+        return "; no server is built yet"
+    elsewhere = [k for k in keys() if k.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    own = {f.name: f"{table}.{f.name}" if table else f"[{f.name}]" for f in fields(TABLES[table])}
+    return _nearest(key, own or {k: k for k in keys()})
+
+
+def _nearest(name: str, known: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f"; did you mean {known[near[0]]}?" if near else f"; known are {', '.join(dict.fromkeys(known.values()))}"
+
+
+def show(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a configuration with its value, dotted."""
+    for f in fields(config):
+        value, full = getattr(config, f.name), f"{name}.{f.name}" if name else f.name
+        if is_dataclass(value):
+            yield from show(value, full)
+        else:
+            yield full, value

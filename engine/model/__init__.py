@@ -1,0 +1,1 @@
+"""Models described once, as data: the layers, the parameters' names and shapes, where a checkpoint keeps them."""

@@ -1,0 +1,72 @@
+"""Where weights come from. A backend asks for the slices it holds and gets just those."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import ModelError
+from engine.model.params import Param, params
+from engine.model.spec import ModelSpec
+
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+PERIOD = 1 << 20
+STRIDE = 489_905
+"""Between the windows of neighbouring rows, in numbers of the tape. Odd, so that the first PERIOD rows all differ."""
+
+
+class WeightSource(Protocol):
+    """A checkpoint, random weights, or a trainer that pushes new ones."""
+
+    def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
+        """The slice `part` of parameter `name` (engine.model.params), in the source's dtype (ml_dtypes for bfloat16).
+
+        May be a read-only view of a file; the caller copies or uploads it. Raises ModelError naming the tensor.
+        """
+        ...
+
+
+class RandomWeights:
+    """Gaussian weights at the speed of a copy, for benchmarks; in the spec's dtype, norms are ones.
+
+    The same for the same seed and name, however it is sliced. A row (the last dimension) is a window of one long random
+    tape; where it starts follows from the row's index and the parameter's name.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int, std: float | None = None) -> None:
+        """std: of every matrix and bias; None = fan_in ** -0.5, which keeps the size of activations."""
+        self._params, self._std, self._seed = params(spec), std, seed
+        self._dtype = DTYPES[spec.dtype]
+        width = max(p.shape[-1] for p in self._params.values())
+        tape = np.random.default_rng(seed).standard_normal(PERIOD, np.float32)
+        self._tape = np.concatenate([tape, np.resize(tape, width)])
+        self._scaled: dict[float, NDArray[Any]] = {}
+
+    def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
+        """The slice `part` of a parameter; nothing larger is made. Raises ModelError for a name that isn't one."""
+        param = self._params.get(name)
+        if param is None:
+            raise ModelError(f"no parameter is called {name!r}", field=name)
+        bounds = [s.indices(n)[:2] for s, n in zip(part, param.shape, strict=True)]
+        sizes = [stop - start for start, stop in bounds]
+        if name.endswith("norm"):
+            return np.ones(sizes, self._dtype)
+        row = np.zeros(1, np.int64)
+        for (start, stop), size in zip(bounds[:-1], param.shape[:-1], strict=True):
+            row = (row[:, None] * size + np.arange(start, stop)).ravel()
+        begin = (row * STRIDE + zlib.crc32(name.encode())) % PERIOD + bounds[-1][0]
+        windows = np.lib.stride_tricks.sliding_window_view(self._scale(param), sizes[-1])
+        return windows[begin].reshape(sizes)
+
+    def _scale(self, param: Param) -> NDArray[Any]:
+        """The tape with the standard deviation of this parameter."""
+        fan_in = math.prod(param.shape[1:]) if param.axes[0] == "hidden" else param.shape[-1]
+        std = fan_in**-0.5 if self._std is None else self._std
+        if std not in self._scaled:
+            self._scaled[std] = (self._tape * np.float32(std)).astype(self._dtype)
+        return self._scaled[std]

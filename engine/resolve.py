@@ -1,0 +1,272 @@
+"""From what was asked and what the device is to what is done: every decision with its reason, before any allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from engine.config import Config, Resolved
+from engine.errors import ConfigError
+from engine.mesh import AXES, MeshSpec
+from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
+from engine.model.params import params
+from engine.model.spec import ModelSpec
+
+GIB = 1 << 30
+SHARE = {"cpu": 0.25, "gpu": 0.85, "tpu": 0.85}
+"""Of the free memory, what weights and cache take where cache.fraction is not given; on a CPU what the cache takes."""
+CPU_CACHE = GIB
+"""A CPU's cache takes no more, unless asked."""
+SPARE = 4
+"""The cache holds at most so many times what the slots can fill: prefixes of requests that ended."""
+STEP = {
+    "cpu": (16, 256, (1, 4, 16, 64)),
+    "gpu": (128, 2048, (1, 8, 32, 128, 512)),
+    "tpu": (128, 2048, (8, 32, 128, 512)),
+}
+"""Platform -> slots, tokens of a step, and the sizes below it that steps are padded to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Facts of the device that a backend would run on; `backends.probe` finds them.
+
+    backend, why: the backend that was chosen, and why. platform: "cpu", "gpu" or "tpu". kind: the device's name.
+    memory_bytes: free memory of one device. bf16: whether it has bfloat16 instructions.
+    """
+
+    backend: str
+    why: str
+    platform: str
+    kind: str
+    count: int
+    memory_bytes: int
+    bf16: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One field of Resolved, its value, and why."""
+
+    field: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on one device: weights, and the cache of each group."""
+
+    weights: int
+    cache: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return self.weights + sum(self.cache)
+
+
+def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, list[Decision]]:
+    """Decide every field of Resolved. Raises ConfigError naming the key that can't be honoured."""
+    made: list[Decision] = [
+        Decision(field="backend", value=device.backend, why=device.why),
+        Decision(
+            field="platform",
+            value=device.platform,
+            why=f"{device.count} x {device.kind}, {device.memory_bytes / GIB:.1f} GiB free",
+        ),
+        _mesh(config),
+        *_dtypes(config, spec, device),
+        *_steps(config, device),
+    ]
+    values = {d.field: d.value for d in made}
+    groups = cache_groups(spec, config.cache.page)
+    weights = weight_bytes(spec, values["dtype"])
+    made += _lengths(config, spec, device, groups, weights, values)
+    made += [
+        Decision(field="page", value=config.cache.page, why="cache.page"),
+        Decision(field="radix", value=config.cache.radix, why="cache.radix"),
+        Decision(field="policy", value=config.sched.policy, why="sched.policy"),
+        _stack(config, device),
+    ]
+    return Resolved(**{d.field: d.value for d in made}), made
+
+
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of all parameters on one device."""
+    return sum(prod(p.shape) for p in params(spec).values()) * ITEMSIZE[dtype]
+
+
+def plan_memory(spec: ModelSpec, resolved: Resolved) -> Memory:
+    """What weights and cache take."""
+    groups = cache_groups(spec, resolved.page)
+    return Memory(
+        weights=weight_bytes(spec, resolved.dtype),
+        cache=tuple(n * g.page_bytes(resolved.cache_dtype) for n, g in zip(resolved.pages, groups, strict=True)),
+    )
+
+
+def _mesh(config: Config) -> Decision:
+    mesh = MeshSpec(**{axis: getattr(config.mesh, axis) for axis in AXES})
+    for axis in AXES:
+        if getattr(mesh, axis) > 1:
+            raise ConfigError(
+                f"mesh: {axis}={getattr(mesh, axis)} is not built yet; use one device ({axis}=1)", field="mesh"
+            )
+    return Decision(field="mesh", value=mesh, why="one device; more are not built yet")
+
+
+def _dtypes(config: Config, spec: ModelSpec, device: Device) -> list[Decision]:
+    asked, cache = config.model.dtype, config.cache.dtype
+    if asked != "auto":
+        dtype, why = asked, "model.dtype"
+    elif spec.dtype == "float32":
+        dtype, why = "float32", "the checkpoint's"
+    elif device.platform == "cpu":
+        dtype, why = "float32", f"{spec.dtype} in the checkpoint; on a CPU float32 is exact, the same on every backend"
+    elif not device.bf16:
+        dtype, why = "float32", f"{device.kind} has no bfloat16"
+    elif spec.dtype == "bfloat16":
+        dtype, why = "bfloat16", "the checkpoint's"
+    else:
+        dtype, why = "bfloat16", f"{spec.dtype} in the checkpoint, which is not built: the same size, wider range"
+    if cache == "auto":
+        return [
+            Decision(field="dtype", value=dtype, why=why),
+            Decision(field="cache_dtype", value=dtype, why="as the weights"),
+        ]
+    return [
+        Decision(field="dtype", value=dtype, why=why),
+        Decision(field="cache_dtype", value=cache, why="cache.dtype"),
+    ]
+
+
+def _steps(config: Config, device: Device) -> list[Decision]:
+    """Sizes of a step: what was asked, else what suits the platform."""
+    s, usual = config.sched, f"usual on a {device.platform}"
+    slots, max_tokens, ladder = STEP[device.platform]
+    out = [Decision(field="slots", value=s.slots or slots, why="sched.slots" if s.slots else usual)]
+    slots = out[0].value
+    if s.max_rows is not None and s.max_rows > slots:
+        raise ConfigError(f"sched.max_rows: {s.max_rows} is more than the {slots} slots", field="sched.max_rows")
+    rows = s.max_rows or slots
+    out.append(Decision(field="max_rows", value=rows, why="sched.max_rows" if s.max_rows else "every slot in a step"))
+    if s.max_tokens is not None and s.max_tokens < rows:
+        raise ConfigError(
+            f"sched.max_tokens: {s.max_tokens} is less than the {rows} rows of a step; raise it or lower sched.slots",
+            field="sched.max_tokens",
+        )
+    tokens = s.max_tokens or max(max_tokens, rows)
+    out.append(Decision(field="max_tokens", value=tokens, why="sched.max_tokens" if s.max_tokens else usual))
+    if s.token_buckets is None:
+        steps, why = tuple(sorted({b for b in (*ladder, rows) if b < tokens} | {tokens})), f"{usual}, with max_rows"
+    elif s.token_buckets[-1] != tokens:
+        raise ConfigError(
+            f"sched.token_buckets: ends with {s.token_buckets[-1]}, but a step has up to {tokens} tokens; "
+            f"end it with {tokens}, or set sched.max_tokens",
+            field="sched.token_buckets",
+        )
+    else:
+        steps, why = s.token_buckets, "sched.token_buckets"
+    out.append(Decision(field="token_buckets", value=steps, why=why))
+    why = "sched.depth" if s.depth else "the host plans a step while the device runs another"
+    out.append(Decision(field="depth", value=s.depth or 2, why=why))
+    return out
+
+
+def _lengths(
+    config: Config,
+    spec: ModelSpec,
+    device: Device,
+    groups: Sequence[CacheGroup],
+    weights: int,
+    values: dict[str, Any],
+) -> list[Decision]:
+    """max_len and pages: how far one request may reach, and how many tokens the cache holds."""
+    page, asked = config.cache.page, config.model.max_len
+    if asked is not None and asked > spec.max_len:
+        raise ConfigError(
+            f"model.max_len: {asked} is past the {spec.max_len} positions that the model was made for; lower it",
+            field="model.max_len",
+        )
+    reach, why = asked or spec.max_len, "model.max_len" if asked else "the model's"
+    costs = [g.page_bytes(values["cache_dtype"]) for g in groups]
+    free = device.memory_bytes - weights
+    tokens, reason = _tokens(config, device, reach, groups, costs, free, values)
+    pages = _pages(tokens, groups, values)
+    held = min((n * page for n, g in zip(pages, groups, strict=True) if not g.window), default=reach)
+    if held < reach:
+        if asked is not None:
+            raise ConfigError(
+                f"model.max_len: {asked} tokens do not fit the cache of {held}; lower it, or raise cache.tokens",
+                field="model.max_len",
+            )
+        reach, why = held, f"what the cache holds; the model's is {spec.max_len}"
+    need = sum(n * c for n, c in zip(pages, costs, strict=True))
+    if need > free:
+        raise ConfigError(
+            f"cache.tokens: weights of {weights / GIB:.2f} GiB and a cache of {need / GIB:.2f} GiB do not fit the "
+            f"{device.memory_bytes / GIB:.2f} GiB that are free; lower cache.tokens or model.max_len",
+            field="cache.tokens",
+        )
+    return [
+        Decision(field="max_len", value=reach, why=why),
+        Decision(field="pages", value=pages, why=reason),
+    ]
+
+
+def _tokens(
+    config: Config,
+    device: Device,
+    reach: int,
+    groups: Sequence[CacheGroup],
+    costs: Sequence[int],
+    free: int,
+    values: dict[str, Any],
+) -> tuple[int, str]:
+    """Tokens that the cache shall hold, and why. free: bytes that the weights leave."""
+    asked, page = config.cache.tokens, config.cache.page
+    if asked is not None:
+        return asked, "cache.tokens"
+    share = config.cache.fraction or SHARE[device.platform]
+    weights = device.memory_bytes - free
+    if device.platform == "cpu":
+        room = int(share * free) if config.cache.fraction else min(int(share * free), CPU_CACHE)
+        source = f"{room / GIB:.2f} GiB of the CPU's free memory"
+    else:
+        room = int(share * device.memory_bytes) - weights
+        source = f"{share:.0%} of the free memory, less {weights / GIB:.2f} GiB of weights"
+    fixed = sum(c * n for c, n, g in zip(costs, _pages(1 << 40, groups, values), groups, strict=True) if g.window)
+    each = sum(c for c, g in zip(costs, groups, strict=True) if not g.window)
+    most = SPARE * values["slots"] * reach
+    fits = max(0, room - fixed) // each * page if each else most
+    if fits < page:
+        raise ConfigError(
+            f"cache.fraction: nothing is left for the cache: {room / GIB:.2f} GiB of {device.memory_bytes / GIB:.2f} "
+            "GiB free; use a smaller model, or free memory",
+            field="cache.fraction",
+        )
+    if fits < most:
+        return fits, source
+    return most, f"{SPARE} times what {values['slots']} slots of {reach} tokens can fill"
+
+
+def _pages(tokens: int, groups: Sequence[CacheGroup], values: dict[str, Any]) -> tuple[int, ...]:
+    """Pages of each group for `tokens` tokens. A window group needs no more than its slots can see and a step feed."""
+    out = []
+    for g in groups:
+        pages = -(-tokens // g.page)
+        if g.window:
+            pages = min(pages, values["slots"] * -(-(g.window + values["max_tokens"] + 2 * g.page) // g.page))
+        out.append(pages)
+    return tuple(out)
+
+
+def _stack(config: Config, device: Device) -> Decision:
+    asked = config.backend.jax.stack
+    if asked != "auto":
+        return Decision(field="stack", value=asked, why="backend.jax.stack")
+    if device.platform == "tpu":
+        return Decision(field="stack", value="scan", why="on a TPU stacked layers are scanned without copies")
+    return Decision(field="stack", value="list", why="off a TPU a scan copies each layer's weights")

@@ -1,0 +1,92 @@
+"""A model's tokenizer, read by transformers. No code of a checkpoint is ever run, nothing is fetched from a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InvalidRequest, ModelError
+from engine.text.stages import Stage, chain, fresh
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+class Tokenizer:
+    """Strings to ids and back. Safe to read from several threads.
+
+    inner: a transformers tokenizer that stands on the `tokenizers` library. Raises ModelError when it doesn't.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        backend = getattr(inner, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"tokenizer: {type(inner).__name__} has no fast form; add a tokenizer.json to the model's folder",
+                field="tokenizer",
+            )
+        self.inner = inner
+        self._backend = backend
+        # Clean-up would spoil byte-pair tokenizers, and transformers leaves it out there unless it is forced.
+        cleanup = bool(inner.clean_up_tokenization_spaces) and (
+            type(backend.model).__name__ != "BPE"
+            or bool(inner.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output)
+        )
+        self._stages = chain(backend.decoder, cleanup)
+        self._special = frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Tokenizer:
+        """Read the tokenizer of a model's folder. Raises ModelError naming what is missing."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ModelError(f"tokenizer: no folder {folder}; give the folder of a model", field="tokenizer")
+        if not any((folder / name).is_file() for name in FILES):
+            raise ModelError(
+                f"tokenizer: {folder} has no tokenizer.json; add one, or use skip_tokenizer and token_ids",
+                field="tokenizer",
+            )
+        from transformers import AutoTokenizer
+
+        try:
+            inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ModelError(f"tokenizer: {folder} can't be read: {cause}", field="tokenizer") from error
+        return cls(inner)
+
+    @property
+    def size(self) -> int:
+        """Ids in use, added tokens included: one more than the largest."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that skip_special_tokens leaves out of a text."""
+        return frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
+
+    @property
+    def eos(self) -> int | None:
+        """The id that ends a text."""
+        return None if self.inner.eos_token_id is None else int(self.inner.eos_token_id)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text. special: add the ids that the model wants around it, such as a begin-of-text id."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"prompt: not valid Unicode at character {error.start}", field="prompt") from error
+        return [int(i) for i in self.inner.encode(text, add_special_tokens=special)]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids, all at once."""
+        return str(self.inner.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def tokens(self, ids: Sequence[int], skip_special_tokens: bool) -> list[str]:
+        """The tokens that a decoder sees: ids without a token are dropped, and special ones where it is asked."""
+        found = [self._backend.id_to_token(i) for i in ids]
+        return [t for t in found if t is not None and not (skip_special_tokens and t in self._special)]
+
+    def stages(self) -> list[Stage]:
+        """The decoder, for one stream."""
+        return fresh(self._stages)

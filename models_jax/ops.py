@@ -1,0 +1,98 @@
+"""The operations a model is written in, for JAX. models_torch/ops.py has the same names and the same meaning."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.mesh import RULES
+
+Array: TypeAlias = jax.Array
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """float32 means float32: TPUs and GPUs would otherwise multiply in fewer bits."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def contract(x: Array, w: Array, last: int = 1, out: Any = None) -> Array:
+    """x [T, ...] times w [..., ...], summed over the last `last` dimensions of both, in float32."""
+    dims = tuple(range(x.ndim - last, x.ndim)), tuple(range(w.ndim - last, w.ndim))
+    y = jax.lax.dot_general(x, w, (dims, ((), ())), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(out or x.dtype)
+
+
+def linear(x: Array, w: Array, bias: Array | None) -> Array:
+    """x [T, in], w [out, in] -> [T, out]."""
+    y = contract(x, w)
+    return y if bias is None else y + bias
+
+
+def heads(x: Array, w: Array, bias: Array | None) -> Array:
+    """x [T, hidden], w [heads, head_dim, hidden] -> [T, heads, head_dim]."""
+    y = linear(x, w.reshape(-1, w.shape[-1]), None if bias is None else bias.reshape(-1))
+    return y.reshape(x.shape[0], w.shape[0], w.shape[1])
+
+
+def merge(o: Array, w: Array) -> Array:
+    """o [T, heads, head_dim], w [hidden, heads, head_dim] -> [T, hidden]; a partial sum where heads are split."""
+    return contract(o.reshape(o.shape[0], -1), w.reshape(w.shape[0], -1))
+
+
+def rms_norm(x: Array, w: Array, eps: float) -> Array:
+    """Over the last dimension, in float32; rounded to x's dtype before the weight, as in Hugging Face's Llama."""
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+    return w * h.astype(x.dtype)
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    return jax.nn.silu(x)
+
+
+def angles(frequencies: NDArray[np.float32], positions: Array, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin, [T, 1, dim/2], of positions int32[T] times frequencies float32[dim/2]."""
+    a = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(frequencies)
+    return jnp.cos(a).astype(dtype), jnp.sin(a).astype(dtype)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding, rotate-half form, of the first 2 * cos.shape[-1] dimensions of x [T, heads, head_dim]."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def embed(tokens: Array, w: Array) -> Array:
+    """tokens int32[T], w [vocab, hidden] -> [T, hidden]. A device looks up the part of the vocabulary that it holds."""
+    if parts("vocab") == 1:
+        return w[tokens]
+    local = tokens - jax.lax.axis_index(RULES["vocab"]) * w.shape[0]
+    held = (local >= 0) & (local < w.shape[0])
+    return psum(jnp.where(held[:, None], w[jnp.clip(local, 0, w.shape[0] - 1)], 0), "vocab")
+
+
+def unembed(x: Array, w: Array) -> Array:
+    """x [R, hidden], w [vocab, hidden] -> float32[R, vocab]."""
+    return contract(x, w, out=jnp.float32)
+
+
+def psum(x: Array, axis: str) -> Array:
+    """Sum over the devices that split the logical axis."""
+    return jax.lax.psum(x, RULES[axis]) if parts(axis) > 1 else x
+
+
+def gather(x: Array, axis: str, dim: int) -> Array:
+    """Join the parts of dimension `dim` that devices hold along the logical axis."""
+    return jax.lax.all_gather(x, RULES[axis], axis=dim, tiled=True) if parts(axis) > 1 else x
+
+
+def parts(axis: str) -> int:
+    """Devices that split the logical axis. XLA keeps a reduction over one device as a copy, so none is asked for."""
+    mesh_axis = RULES[axis]
+    return 1 if mesh_axis is None else jax.lax.axis_size(mesh_axis)

@@ -1,0 +1,47 @@
+"""The attention mixer: projections and rope here, the cache and the softmax behind `attend`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+from engine.model.spec import Attention, Rope
+from models_torch import ops, stack
+
+Angles: TypeAlias = Mapping[Rope, tuple[ops.Array, ops.Array]]
+
+
+class Attend(Protocol):
+    """Writes k and v of this step to the cache and attends over it.
+
+    q [T, q_heads, head_dim], k and v [T, kv_heads, head_dim], local heads -> ([T, q_heads, head_dim], cache).
+    """
+
+    def __call__(
+        self, a: Attention, q: ops.Array, k: ops.Array, v: ops.Array, cache: Any, place: stack.Place
+    ) -> tuple[ops.Array, Any]: ...
+
+
+def attention(
+    a: Attention,
+    eps: float,
+    p: Mapping[str, Any],
+    x: ops.Array,
+    angles: Angles,
+    attend: Attend,
+    cache: Any,
+    place: stack.Place,
+) -> tuple[ops.Array, Any]:
+    """x [T, hidden] -> ([T, hidden], cache)."""
+    q = ops.heads(x, p["q"], p.get("q_bias"))
+    k = ops.heads(x, p["k"], p.get("k_bias"))
+    v = ops.heads(x, p["v"], p.get("v_bias"))
+    if a.qk_norm:
+        q = ops.rms_norm(q, p["q_norm"], eps)
+        k = ops.rms_norm(k, p["k_norm"], eps)
+    if a.rope is not None:
+        q = ops.rotate(q, *angles[a.rope])
+        k = ops.rotate(k, *angles[a.rope])
+    o, cache = attend(a, q, k, v, cache, place)
+    y = ops.psum(ops.merge(o, p["out"]), "q_heads")
+    return (y + p["out_bias"] if a.out_bias else y), cache

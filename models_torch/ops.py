@@ -1,0 +1,91 @@
+"""The operations a model is written in, for torch. models_jax/ops.py has the same names and the same meaning."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from engine.mesh import RULES
+from models_torch.packed import Packed
+
+Array: TypeAlias = torch.Tensor
+Matrix: TypeAlias = torch.Tensor | Packed
+"""A weight that is multiplied with: plain, or laid out for one CPU library."""
+
+
+def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
+    """x [T, in], w [out, in] -> [T, out]."""
+    if isinstance(w, Packed):
+        y = w.multiply(x)
+        return y if bias is None else y.add_(bias)
+    return F.linear(x, w, bias)
+
+
+def heads(x: Array, w: Matrix, bias: Array | None) -> Array:
+    """x [T, hidden], w [heads, head_dim, hidden] -> [T, heads, head_dim]."""
+    matrix = w if isinstance(w, Packed) else w.flatten(0, 1)
+    return linear(x, matrix, None if bias is None else bias.flatten()).view(x.shape[0], w.shape[0], w.shape[1])
+
+
+def merge(o: Array, w: Matrix) -> Array:
+    """o [T, heads, head_dim], w [hidden, heads, head_dim] -> [T, hidden]; a partial sum where heads are split."""
+    return linear(o.flatten(1), w if isinstance(w, Packed) else w.flatten(1), None)
+
+
+def rms_norm(x: Array, w: Array, eps: float) -> Array:
+    """Over the last dimension, in float32; rounded to x's dtype before the weight, as in Hugging Face's Llama."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, w.shape, w, eps)
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return w * h.to(x.dtype)
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    return F.silu(x)
+
+
+@lru_cache(maxsize=64)
+def _upload(frequencies: bytes, device: torch.device) -> Array:
+    """float32[dim/2] on the device, kept: a copy at each step would be one more."""
+    return torch.frombuffer(bytearray(frequencies), dtype=torch.float32).to(device)
+
+
+def angles(frequencies: NDArray[np.float32], positions: Array, dtype: torch.dtype) -> tuple[Array, Array]:
+    """What `rotate` takes, of positions int32[T] times frequencies float32[dim/2]: [T, 1, dim] twice.
+
+    cos stands twice, sin once negative, so that a rotation is two products with whole heads.
+    """
+    a = positions.float()[:, None, None] * _upload(frequencies.tobytes(), positions.device)
+    cos, sin = a.cos().to(dtype), a.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding, rotate-half form, of the first cos.shape[-1] dimensions of x [T, heads, head_dim]."""
+    dim = cos.shape[-1]
+    part = x if dim == x.shape[-1] else x[..., :dim]
+    turned = (part * cos).addcmul_(part.roll(dim // 2, -1), sin)
+    return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], -1)
+
+
+def embed(tokens: Array, w: Matrix) -> Array:
+    """tokens int32[T], w [vocab, hidden] -> [T, hidden]."""
+    return w.look_up(tokens) if isinstance(w, Packed) else F.embedding(tokens, w)
+
+
+def unembed(x: Array, w: Matrix) -> Array:
+    """x [R, hidden], w [vocab, hidden] -> float32[R, vocab]."""
+    return linear(x, w, None).float()
+
+
+def psum(x: Array, axis: str) -> Array:
+    """Sum over the devices that split the logical axis. One device until the torch mesh is built."""
+    assert axis in RULES, axis
+    return x

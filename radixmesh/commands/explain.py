@@ -1,0 +1,67 @@
+"""`radixmesh explain`: what would be decided, and why, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from radixmesh.commands import options
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(explain)
+
+
+def explain(
+    model: options.Model = None,
+    backend: options.Backend = "auto",
+    mesh: options.Mesh = "",
+    dtype: options.Dtype = "auto",
+    config: options.File = None,
+    pairs: options.Set = None,
+    as_json: options.Json = False,
+) -> None:
+    """Print every decision with its reason, the memory plan and each layer's kernel. Allocates nothing."""
+    from backends.probe import kernels
+    from engine.config import load
+    from engine.resolve import plan_memory
+    from radixmesh.engine import decide
+
+    decided = decide(load(config, options.flags(model, backend, mesh, dtype, pairs)))
+    memory = plan_memory(decided.spec, decided.resolved)
+    layers = kernels(decided.spec, decided.resolved)
+    if as_json:
+        decisions = [{"field": d.field, "value": _plain(d.value), "why": d.why} for d in decided.decisions]
+        print(
+            json.dumps(
+                {
+                    "model": str(decided.path),
+                    "decisions": decisions,
+                    "memory": {"weights": memory.weights, "cache": memory.cache, "total": memory.total},
+                    "layers": [{"layers": [first, last], "kernel": kernel} for first, last, kernel in layers],
+                }
+            )
+        )
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"model {decided.path}: {decided.spec.family}, {len(decided.spec.layers)} layers", markup=False)
+    table = Table("field", "value", "why", box=None, pad_edge=False)
+    for d in decided.decisions:
+        table.add_row(d.field, str(_plain(d.value)), d.why)
+    console.print(table)
+    cache = " + ".join(_size(b) for b in memory.cache)
+    console.print(f"memory: weights {_size(memory.weights)}, cache {cache}, together {_size(memory.total)}")
+    for first, last, kernel in layers:
+        console.print(f"layers {first}-{last}: {kernel}" if last > first else f"layer {first}: {kernel}", markup=False)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value if isinstance(value, (int, float, str)) else str(value)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,178 @@
+"""`radixmesh generate`: complete prompts, on one backend or on both to see that they agree."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from radixmesh.commands import options
+
+PROMPTS = ("def fibonacci(n):\n", "class Stack:\n", "import os\n\n\ndef ")
+"""What is completed when no prompt is given."""
+COMPARED = ("jax", "torch")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(generate)
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; a few of Python's if left out.")] = None,
+    model: options.Model = None,
+    backend: options.Backend = "auto",
+    mesh: options.Mesh = "",
+    dtype: options.Dtype = "auto",
+    config: options.File = None,
+    pairs: options.Set = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Run on jax and on torch; exit 1 if they differ.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens are made.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="-1 is off.")] = -1,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="64-bit; drawn if left out.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be repeated.")] = None,
+    stop_token_ids: Annotated[list[int] | None, typer.Option(help="An id that ends the text; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end of text.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Complete prompts and print the text and how fast it came."""
+    params = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": stop,
+        "stop_token_ids": stop_token_ids,
+        "ignore_eos": ignore_eos,
+    }
+    texts = list(prompts or PROMPTS)
+    given = options.flags(model, backend, mesh, dtype, pairs)
+    names: list[str | None] = [None]
+    if compare:
+        # Two arithmetics agree to the token in float32; sampled tokens do when they share a seed.
+        names = list(COMPARED)
+        given = {"dtype": "float32"} | given
+        params["seed"] = 0 if seed is None else seed
+    done = [_run(name, config, given, texts, params, chat) for name in names]
+    agreed = differences(done)
+    if as_json:
+        print(json.dumps({"runs": [r.plain() for r in done], **({"differences": agreed} if compare else {})}))
+    else:
+        _show(texts, done, agreed)
+    if agreed:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """One backend's answers. start: seconds until ready; seconds: to complete all prompts together."""
+
+    backend: str
+    device: str
+    dtype: str
+    start: float
+    seconds: float
+    results: Sequence[Mapping[str, Any]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(r["meta_info"]["completion_tokens"] for r in self.results)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "backend": self.backend,
+            "device": self.device,
+            "dtype": self.dtype,
+            "start_seconds": self.start,
+            "tokens_per_second": self.tokens / self.seconds,
+            "results": self.results,
+        }
+
+
+def _run(
+    backend: str | None,
+    config: Path | None,
+    given: Mapping[str, Any],
+    texts: Sequence[str],
+    params: Mapping[str, Any],
+    chat: bool,
+) -> Ran:
+    from engine.errors import InvalidRequest
+    from engine.text.chat import render
+    from radixmesh.engine import Engine
+
+    began = time.perf_counter()
+    with Engine(file=config, **{**given, **({"backend": backend} if backend else {})}) as engine:
+        ready = time.perf_counter()
+        if engine.tokenizer is None:
+            raise InvalidRequest("prompt: the model has no tokenizer", field="prompt")
+        ids = [
+            render(engine.tokenizer, [{"role": "user", "content": t}]) if chat else engine.tokenizer.encode(t)
+            for t in texts
+        ]
+        results = engine.generate(token_ids=ids, sampling_params=params)
+        return Ran(
+            backend=engine.resolved.backend,
+            device=engine.status().device,
+            dtype=engine.resolved.dtype,
+            start=ready - began,
+            seconds=time.perf_counter() - ready,
+            results=results,
+        )
+
+
+def differences(done: Sequence[Ran]) -> list[dict[str, Any]]:
+    """Where runs differ from the first one: prompt, position of the first token that differs, both tokens."""
+    out = []
+    for other in done[1:]:
+        for i, (a, b) in enumerate(zip(done[0].results, other.results, strict=True)):
+            left, right = a["output_ids"], b["output_ids"]
+            if left != right:
+                at = next(
+                    (n for n, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), min(len(left), len(right))
+                )
+                out.append(
+                    {
+                        "prompt": i,
+                        "position": at,
+                        done[0].backend: left[at : at + 1],
+                        other.backend: right[at : at + 1],
+                    }
+                )
+    return out
+
+
+def _show(texts: Sequence[str], done: Sequence[Ran], differences: Sequence[Mapping[str, Any]]) -> None:
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    for ran in done:
+        for prompt, result in zip(texts, ran.results, strict=True):
+            console.rule(f"{ran.backend}, {ran.device}, {ran.dtype}", align="left")
+            console.print(prompt, style="bold", end="", markup=False)
+            console.print(result["text"], markup=False)
+        console.print(
+            f"[{ran.backend}] {ran.tokens} tokens in {ran.seconds:.2f} s, {ran.tokens / ran.seconds:.0f} tokens/s "
+            f"(ready after {ran.start:.1f} s)",
+            markup=False,
+        )
+    for d in differences:
+        console.print(f"prompt {d['prompt']} differs at token {d['position']}: {d}", markup=False)
+    if len(done) > 1 and not differences:
+        console.print(f"{' and '.join(r.backend for r in done)} agree: {done[0].tokens} tokens, all the same")

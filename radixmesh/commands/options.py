@@ -1,0 +1,44 @@
+"""Options that commands share: which model, on what, configured how."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.errors import ConfigError
+
+Model = Annotated[str | None, typer.Option(help="Folder of a model; the demo model if left out.")]
+Backend = Annotated[str, typer.Option(help="auto, jax, torch or reference.")]
+Mesh = Annotated[str, typer.Option(help='Devices, such as "tp=2".')]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+File = Annotated[Path | None, typer.Option("--config", help="A TOML configuration; flags stand over it.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as cache.page=32.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def read_set(pairs: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE pairs as configuration keys; values are TOML, or else strings. Raises ConfigError."""
+    out: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {pair}: write it as KEY=VALUE, such as cache.page=32", field="set")
+        try:
+            out[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            out[key.strip()] = value.strip()
+    return out
+
+
+def flags(model: str | None, backend: str, mesh: str, dtype: str, pairs: list[str] | None) -> dict[str, Any]:
+    """The shared options as overrides of a configuration; what was left at its default is not given."""
+    given = {
+        "model": model,
+        "backend": None if backend == "auto" else backend,
+        "mesh": mesh or None,
+        "dtype": None if dtype == "auto" else dtype,
+    }
+    return read_set(pairs) | {k: v for k, v in given.items() if v is not None}

@@ -1,0 +1,38 @@
+"""Random configurations through the real scheduler equal sequential decoding, and planted faults are noticed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from tests.simulation.faults import FAULTS, ROOT
+from tests.simulation.trial import trial
+
+
+def run(seeds: range) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    for seed in seeds:
+        seen += trial(seed)
+    return seen
+
+
+def test_equals_sequential_decoding() -> None:
+    seen = run(range(400))
+    for rare in ("cached", "preempted", "failed", "aborted", "errors"):
+        assert seen[rare] > 20, f"the trials hardly reach {rare!r}: {seen}"
+
+
+@pytest.mark.slow
+def test_equals_sequential_decoding_long() -> None:
+    run(range(400, 8000))
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f.name for f in FAULTS])
+def test_fault_is_noticed(number: int) -> None:
+    command = [sys.executable, "-m", "tests.simulation.faults", str(number)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, f"{FAULTS[number].name}: {done.stdout}{done.stderr}"
+    assert done.stdout.startswith("trial "), done.stdout + done.stderr

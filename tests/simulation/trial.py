@@ -1,0 +1,246 @@
+"""One random configuration, run to the end through the real scheduler, cache and loop, against sequential decoding."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from backends.api.limits import Limits
+from backends.api.step import U32
+from engine.model.groups import CacheGroup
+from engine.run.loop import Loop
+from engine.run.messages import Abort, Submit
+from engine.sampling import SamplingParams
+from engine.sched.request import Output, Request
+from engine.sched.scheduler import Scheduler
+from tests.simulation.toy import DEADLY, NAN, ORDINARY, REFUSED, VOCAB, Toy, Truth
+
+KINDS = (("full",), ("full",), ("full", "window"), ("full", "state"), ("full", "window", "state"))
+EOS = frozenset(range(0, ORDINARY, 9))
+
+
+def mask_after(token: int) -> U32:
+    """A vocabulary mask that depends on the last token."""
+    bits = np.array([v < ORDINARY and (v + token) % 2 == 1 for v in range(VOCAB + -VOCAB % 32)])
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+class Alternate:
+    """A grammar: each token's parity differs from the last one's."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        self.last = tokens[-1] if tokens else self.last
+
+    def mask(self) -> U32:
+        return mask_after(self.last)
+
+
+class Pair:
+    """A stop string of two tokens."""
+
+    def __init__(self) -> None:
+        self.before, self.matched = 0, None
+
+    def feed(self, tokens: Sequence[int]) -> int | None:
+        for i, token in enumerate(tokens):
+            if self.before % 3 == 1 and token % 5 == 2:
+                self.matched = "pair"
+                return i + 1
+            self.before = token
+        return None
+
+
+@dataclass(kw_only=True)
+class Case:
+    """A request and what is known of it."""
+
+    request: Request
+    truth: list[int]
+    poison: int | None
+    masked: bool
+    abort_at: int | None
+    got: list[int] = field(default_factory=list)
+    end: Output | None = None
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """What happened in a trial, to show that trials reach the rare things."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def make_limits(rng: random.Random) -> tuple[Limits, int]:
+    """Random groups, page sizes and pools: from just enough for one request to plenty."""
+    page, window, kinds = rng.choice([1, 2, 4]), rng.choice([1, 3, 5, 8]), rng.choice(KINDS)
+    depth, slots, rows = rng.choice([1, 2, 2, 2, 3, 4]), rng.choice([2, 3, 6]), rng.choice([1, 2, 6])
+    draft = rng.choice([0, 0, 1, 2, 3])
+    max_len, tokens = 40, rng.choice([4, 6, 16, 40, 200])
+    groups, pages, table = [], [], []
+    for kind in kinds:
+        groups.append(
+            CacheGroup(kind=kind, page=0 if kind == "state" else page, window=window if kind == "window" else 0)
+        )
+        need = -(-(max_len + draft) // page)
+        if kind == "window":
+            need = min(need, -(-(window + tokens + depth * (1 + draft)) // page) + 2)
+        table.append(1 if kind == "state" else need)
+        pages.append(slots + rng.choice([1, 3, 30]) if kind == "state" else int(need * rng.choice([1, 1.2, 2, 6])))
+    limits = Limits(
+        groups=tuple(groups),
+        pages=tuple(pages),
+        max_row_pages=tuple(table),
+        slots=slots,
+        max_rows=rows,
+        max_tokens=tokens,
+        max_len=max_len,
+        max_edits=max(table) + rng.choice([2 * rows + tokens, 400]),
+        vocab=VOCAB,
+        depth=depth,
+        run_ahead=rng.choice([0, 1]) if draft else 0,
+        max_draft=draft,
+        device_draft=draft > 0,
+        max_masks=rng.choice([1, rows]),
+        max_copies=8,
+        max_history=max_len * rng.choice([1, 4]),
+    )
+    return limits, window
+
+
+def truth_of(request: Request, truth: Truth, masked: bool, max_len: int) -> list[int]:
+    """The output by sequential decoding."""
+    tokens, made, stopper = list(request.tokens), [], Pair()
+    room = min(request.params.max_new_tokens, max_len - len(tokens))
+    for _ in range(room):
+        mask = mask_after(tokens[-1]) if masked else None
+        y = truth.next(tokens, len(request.tokens), request.seed, request.params.penalised, mask)
+        tokens.append(y)
+        made.append(y)
+        if (y in EOS and not request.params.ignore_eos) or y in request.params.stop_token_ids:
+            break
+        if request.stopper is not None and stopper.feed([y]) is not None:
+            break
+    return made
+
+
+def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos: bool) -> list[Case]:
+    pool = [[rng.randrange(ORDINARY) for _ in range(12)] for _ in range(2)]
+    cases = []
+    for i in range(count):
+        prompt = rng.choice(pool)[: rng.randrange(1, 13)] + [
+            rng.randrange(ORDINARY) for _ in range(rng.randrange(1, 9))
+        ]
+        poison = rng.choice([REFUSED, NAN, DEADLY]) if chaos and rng.random() < 0.15 else None
+        if poison is not None:
+            prompt[rng.randrange(len(prompt))] = poison
+        masked = rng.random() < 0.25
+        params = SamplingParams(
+            max_new_tokens=rng.choice([1, 3, 8, 100]),
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=(7, 13),
+            presence_penalty=1.0 if rng.random() < 0.3 else 0.0,
+        )
+        request = Request(
+            rid=f"r{i}",
+            tokens=tuple(prompt),
+            params=params,
+            seed=rng.randrange(2**40),
+            eos=EOS,
+            stopper=Pair() if rng.random() < 0.3 else None,
+            grammar=Alternate(prompt[-1]) if masked else None,
+            priority=rng.choice([0, 0, 1]),
+            namespace=rng.choice(["", "", "other"]),
+        )
+        expected = [] if poison is not None else truth_of(request, truth, masked, max_len)
+        abort_at = rng.randrange(30) if chaos and rng.random() < 0.15 else None
+        cases.append(Case(request=request, truth=expected, poison=poison, masked=masked, abort_at=abort_at))
+    return cases
+
+
+def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
+    """Run one random configuration; AssertionError says what differs. Returns what happened."""
+    rng = random.Random(seed)
+    limits, window = make_limits(rng)
+    truth = Truth(kinds=tuple(g.kind for g in limits.groups), window=window)
+    chaos, flaky = rng.random() < 0.5, rng.random() < 0.2
+    cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}
+    scheduler = Scheduler(limits, policy=rng.choice(["lpm", "fcfs"]), radix=rng.random() < 0.75)
+
+    def guess(slot: int, length: int) -> list[int]:
+        run = next((r for r in scheduler.running if r.slot == slot), None)
+        known = [] if run is None else cases[run.request.rid].truth
+        ahead = length - (len(run.request.tokens) if run else 0) + 1
+        right = known[ahead : ahead + limits.max_draft] if ahead >= 0 else []
+        right += [0] * (limits.max_draft - len(right))
+        return [t if rng.random() < 0.7 else rng.randrange(ORDINARY) for t in right]
+
+    toy = Toy(limits, seed, guess, lambda out: flaky and out > 0 and toy.failures == 0 and rng.random() < 0.05)
+    seen: Counter[str] = Counter()
+
+    def emit(outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            case = cases[output.rid]
+            assert case.end is None, f"{output.rid}: news after the end"
+            case.got += output.tokens
+            case.end = output if output.finish else None
+            seen["cached"] += output.cached_tokens > 0 and output.finish is not None
+
+    loop = Loop(scheduler, toy, emit)
+    todo, turn = list(cases.values()), 0
+    while todo or loop.busy:
+        turn += 1
+        assert turn < turns, f"seed {seed}: stuck, {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
+        while todo and rng.random() < 0.5:
+            loop.take([Submit(request=todo.pop(0).request)])
+        loop.take([Abort(rid=c.request.rid) for c in cases.values() if c.abort_at == turn and c not in todo])
+        loop.turn()
+        balance(scheduler, seed)
+    for case in cases.values():
+        judge(case, seed, lone=flaky and toy.failures > 0)
+    scheduler.tree.flush()
+    assert [p.free for p in scheduler.pools] == list(limits.pages), f"seed {seed}: pages were lost"
+    seen.update(
+        {
+            "preempted": scheduler.preemptions,
+            "failed": toy.failures,
+            "aborted": sum(c.end.finish.kind == "abort" for c in cases.values() if c.end),
+            "errors": sum(c.end.error is not None for c in cases.values() if c.end),
+            f"depth {limits.depth}, drafts {limits.max_draft > 0}": 1,
+        }
+    )
+    return seen
+
+
+def balance(scheduler: Scheduler, seed: int) -> None:
+    """Promise 10: free + evictable + in use == total, after every step."""
+    for g, a in enumerate(scheduler.accounts()):
+        parts = a.free + a.evictable + a.locked + a.owned
+        assert parts == a.total, f"seed {seed}: group {g} has {a}"
+        assert min(a.free, a.evictable, a.locked, a.owned) >= 0, f"seed {seed}: group {g} has {a}"
+
+
+def judge(case: Case, seed: int, lone: bool) -> None:
+    """Compare what a request got with the truth."""
+    end, rid = case.end, case.request.rid
+    assert end is not None, f"seed {seed}: {rid} never ended"
+    assert end.finish is not None
+    kind, about = end.finish.kind, f"seed {seed}: {rid} {end} got {case.got} truth {case.truth}"
+    if kind == "abort":
+        assert case.abort_at is not None, about
+        assert case.got == case.truth[: len(case.got)] or case.poison is not None, about
+    elif case.poison is not None:
+        assert kind == "error", about
+        assert end.error is not None, about
+        assert not case.got, about
+    elif kind == "error":  # a device that fails for no reason while one request runs looks like that one's fault
+        assert lone, about
+        assert case.got == case.truth[: len(case.got)], about
+    else:
+        assert case.got == case.truth, about
