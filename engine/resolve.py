@@ -22,11 +22,12 @@ CPU_CACHE = GIB
 SPARE = 4
 """The cache holds at most so many times what the slots can fill: prefixes of requests that ended."""
 STEP = {
-    "cpu": (16, 256, (1, 4, 16, 64)),
+    "cpu": (8, 256, (1, 8, 64)),
     "gpu": (128, 2048, (1, 8, 32, 128, 512)),
     "tpu": (128, 2048, (8, 32, 128, 512)),
 }
-"""Platform -> slots, tokens of a step, and the sizes below it that steps are padded to."""
+"""Platform -> slots, tokens of a step, and the sizes below it that steps are padded to. Each size is a program that jax
+compiles before it is ready: some 5 s of a CPU's time each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

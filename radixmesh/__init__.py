@@ -34,8 +34,8 @@ def _check_rooms(home: Path) -> None:
             places = [] if found is None else [origin or "", *(found.submodule_search_locations or [])]
             where = f"python finds {next(filter(None, places))}" if any(places) else "there is none"
             raise ImportError(
-                f"radixmesh needs its own package {room!r} in {home}, but {where}; rename what hides it, or start python "
-                "in another folder",
+                f"radixmesh needs its own package {room!r} in {home}, but {where}; rename what hides it, or start "
+                "python in another folder",
                 name=room,
             )
 

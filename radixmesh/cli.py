@@ -1,4 +1,4 @@
-"""The command line: `radixmesh COMMAND`. A file of `radixmesh.commands` with a function `register(app)` is a command."""
+"""The command line: `radixmesh COMMAND`. A file of radixmesh.commands with a function `register(app)` is a command."""
 
 from __future__ import annotations
 

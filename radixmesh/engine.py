@@ -87,13 +87,9 @@ class Engine:
         self.spec, self.resolved, self.decisions = decided.spec, decided.resolved, decided.decisions
         self.tokenizer = None if skip_tokenizer else Tokenizer.open(decided.path)
         weights = Checkpoint(decided.path, decided.spec)
-        self._backend = open_backend(self.resolved.backend, self.spec, self.resolved)
-        self._finalizer = weakref.finalize(self, self._backend.close)
-        self._backend.load(weights)
-        self._backend.warmup()
+        self._backend = _open(self.spec, self.resolved, weights)
         self._scheduler = Scheduler(self._backend.limits, policy=self.resolved.policy, radix=self.resolved.radix)
         self._client = LocalClient(self._scheduler, self._backend)
-        self._finalizer.detach()
         self._finalizer = weakref.finalize(self, _close, self._client, self._backend)
         eos = self.tokenizer.eos if self.tokenizer is not None else None
         self._eos = frozenset(self.spec.eos if eos is None else (*self.spec.eos, eos))
@@ -299,6 +295,18 @@ def _integers(values: Any) -> tuple[int, ...]:
         if isinstance(v, bool) or not hasattr(v, "__index__"):
             raise InvalidRequest(f"token_ids: must be integers, not {v!r}", field="token_ids")
     return tuple(int(v) for v in values)
+
+
+def _open(spec: ModelSpec, resolved: Resolved, weights: Checkpoint) -> Backend:
+    """A backend that is ready; nothing of it is left when it can't be."""
+    backend = open_backend(resolved.backend, spec, resolved)
+    try:
+        backend.load(weights)
+        backend.warmup()
+    except BaseException:
+        backend.close()
+        raise
+    return backend
 
 
 def _close(client: LocalClient, backend: Backend) -> None:

@@ -118,9 +118,13 @@ def _shapes(step: ScheduleStep, limits: Limits) -> None:
         _refuse("step", "must not be negative")
     shape, s = step.slots.shape, step.sampling
     for name, dtype in ROWS.items():
-        _array(name, getattr(step, name), dtype, shape)
+        value = getattr(step, name)
+        if type(value) is not np.ndarray or value.dtype != dtype or value.shape != shape:
+            _array(name, value, dtype, shape)
     for name, dtype in SAMPLING.items():
-        _array("sampling." + name, getattr(s, name), dtype, shape)
+        value = getattr(s, name)
+        if type(value) is not np.ndarray or value.dtype != dtype or value.shape != shape:
+            _array("sampling." + name, value, dtype, shape)
     rows = shape[0]
     _array("sampling.penalty", s.penalty, FLOAT, (rows, 3))
     _array("sampling.prompt_logprobs", s.prompt_logprobs, INT, (rows, 2))
@@ -178,33 +182,44 @@ def tap_names(layers: int) -> frozenset[str]:
     return frozenset(["embed", *inner, "final_norm", "logits"])
 
 
-def _ranges(step: ScheduleStep, limits: Limits) -> None:
-    """The lowest and highest value of each integer of a row; a feature that isn't built leaves only the neutral one."""
-    s, reach = step.sampling, limits.max_len + limits.max_draft
-    fields = (
-        ("slots", step.slots, 0, limits.slots - 1),
-        ("starts", step.starts, -1, limits.max_len),
-        ("lens", step.lens, 1, limits.max_tokens),
-        ("upper", step.upper, 1, reach),
-        ("drafts", step.drafts, 0, limits.max_draft),
-        ("next", step.next, -1, limits.vocab - 1),
-        ("output", step.output, int(limits.whole_rows), TOKEN),
-        ("masked", step.masked, 0, min(limits.max_masks, 1)),
-        ("adapters", step.adapters, 0, limits.adapters),
-        ("sampling.top_k", s.top_k, 0, 2**31 - 1),
-        ("sampling.logprobs", s.logprobs, -1, limits.max_logprobs or -1),
-        ("sampling.prompt_logprobs", s.prompt_logprobs[:, 0], -1, -1),
-        ("sampling.prompt_logprobs", s.prompt_logprobs[:, 1], -1, -1),
+FIELDS = ("slots", "starts", "lens", "upper", "drafts", "next", "output", "masked", "adapters")
+CHOSEN = ("sampling.top_k", "sampling.logprobs", "sampling.prompt_logprobs", "sampling.prompt_logprobs")
+
+
+@lru_cache
+def _bounds(limits: Limits) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
+    """Lowest value and span of FIELDS and CHOSEN, [fields, 1]; a feature that isn't built has a span of 0."""
+    bounds = (
+        (0, limits.slots - 1),
+        (-1, limits.max_len),
+        (1, limits.max_tokens),
+        (1, limits.max_len + limits.max_draft),
+        (0, limits.max_draft),
+        (-1, limits.vocab - 1),
+        (int(limits.whole_rows), TOKEN),
+        (0, min(limits.max_masks, 1)),
+        (0, limits.adapters),
+        (0, 2**31 - 1),
+        (-1, limits.max_logprobs or -1),
+        (-1, -1),
+        (-1, -1),
     )
-    values = np.concatenate([f[1] for f in fields], dtype=INT, casting="unsafe").reshape(len(fields), -1)
-    bounds = np.array([f[2:] for f in fields], INT).T[:, :, None]
-    bad = (values < bounds[0]) | (values > bounds[1])
+    low, high = np.array(bounds, np.int64).T[:, :, None]
+    return low.astype(np.int32), (high - low).astype(np.uint32)
+
+
+def _ranges(step: ScheduleStep, limits: Limits) -> None:
+    """Each integer of a row lies between its bounds; one comparison, as what is too low wraps to a large number."""
+    s, (low, span) = step.sampling, _bounds(limits)
+    fields = [*(getattr(step, name) for name in FIELDS), s.top_k, s.logprobs, *s.prompt_logprobs.T]
+    values = np.concatenate(fields, dtype=INT, casting="unsafe").reshape(len(fields), -1)
+    bad = (values - low).view(np.uint32) > span
     if not np.count_nonzero(bad):
         return
     at = int(np.argmax(bad.any(axis=1)))
-    field, _, low, high = fields[at]
-    what = f"not in {low} .. {high}"
-    if low == high:
+    field, lowest, width = (*FIELDS, *CHOSEN)[at], int(low[at, 0]), int(span[at, 0])
+    what = f"not in {lowest} .. {lowest + width}"
+    if not width:
         what = ABSENT.get(field, what)
     if field == "output":
         found = [name for bit, name in BITS.items() if (step.output & bit).any()]
@@ -263,11 +278,10 @@ def _tokens(step: ScheduleStep, limits: Limits) -> None:
     count = np.count_nonzero(outside)
     if not count:
         return
-    ends = np.cumsum(lens)
-    opening = tokens if len(tokens) == len(lens) else tokens[ends - lens]
+    opening = tokens if len(tokens) == len(lens) else tokens[np.cumsum(lens) - lens]
     if np.count_nonzero((opening == -1) & (step.starts < 0)) == count:
         return
-    at = np.flatnonzero(outside)
+    at, ends = np.flatnonzero(outside), np.cumsum(lens)
     value, row = tokens[at], np.searchsorted(ends, at, side="right")
     offset = at - (ends - lens)[row]
     made = value < -1

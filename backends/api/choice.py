@@ -98,7 +98,11 @@ def scaled(logits: F32, choice: Choice) -> F32:
     if choice.allowed is not None:
         x = np.where(choice.allowed, x, np.float32(-np.inf))
     x = x.astype(np.float32)
-    return x if choice.temperature == 0 else (x - x.max()) / np.float32(choice.temperature)
+    if choice.temperature == 0:
+        return x
+    with np.errstate(over="ignore"):  # to -inf, which is right
+        x = (x - x.max()) / np.float32(choice.temperature)
+    return x
 
 
 def kept(values: F32, choice: Choice, slack: float = 0.0) -> Bool:
@@ -107,9 +111,10 @@ def kept(values: F32, choice: Choice, slack: float = 0.0) -> Bool:
     slack: how far each value may be off. Above 0 every token is kept that could be kept then, below 0 only those that
     must be; the comparison of two backends needs both.
     """
+    best: Bool = values == values.max()  # whatever the slack
     keep: Bool = np.ones(len(values), bool)
     if 0 < choice.top_k < len(values):
-        keep = values >= np.sort(values)[-choice.top_k] - 2 * slack
+        keep = (values >= np.sort(values)[-choice.top_k] - 2 * slack) | best
     p = np.where(keep, np.exp(values.astype(np.float64) - values.max()), 0.0)
     p /= p.sum()
     give = np.exp(-2 * slack)
@@ -119,8 +124,7 @@ def kept(values: F32, choice: Choice, slack: float = 0.0) -> Bool:
         keep &= p >= order[min(int(needed), len(order) - 1)] * give
     if choice.min_p > 0:
         keep &= p >= choice.min_p * p.max() * give
-    keep |= values == values.max()
-    return keep
+    return keep | best
 
 
 def unpack(mask: U32, vocab: int) -> Bool:

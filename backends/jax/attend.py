@@ -42,7 +42,7 @@ class Pages(NamedTuple):
 
 
 class View(NamedTuple):
-    """What attention knows of a step. before int32[R]: length before it; position int32[T]; tiled: tiles are planned."""
+    """What attention knows of a step. before int32[R]: lengths before it; position int32[T]; tiled: it has tiles."""
 
     batch: Batch
     before: Any

@@ -1,4 +1,4 @@
-"""How tokens are chosen on the device, by the normative rules of backends.api.choice, without a sort of the vocabulary."""
+"""How tokens are chosen on the device, by the rules of backends.api.choice, without a sort of the vocabulary."""
 
 from __future__ import annotations
 

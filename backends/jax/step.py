@@ -26,7 +26,7 @@ from models_jax import decoder, ops
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All that the programs of one engine are made from: no weights; the mesh may be of a TPU that is only described."""
+    """All that the programs of one engine are made from: no weights, and the mesh may be of a TPU only described."""
 
     spec: ModelSpec
     config: Resolved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from backends.api.protocol import Backend
 from engine.errors import BackendLost, RadixmeshError
@@ -40,7 +40,7 @@ class LocalClient:
         """End a request; its stream then ends with finish kind "abort". Harmless when it has ended."""
         self._inbox.put(Abort(rid=rid))
 
-    def outputs(self, rid: str) -> Iterator[Output]:
+    def outputs(self, rid: str) -> Generator[Output, None, None]:
         """What a submitted request makes, until it ends. Closing the iterator early aborts the request."""
         stream, ended = self._streams[rid], False
         try:

@@ -1,4 +1,4 @@
-"""Train the demo model on the text that prepare.py left: `python train.py --out DIR --minutes 1.4`."""
+"""Train the demo model on the text that prepare.py left: `python train.py --out DIR --steps 4650`."""
 
 import argparse
 import json
@@ -78,7 +78,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
-def program(recipe: Recipe, shape: Shape, graph: nnx.GraphDef) -> Callable[..., tuple[State, Array]]:
+def program(recipe: Recipe, shape: Shape, graph: nnx.GraphDef) -> jax.stages.Wrapped:
     tx = optimizer(recipe)
 
     @partial(jax.jit, donate_argnums=0)
@@ -170,7 +170,7 @@ def options() -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder with what prepare.py wrote, for the model's files too"
     )
     parser.add_argument("--record", type=Path, help="folder for record.json and loss.png; --out if not given")
-    parser.add_argument("--minutes", type=float, default=5.0, help="training time, unless --steps is given")
+    parser.add_argument("--minutes", type=float, default=1.4, help="training time, unless --steps is given")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--attention", choices=("cudnn", "xla"), default="xla")
     for field in (*fields(Shape), *fields(Recipe)):

@@ -18,9 +18,9 @@ def register(app: typer.Typer) -> None:
 
 def explain(
     model: options.Model = None,
-    backend: options.Backend = "auto",
-    mesh: options.Mesh = "",
-    dtype: options.Dtype = "auto",
+    backend: options.Backend = None,
+    mesh: options.Mesh = None,
+    dtype: options.Dtype = None,
     config: options.File = None,
     pairs: options.Set = None,
     as_json: options.Json = False,

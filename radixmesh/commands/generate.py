@@ -26,9 +26,9 @@ def register(app: typer.Typer) -> None:
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; a few of Python's if left out.")] = None,
     model: options.Model = None,
-    backend: options.Backend = "auto",
-    mesh: options.Mesh = "",
-    dtype: options.Dtype = "auto",
+    backend: options.Backend = None,
+    mesh: options.Mesh = None,
+    dtype: options.Dtype = None,
     config: options.File = None,
     pairs: options.Set = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
@@ -120,7 +120,7 @@ def _run(
     from radixmesh.engine import Engine
 
     began = time.perf_counter()
-    with Engine(file=config, **{**given, **({"backend": backend} if backend else {})}) as engine:
+    with Engine(file=config, **(dict(given) | ({"backend": backend} if backend else {}))) as engine:
         ready = time.perf_counter()
         if engine.tokenizer is None:
             raise InvalidRequest("prompt: the model has no tokenizer", field="prompt")
@@ -129,6 +129,7 @@ def _run(
             for t in texts
         ]
         results = engine.generate(token_ids=ids, sampling_params=params)
+        assert isinstance(results, list)
         return Ran(
             backend=engine.resolved.backend,
             device=engine.status().device,
@@ -140,23 +141,17 @@ def _run(
 
 
 def differences(done: Sequence[Ran]) -> list[dict[str, Any]]:
-    """Where runs differ from the first one: prompt, position of the first token that differs, both tokens."""
+    """Where runs differ from the first one: prompt, position of the first token that differs, each one's token."""
+    from backends.api.ties import first_difference
+
     out = []
     for other in done[1:]:
         for i, (a, b) in enumerate(zip(done[0].results, other.results, strict=True)):
             left, right = a["output_ids"], b["output_ids"]
-            if left != right:
-                at = next(
-                    (n for n, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), min(len(left), len(right))
-                )
-                out.append(
-                    {
-                        "prompt": i,
-                        "position": at,
-                        done[0].backend: left[at : at + 1],
-                        other.backend: right[at : at + 1],
-                    }
-                )
+            at = first_difference(left, right)
+            if at is not None:
+                tokens = {done[0].backend: left[at : at + 1], other.backend: right[at : at + 1]}
+                out.append({"prompt": i, "position": at, "tokens": tokens})
     return out
 
 
@@ -173,6 +168,6 @@ def _show(texts: Sequence[str], done: Sequence[Ran], differences: Sequence[Mappi
             markup=False,
         )
     for d in differences:
-        console.print(f"prompt {d['prompt']} differs at token {d['position']}: {d}", markup=False)
+        console.print(f"prompt {d['prompt']} differs at token {d['position']}: {d['tokens']}", markup=False)
     if len(done) > 1 and not differences:
         console.print(f"{' and '.join(r.backend for r in done)} agree: {done[0].tokens} tokens, all the same")

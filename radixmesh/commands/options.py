@@ -11,9 +11,9 @@ import typer
 from engine.errors import ConfigError
 
 Model = Annotated[str | None, typer.Option(help="Folder of a model; the demo model if left out.")]
-Backend = Annotated[str, typer.Option(help="auto, jax, torch or reference.")]
-Mesh = Annotated[str, typer.Option(help='Devices, such as "tp=2".')]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Backend = Annotated[str | None, typer.Option(help="auto, jax, torch or reference.")]
+Mesh = Annotated[str | None, typer.Option(help='Devices, such as "tp=2".')]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
 File = Annotated[Path | None, typer.Option("--config", help="A TOML configuration; flags stand over it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as cache.page=32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -33,12 +33,9 @@ def read_set(pairs: list[str] | None) -> dict[str, Any]:
     return out
 
 
-def flags(model: str | None, backend: str, mesh: str, dtype: str, pairs: list[str] | None) -> dict[str, Any]:
-    """The shared options as overrides of a configuration; what was left at its default is not given."""
-    given = {
-        "model": model,
-        "backend": None if backend == "auto" else backend,
-        "mesh": mesh or None,
-        "dtype": None if dtype == "auto" else dtype,
-    }
+def flags(
+    model: str | None, backend: str | None, mesh: str | None, dtype: str | None, pairs: list[str] | None
+) -> dict[str, Any]:
+    """The shared options as overrides of a configuration; None is what was not given."""
+    given = {"model": model, "backend": backend, "mesh": mesh, "dtype": dtype}
     return read_set(pairs) | {k: v for k, v in given.items() if v is not None}

@@ -236,6 +236,10 @@ def test_what_is_not_honoured_is_refused_by_name(family: str, change: dict[str, 
     assert "\n" not in str(e.value)
 
 
+def test_a_head_size_of_its_own_needs_no_divisor() -> None:
+    assert llama.spec(SIZES | {"num_attention_heads": 7, "head_dim": 16}).layers[0].mixer.head_dim == 16
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_shapes_of_parity_are_honest(name: str, tmp_path: Path) -> None:
     model = tiny(tmp_path, **SHAPES[name])

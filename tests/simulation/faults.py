@@ -36,7 +36,7 @@ FAULTS = [
     *_faults(
         "engine.cache.sequence",
         ("window trimmed one token early", "lower - group.window + 1", "lower - group.window + 2"),
-        ("pages stay the sequence's after the tree took them", "own -= taken", "own -= set()"),
+        ("pages stay the sequence's after the tree took them", "self.own[g] -= taken", "pass"),
         ("the shared prefix is not locked", "self.tree.lock(node)\n        self.tree.unlock(self.node)", "pass"),
         ("seating sends no page table", "[list(enumerate(pages)) for pages in self.table]", "[[] for _ in self.table]"),
         ("the whole table is not told after a rebase", "self.edits[g] = list(enumerate(self.table[g]))", "pass"),

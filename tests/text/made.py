@@ -55,7 +55,8 @@ def fallback(strip: bool) -> PreTrainedTokenizerFast:
     tokens = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *sorted(learned), "▁", "▁▁", " ▁x", "<0x+A>", "<0xZZ>"]
     vocabulary = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space = normalizers.Replace(" ", "▁")
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if strip else space
     parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     made.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if strip else parts)
     return _wrap(made)

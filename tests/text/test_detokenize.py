@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from functools import cache
 
@@ -10,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Raw
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import ModelError
 from engine.text.detokenize import Detokenizer, StopStrings, TextStream
+from engine.text.stages import BYTE_OF
 from engine.text.tokenizer import Tokenizer
 from tests.text.made import KINDS, TEXT, made
 
@@ -45,16 +45,16 @@ def streams(draw: st.DrawFn, kind: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("skip", [True, False])
-def test_pieces_join_to_the_text_decoded_at_once(kind: str, skip: bool) -> None:
-    @settings(max_examples=150, deadline=None)
-    @given(streams(kind))
-    def check(chunks: list[list[int]]) -> None:
+def test_pieces_join_to_the_text_decoded_at_once(kind: str) -> None:
+    @settings(max_examples=100, deadline=None)
+    @given(streams(kind), st.booleans())
+    def check(chunks: list[list[int]], skip: bool) -> None:
         ids = [i for chunk in chunks for i in chunk]
         stream = Detokenizer(tokenizer(kind), skip)
         text = "".join(stream.feed(chunk) for chunk in chunks)
         whole = made(kind).decode(ids, skip_special_tokens=skip)
-        assert (text + stream.peek()).rstrip("\ufffd") == whole.rstrip("\ufffd") or kind in ("llama", "gemma")
+        if kind not in ("llama", "gemma"):  # there an unfinished character takes its whole run with it
+            assert (text + stream.peek()).rstrip("\ufffd") == whole.rstrip("\ufffd")
         assert text + stream.finish() == whole
 
     check()
@@ -76,7 +76,7 @@ def test_characters_split_across_tokens_come_whole() -> None:
 
 
 def test_bytes_that_stay_invalid_are_given_as_soon_as_that_is_sure() -> None:
-    half, letter = numbers("byte_level", "世")[:1], numbers("byte_level", "a")
+    half, letter = numbers("byte_level", "鬼")[:1], numbers("byte_level", "a")
     stream = Detokenizer(tokenizer("byte_level"))
     assert stream.feed(half) == ""
     assert stream.feed(letter) == "\ufffda"
@@ -136,7 +136,7 @@ def first_stop(kind: str, ids: list[int], stops: tuple[str, ...], skip: bool) ->
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "gemma", "metaspace", "words"])
 def test_stop_strings_end_the_text_at_the_first_token_that_shows_one(kind: str) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(streams(kind), st.data())
     def check(chunks: list[list[int]], data: st.DataObject) -> None:
         ids = [i for chunk in chunks for i in chunk]
@@ -168,13 +168,9 @@ def test_text_that_may_become_a_stop_string_is_kept_back() -> None:
     assert stream.finish("END") == ""
 
 
-def test_the_decoders_alphabet_is_the_librarys() -> None:
-    from tokenizers import pre_tokenizers
-
-    from engine.text.stages import BYTE_OF
-
-    assert set(BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
+def test_the_alphabet_of_bytes_is_the_librarys() -> None:
     for char, byte in BYTE_OF.items():
-        pair = decoders.ByteLevel().decode([char, char])
-        assert pair.encode() == bytes([byte, byte]) or byte >= 128
-    assert json.loads(decoders.ByteLevel().__getstate__())["type"] == "ByteLevel"
+        for before in (b"", b"\xc3", b"\xf0\x9f\x99"):  # so that every byte completes some character
+            token = "".join(next(c for c, b in BYTE_OF.items() if b == x) for x in before) + char
+            assert decoders.ByteLevel().decode([token]) == (before + bytes([byte])).decode(errors="replace")
+    assert set(BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())

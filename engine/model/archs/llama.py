@@ -14,9 +14,9 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     f = Fields(config)
     hidden, q_heads = f.size("hidden_size"), f.size("num_attention_heads")
     max_len = f.size("max_position_embeddings", 2048)
-    head_dim, vocab = f.size("head_dim", hidden // q_heads), f.size("vocab_size")
-    if hidden % q_heads and "head_dim" not in f:
+    if hidden % q_heads and config.get("head_dim") is None:
         f.refuse("hidden_size", hidden, f"must be a multiple of num_attention_heads = {q_heads}, or head_dim be given")
+    head_dim, vocab = f.size("head_dim", hidden // q_heads), f.size("vocab_size")
     bias = f.flag("attention_bias")
     f.only("hidden_act", "silu")
     layer = Layer(

@@ -1,0 +1,120 @@
+"""The demo model through the engine: two backends, the same tokens; and nothing compiles after ready."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from backends.api.choice import Choice
+from backends.api.ties import admissible, first_difference
+from engine.config import load
+from engine.model.checkpoint import Checkpoint
+from engine.text.tokenizer import Tokenizer
+from radixmesh import Engine
+from radixmesh.engine import DEMO, decide
+from radixmesh.parity.compare import compare
+from radixmesh.parity.readings import read_backend
+
+PROMPTS, MADE = 100, 64
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0.02}
+
+
+def prompts() -> list[str]:
+    """Beginnings of the standard library's own functions."""
+    modules = [json, textwrap, random, inspect]
+    sources = [inspect.getsource(f) for m in modules for _, f in inspect.getmembers(m, inspect.isfunction)]
+    random.Random(0).shuffle(sources)
+    texts = [source[: 20 + 7 * (i % 30)] for i, source in enumerate(sources * 3)]
+    return texts[:PROMPTS]
+
+
+def generate(backend: str, params: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    with Engine(backend=backend, dtype="float32") as engine:
+        results: list[dict[str, Any]] = engine.generate(prompts(), sampling_params=params)
+    return results
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+def test_backends_give_the_same_tokens(kind: str) -> None:
+    """100 prompts, 64 tokens: equal, but for near-ties of Hugging Face's logits in at most 1 of 100."""
+    common = {"max_new_tokens": MADE, "ignore_eos": True}
+    chosen = {"temperature": 0.0} if kind == "greedy" else SAMPLED
+    params = [common | chosen | {"seed": 1000 + i} for i in range(PROMPTS)]
+    left, right = generate("jax", params), generate("torch", params)
+    assert all(len(r["output_ids"]) == MADE for r in left)
+    differ = [
+        (i, at)
+        for i, (a, b) in enumerate(zip(left, right, strict=True))
+        if (at := first_difference(a["output_ids"], b["output_ids"])) is not None
+    ]
+    assert len(differ) <= PROMPTS // 100, f"{len(differ)} sequences differ"
+    hf = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    tokenizer = Tokenizer.open(DEMO)
+    for i, at in differ:
+        ids = [*tokenizer.encode(prompts()[i]), *left[i]["output_ids"][:at]]
+        with torch.no_grad():
+            logits = hf(torch.tensor([ids])).logits[0, -1].numpy()
+        choice = Choice(seed=1000 + i, **chosen)
+        for result in (left[i], right[i]):
+            assert admissible(result["output_ids"][at], logits, choice, len(ids), measured()), (i, at)
+
+
+def measured() -> float:
+    """Largest difference of the two backends' logits on one prompt."""
+    ids = Tokenizer.open(DEMO).encode(prompts()[0])
+    readings = []
+    for name in ("jax", "torch"):
+        decided = decide(load(None, {"backend": name, "dtype": "float32", "sched.slots": 1}))
+        weights = Checkpoint(DEMO, decided.spec)
+        readings.append(read_backend(decided.spec, decided.resolved, weights, ids, 1))
+    return compare(*readings).gaps[-1].worst
+
+
+def test_nothing_compiles_after_ready() -> None:
+    """200 mixed requests on jax: lengths, sampling, stops and aborts of all kinds, and no compile."""
+    rng = random.Random(7)
+    small = {"sched.slots": 8, "sched.max_tokens": 64, "cache.tokens": 2048, "model.max_len": 512}
+    with Engine(backend="jax", skip_tokenizer=True, **small) as engine:
+        before = engine.status()
+        for _ in range(10):
+            ids = [[rng.randrange(6, 1600) for _ in range(rng.choice([1, 7, 16, 90, 300]))] for _ in range(20)]
+            params = [
+                {
+                    "max_new_tokens": rng.choice([1, 5, 30]),
+                    "temperature": rng.choice([0.0, 0.9]),
+                    "top_k": rng.choice([-1, 20]),
+                    "top_p": rng.choice([1.0, 0.9]),
+                    "min_p": rng.choice([0.0, 0.1]),
+                    "stop_token_ids": [rng.randrange(1600)],
+                }
+                for _ in ids
+            ]
+            results = engine.generate(token_ids=ids, sampling_params=params)
+            assert all(r["meta_info"]["finish_reason"]["type"] in ("length", "stop") for r in results)
+            next(engine.stream(token_ids=ids[0], sampling_params=params[0])).keys()
+        after = engine.status()
+    assert before.ready
+    assert after.programs == before.programs > 0
+    assert after.compiles_after_ready == 0
+
+
+def test_greedy_output_reads_like_python() -> None:
+    """Not noise: most of what the demo model writes are words that Python programs are made of."""
+    with Engine(backend="torch") as engine:
+        texts = [
+            engine.generate(p, sampling_params={"temperature": t, "seed": 5, "max_new_tokens": 60})["text"]
+            for p in ("def read_file(path):\n", "class Parser:\n    def __init__(self")
+            for t in (0.0, 0.7)
+        ]
+    for text in texts:
+        assert "\n" in text
+        assert np.mean([c.isascii() for c in text]) > 0.99
+        assert any(word in text for word in ("self", "return", "def ", "if ", "raise")), text

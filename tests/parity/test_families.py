@@ -1,0 +1,163 @@
+"""Small honest models of each family: every backend against Hugging Face in float32, and planted slips that must show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from backends.api.ties import first_difference, margin, near_tie
+from engine.config import load
+from engine.model.checkpoint import Checkpoint
+from engine.model.spec import ModelSpec, Rope
+from engine.model.weights import WeightSource
+from radixmesh import Engine
+from radixmesh.engine import decide
+from radixmesh.parity.compare import Verdict, compare
+from radixmesh.parity.readings import Reading, read_backend, read_oracle
+from tests.tiny import SHAPES, Tiny, assert_honest, prompt, tiny
+
+BACKENDS = ("jax", "torch", "reference")
+SMALL: dict[str, Any] = {"dtype": "float32", "sched.slots": 4, "cache.page": 8, "model.max_len": 160}
+PROMPT, MADE = 40, 64
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Tiny, Reading]]:
+    """Models by shape, with what Hugging Face computes of a prompt."""
+    made: dict[str, tuple[Tiny, Reading]] = {}
+
+    def get(shape: str) -> tuple[Tiny, Reading]:
+        if shape not in made:
+            model = tiny(tmp_path_factory.mktemp(shape), **SHAPES[shape])
+            assert_honest(model)
+            spec = decide(load(None, {"model": str(model.path), "backend": "reference"})).spec
+            made[shape] = model, read_oracle(spec, model.path, prompt(model, PROMPT), MADE)
+        return made[shape]
+
+    return get
+
+
+def read(
+    model: Tiny,
+    backend: str,
+    tokens: Sequence[int],
+    count: int,
+    chunk: int,
+    spec: ModelSpec | None = None,
+    weights: WeightSource | None = None,
+) -> Reading:
+    """Through one backend, the prompt in chunks."""
+    steps = {"sched.max_tokens": chunk, "sched.token_buckets": [4, chunk], "model": str(model.path), "backend": backend}
+    decided = decide(load(None, SMALL | steps))
+    source = weights or Checkpoint(model.path, decided.spec)
+    return read_backend(spec or decided.spec, decided.resolved, source, tokens, count)
+
+
+def worst(verdict: Verdict) -> str:
+    return f"{verdict.name}: first {verdict.first}, tokens differ at {verdict.differs}, {verdict.gaps[-1]}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_layer_by_layer(models: Callable[[str], tuple[Tiny, Reading]], backend: str, shape: str) -> None:
+    """Whole prefill, every inner value; chunked, the same; 64 greedy tokens by the near-tie rule."""
+    model, judge = models(shape)
+    tokens = prompt(model, PROMPT)
+    for chunk, count in ((64, MADE), (16, 2)):
+        short = replace(judge, tokens=judge.tokens[:count], margins=judge.margins[:count])
+        verdict = compare(short, read(model, backend, tokens, count, chunk))
+        assert verdict.ok, f"chunks of {chunk}: {worst(verdict)}"
+
+
+@pytest.mark.parametrize("shape", ["llama-odd-heads", "llama-one-kv-head", "qwen3-grouped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_engine_agrees_cold_chunked_and_warm(
+    models: Callable[[str], tuple[Tiny, Reading]], backend: str, shape: str
+) -> None:
+    """Through the scheduler: prompts together in chunks of 16, then from a warm cache; all like Hugging Face."""
+    model, _ = models(shape)
+    longest = prompt(model, PROMPT, seed=1)
+    prompts = [longest, longest[:24] + prompt(model, 9, seed=2), prompt(model, 5, seed=3)]
+    oracle = [read_oracle_tokens(model, p) for p in prompts]
+    steps = {"sched.max_tokens": 16, "sched.token_buckets": [4, 16]}
+    with Engine(str(model.path), backend=backend, skip_tokenizer=True, **(SMALL | steps)) as engine:
+        for warm in (False, True):
+            results = engine.generate(
+                token_ids=prompts, sampling_params={"temperature": 0, "max_new_tokens": MADE, "ignore_eos": True}
+            )
+            for result, (expected, margins) in zip(results, oracle, strict=True):
+                at = first_difference(expected, result["output_ids"])
+                assert at is None or near_tie(margins[at], 1e-5), f"warm={warm}: token {at}, margin {margins[at]}"
+                assert (result["meta_info"]["cached_tokens"] > 0) == (warm and result["meta_info"]["prompt_tokens"] > 8)
+
+
+def read_oracle_tokens(model: Tiny, tokens: Sequence[int]) -> tuple[list[int], list[float]]:
+    spec = decide(load(None, {"model": str(model.path), "backend": "reference"})).spec
+    reading = read_oracle(spec, model.path, tokens, MADE)
+    return reading.tokens, reading.margins
+
+
+class Shuffled:
+    """Weights whose key-value heads stand one further: every query reads the wrong group."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.source = source
+
+    def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
+        value = self.source.read(name, part)
+        return np.roll(value, 1, axis=0) if name.endswith((".k", ".v", ".k_bias", ".v_bias")) else value
+
+
+class Shifted(Rope):
+    """Frequencies that stand one pair further."""
+
+    def frequencies(self) -> NDArray[np.float32]:
+        return np.roll(super().frequencies(), 1)
+
+
+def shift_rope(spec: ModelSpec) -> ModelSpec:
+    def shifted(rope: Rope) -> Rope:
+        return Shifted(**{f: getattr(rope, f) for f in Rope.__dataclass_fields__})
+
+    layers = [replace(x, mixer=replace(x.mixer, rope=shifted(x.mixer.rope))) for x in spec.layers if x.mixer.rope]
+    return replace(spec, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("slip", ["rope off by one", "norm epsilon", "wrong head group"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_planted_slip_shows(models: Callable[[str], tuple[Tiny, Reading]], backend: str, slip: str) -> None:
+    """Ten times past the tolerance, and told at the right place."""
+    model, judge = models("llama-grouped")
+    spec = decide(load(None, {"model": str(model.path), "backend": "reference"})).spec
+    weights: WeightSource = Checkpoint(model.path, spec)
+    if slip == "rope off by one":
+        spec = shift_rope(spec)
+    elif slip == "norm epsilon":
+        spec = replace(spec, norm_eps=1e-5)
+    else:
+        weights = Shuffled(weights)
+    verdict = compare(judge, read(model, backend, prompt(model, PROMPT), MADE, 64, spec, weights))
+    assert not verdict.ok
+    assert verdict.first == "layers.0.attention"
+    assert verdict.gaps[-1].worst > 10 * verdict.gaps[-1].allowed, worst(verdict)
+
+
+def test_margin_is_of_the_two_best() -> None:
+    assert margin(np.array([1, 5, 4.5, 0], np.float32)) == pytest.approx(0.5)
+
+
+def test_checkpoint_type_is_looked_at(tmp_path: Path) -> None:
+    """A reference in bfloat16 would make every comparison green."""
+    import torch
+
+    model = tiny(tmp_path / "m", **SHAPES["llama-grouped"])
+    model.hf.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    spec = decide(load(None, {"model": str(tmp_path / "half"), "backend": "reference"})).spec
+    reading = read_oracle(spec, tmp_path / "half", prompt(model, 4), 1)
+    assert reading.values["embed"].dtype == np.float32
