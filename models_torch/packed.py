@@ -18,9 +18,9 @@ ROWS = 8
 class Packed:
     """A float32 matrix [out, in] to multiply with.
 
-    form "half" (FBGEMM): values stand in memory as float16 times `scale`, a power of two, and are widened on their way
-    to the registers; products and sums are float32. It halves the memory that decoding reads. The scale brings the
-    largest value near 2^15, so that a bfloat16 or float16 value is held exactly, or, where it is smaller than 2^-32 of
+    form "half" (FBGEMM): values stand in memory as float16 divided by `scale`, a power of two, and are widened on their
+    way to the registers; products and sums are float32. It halves the memory that decoding reads. The scale brings
+    the largest value near 2^15, so that a bfloat16 or float16 value is held exactly, or, where it is smaller than 2^-32 of
     the largest, within 2^-40 of the largest: 16 bits below what float32 sums round away.
     form "blocked" (oneDNN): float32 in the order in which oneDNN reads it.
 
@@ -30,7 +30,7 @@ class Packed:
     shape: tuple[int, ...]
     form: str
     body: Any
-    scale: float = 1.0
+    scale: torch.Tensor | None = None
     rows: torch.Tensor | None = None
 
     @property
@@ -43,7 +43,7 @@ class Packed:
         """x float32[T, in] -> float32[T, out], in memory of its own."""
         if self.form == "blocked":
             return torch.ops.mkldnn._linear_pointwise(x, self.body, None, "none", [], "")
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.body).mul_(1 / self.scale)
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.body).mul_(self.scale)
 
     def look_up(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens int[T] -> float32[T, in]."""
@@ -69,7 +69,7 @@ def pack(w: torch.Tensor, inner: int, embedding: bool = False) -> Packed | None:
         return Packed(shape=tuple(w.shape), form=form, body=body, rows=rows)
     scale = _scale(largest)
     body = torch.ops.quantized.linear_prepack_fp16(matrix * scale, None)
-    return Packed(shape=tuple(w.shape), form=form, body=body, scale=scale, rows=rows)
+    return Packed(shape=tuple(w.shape), form=form, body=body, scale=torch.tensor(1 / scale), rows=rows)
 
 
 def _scale(largest: float) -> float:

@@ -101,8 +101,8 @@ def scaled(logits: F32, choice: Choice) -> F32:
     if choice.temperature == 0:
         return x
     with np.errstate(over="ignore"):  # to -inf, which is right
-        x = (x - x.max()) / np.float32(choice.temperature)
-    return x
+        cool: F32 = (x - x.max()) / np.float32(choice.temperature)
+    return cool
 
 
 def kept(values: F32, choice: Choice, slack: float = 0.0) -> Bool:

@@ -62,6 +62,9 @@ def generate(
         "stop_token_ids": stop_token_ids,
         "ignore_eos": ignore_eos,
     }
+    from engine.sampling import SamplingParams
+
+    SamplingParams.of(params)  # before anything is opened
     texts = list(prompts or PROMPTS)
     given = options.flags(model, backend, mesh, dtype, pairs)
     names: list[str | None] = [None]
@@ -115,20 +118,18 @@ def _run(
     params: Mapping[str, Any],
     chat: bool,
 ) -> Ran:
-    from engine.errors import InvalidRequest
     from engine.text.chat import render
     from radixmesh.engine import Engine
 
     began = time.perf_counter()
     with Engine(file=config, **(dict(given) | ({"backend": backend} if backend else {}))) as engine:
         ready = time.perf_counter()
-        if engine.tokenizer is None:
-            raise InvalidRequest("prompt: the model has no tokenizer", field="prompt")
-        ids = [
-            render(engine.tokenizer, [{"role": "user", "content": t}]) if chat else engine.tokenizer.encode(t)
-            for t in texts
-        ]
-        results = engine.generate(token_ids=ids, sampling_params=params)
+        assert engine.tokenizer is not None
+        if chat:
+            ids = [render(engine.tokenizer, [{"role": "user", "content": text}]) for text in texts]
+            results = engine.generate(token_ids=ids, sampling_params=params)
+        else:
+            results = engine.generate(texts, sampling_params=params)
         assert isinstance(results, list)
         return Ran(
             backend=engine.resolved.backend,

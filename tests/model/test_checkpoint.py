@@ -232,12 +232,12 @@ def test_a_truncated_file(kept: int, single: Path) -> None:
     raw = (single / SINGLE).read_bytes()
     (single / SINGLE).write_bytes(raw[:kept])
     if kept >= 0:
-        return refused(single, SINGLE, "truncated", str(single / SINGLE))
+        return refused(single, SINGLE, f"{single / SINGLE}: truncated, or not safetensors")
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     left = len(raw) - 8 - length + kept
     cut = [n for n, e in header.items() if n != "__metadata__" and e["data_offsets"][1] > left]
-    refused(single, min(cut, key=lambda n: header[n]["data_offsets"]), "truncated: tensor", SINGLE)
+    refused(single, min(cut, key=lambda n: header[n]["data_offsets"]), f"{SINGLE}: truncated: tensor")
 
 
 def test_bytes_too_many(single: Path) -> None:

@@ -221,6 +221,7 @@ def test_llama3_frequencies_take_all_three_branches() -> None:
         ("llama", {"num_hidden_layers": True}, "num_hidden_layers"),
         ("llama", {"intermediate_size": "many"}, "intermediate_size"),
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps"),
         ("llama", {"attention_bias": "yes"}, "attention_bias"),
         ("llama", {"eos_token_id": 1000}, "eos_token_id"),
         ("llama", {"eos_token_id": [1, "2"]}, "eos_token_id"),

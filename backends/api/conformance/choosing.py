@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from backends.api.build import Host, Text
 from backends.api.choice import Choice
 from backends.api.conformance.bench import (
     SPEC,
     Ask,
     Made,
     Opener,
+    blank,
     compare,
     generate,
     one,
@@ -65,66 +69,83 @@ def _normative(made: Made, ask: Ask) -> None:
         assert right, f"token {j} of {ask.values} is {token}"
 
 
+@dataclass(slots=True, kw_only=True)
+class Penalised:
+    """A text with penalties, and what the host expects the device to know of it."""
+
+    text: Text
+    values: dict[str, Any]
+    choice: Choice
+    seen: NDArray[np.bool_]
+    made: NDArray[np.int32]
+
+
+def _penalised(
+    host: Host, ids: list[int], earlier: list[int], pairs: list[tuple[int, float]], **values: Any
+) -> Penalised:
+    """A text whose prompt is `ids` and which had put out `earlier` before it was seated."""
+    made, bias = np.zeros(SPEC.vocab, np.int32), np.zeros(SPEC.vocab, np.float32)
+    np.add.at(made, earlier, 1)
+    seen = made > 0
+    seen[ids] = True
+    for token, value in pairs:
+        bias[token] = value
+    choice = Choice(**values, seen=seen, made=made, bias=bias)
+    return Penalised(text=host.open(), values={**values, "bias": pairs}, choice=choice, seen=seen, made=made)
+
+
 def penalties(open: Opener) -> None:
     """Repetition, presence and frequency penalties and bias, over a history and what was made since."""
-    host = open()
+    host, ids, earlier = open(), prompt(5), [5, 5, 9]
     if not host.limits.max_history or not host.taps:
         return
+    history = [(t, 0) for t in ids] + [(t, 1) for t in earlier]
     for penalty in ((1.7, 0.0, 0.0), (1.0, 1.5, 0.0), (1.0, 0.0, 0.8), (0.6, -1.0, 0.3)):
-        ids, earlier = prompt(6), [5, 5, 9]
-        text, made = host.open(), np.zeros(SPEC.vocab, np.int32)
-        np.add.at(made, earlier, 1)
-        seen = made > 0
-        seen[ids] = True
-        history = [(t, 0) for t in ids] + [(t, 1) for t in earlier]
         pairs = [(5, 0.5), (40, 1.5)] if host.limits.max_bias else []
-        bias = np.zeros(SPEC.vocab, np.float32)
-        for token, value in pairs:
-            bias[token] = value
+        rows = [
+            _penalised(host, ids, earlier, pairs, penalty=penalty, temperature=0.8, seed=3),
+            _penalised(host, ids, earlier, pairs[1:], penalty=(1.0, 0.5, 0.5), temperature=0.8, seed=3),
+        ]
         for step in range(10):
             feed: dict[str, Any] = {"tokens": ids + earlier, "history": history} if step == 0 else {"tokens": [-1]}
-            row = host.row(text, penalty=penalty, bias=pairs, temperature=0.8, seed=3, **feed)
-            result = host.run([(text, row)])
-            token, position = int(result.tokens[0, 0]), len(ids) + len(earlier) + step
-            choice = Choice(
-                temperature=float(np.float32(0.8)),
-                seed=3,
-                penalty=penalty,
-                seen=seen,
-                made=made,
-                bias=bias if pairs else None,
-            )
-            assert admissible(token, result.taps["logits"][-1], choice, position, ROUNDING), (penalty, step, token)
-            made[token] += 1
-            seen[token] = True
-        host.close(text)
+            result = host.run([(p.text, host.row(p.text, **feed, **p.values)) for p in rows])
+            last = np.arange(1, 3) * len(feed["tokens"]) - 1
+            for p, token, at in zip(rows, result.tokens[:, 0].tolist(), last, strict=True):
+                position = len(ids) + len(earlier) + step
+                right = admissible(token, result.taps["logits"][at], p.choice, position, ROUNDING)
+                assert right, f"token {step} of {p.values} is {token}"
+                p.made[token] += 1
+                p.seen[token] = True
+        for p in rows:
+            host.close(p.text)
 
 
 def masks(open: Opener) -> None:
-    """A masked row chooses among the tokens that its mask allows; a row beside it is free."""
-    host = open()
+    """Masked rows choose among the tokens that their own masks allow; a row between them is free."""
+    host, draw, ids = open(), np.random.default_rng(2), prompt(5)
     if not host.limits.max_masks:
         return
-    draw, ids = np.random.default_rng(2), prompt(5)
-    free = one(host, Ask(prompt=ids, make=6)).tokens
-    texts, made = [host.open() for _ in range(2)], []
+    free, made = one(host, Ask(prompt=ids, make=6)).tokens, blank(1)
+    texts = [host.open() for _ in range(3)]
     for step in range(6):
-        allowed = draw.random(SPEC.vocab) < 0.1
-        allowed[SPEC.vocab - 1] = True
-        words = np.zeros((1, 1 + host.limits.max_draft, -(-SPEC.vocab // 32)), np.uint32)
-        for v in np.flatnonzero(allowed):
-            words[0, 0, v // 32] |= np.uint32(1 << (v % 32))
+        allowed = draw.random((2, SPEC.vocab)) < 0.1
+        allowed[:, SPEC.vocab - 1] = True
+        words = np.zeros((2, 1 + host.limits.max_draft, -(-SPEC.vocab // 32)), np.uint32)
+        for m, v in np.argwhere(allowed):
+            words[m, 0, v // 32] |= np.uint32(1 << (v % 32))
         feed = ids if step == 0 else [-1]
-        rows = [(texts[0], host.row(texts[0], feed)), (texts[1], host.row(texts[1], feed, masked=True))]
+        rows = [(text, host.row(text, feed, masked=i != 1)) for i, text in enumerate(texts)]
         result = host.run(rows, words)
-        made.append(int(result.tokens[0, 0]))
-        token = int(result.tokens[1, 0])
-        assert allowed[token]
-        if result.taps:
-            assert admissible(token, result.taps["logits"][-1], Choice(allowed=allowed), 0, ROUNDING)
+        made[0].append(int(result.tokens[1, 0]))
+        for m, r in enumerate((0, 2)):
+            token = int(result.tokens[r, 0])
+            assert allowed[m, token]
+            if result.taps:
+                logits = result.taps["logits"][(r + 1) * len(feed) - 1]
+                assert admissible(token, logits, Choice(allowed=allowed[m]), 0, ROUNDING)
     for text in texts:
         host.close(text)
-    assert made == free
+    assert made == [free]
 
 
 def drafts(open: Opener) -> None:

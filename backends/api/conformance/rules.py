@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from backends.api.build import Host, Placed, Text
+from backends.api.build import Host
 from backends.api.conformance.bench import (
     SPEC,
     Ask,
@@ -17,7 +17,7 @@ from backends.api.conformance.bench import (
     take,
 )
 from backends.api.conformance.violations import violations
-from backends.api.step import NONFINITE, OK
+from backends.api.step import NONFINITE, OK, ScheduleStep
 from engine.errors import BackendLost
 
 
@@ -27,7 +27,7 @@ def order(open: Opener) -> None:
     want = one(host, Ask(prompt=ids, make=6)).tokens
     backend, text, made = host.backend, host.open(), blank(1)
     ticket = backend.forward(host.step([(text, host.row(text, ids))]))
-    early = host.step([_again(host, text)])
+    early = _another(host)
     refused(lambda: backend.forward(early))
     refused(lambda: backend.sample(ticket + 1000))
     backend.sample(ticket)
@@ -35,7 +35,7 @@ def order(open: Opener) -> None:
     out = [ticket]
     while len(out) < host.limits.depth:
         out.append(host.enqueue([(text, host.row(text, [-1]))]))
-    deep = host.step([_again(host, text)])
+    deep = _another(host)
     refused(lambda: backend.forward(deep))
     if len(out) > 1:
         refused(lambda: backend.collect(out[-1]))
@@ -49,11 +49,12 @@ def order(open: Opener) -> None:
     assert made[0] == want
 
 
-def _again(host: Host, text: Text) -> Placed:
-    """A row that would go on, without the host counting it."""
-    row = host.row(text, [-1])
-    text.upper -= 1
-    return text, row
+def _another(host: Host) -> ScheduleStep:
+    """A good step of another text, which the host forgets at once."""
+    text = host.open()
+    step = host.step([(text, host.row(text, [1, 2]))])
+    host.close(text)
+    return step
 
 
 def refusals(open: Opener) -> None:

@@ -1,0 +1,153 @@
+"""The command line: what it prints, and that what a user can mend ends in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from radixmesh import cli
+from radixmesh.commands import generate, options
+from radixmesh.commands.generate import Ran, differences
+from tests.text.made import made
+from tests.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = made("byte_level")
+    tiny(path, vocab=len(tokenizer), max_len=128, eos=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+SMALL = ("--set", "slots=2", "--set", "cache.tokens=256", "--set", "max_tokens=16", "--set", "token_buckets=[16]")
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """`python -m radixmesh` in a process of its own."""
+    command = [sys.executable, "-m", "radixmesh", *args]
+    home = Path(cli.__file__).parent.parent
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=home, check=False)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """`main` in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["radixmesh", *args])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_generate_prints_text_and_speed(folder: Path) -> None:
+    done = run("generate", "the dog", "--model", str(folder), "--backend", "reference", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "the dog" in done.stdout
+    assert "[reference] 64 tokens in" in done.stdout
+    assert "tokens/s" in done.stdout
+
+
+def test_both_backends_are_compared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--model", str(folder), "--max-new-tokens", "8", "--temperature", "0.8", "--ignore-eos", *SMALL)
+    code, out, err = call(monkeypatch, capsys, "generate", "--compare", "a", "def f", "--json", *args)
+    assert code == 0, err
+    said = json.loads(out)
+    assert [r["backend"] for r in said["runs"]] == ["jax", "torch"]
+    assert {r["dtype"] for r in said["runs"]} == {"float32"}
+    assert said["differences"] == []
+    first, second = (r["results"] for r in said["runs"])
+    assert [r["output_ids"] for r in first] == [r["output_ids"] for r in second]
+    assert all(len(r["output_ids"]) == 8 for r in first)
+
+
+def test_backends_that_differ_are_a_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ran(backend: str | None, *_: object) -> Ran:
+        ids = [[1, 2, 3], [4, 5]] if backend == "jax" else [[1, 2, 3], [4, 9]]
+        results = [{"text": "x", "output_ids": i, "meta_info": {"completion_tokens": len(i)}} for i in ids]
+        return Ran(backend=str(backend), device="d", dtype="float32", start=1, seconds=1, results=results)
+
+    monkeypatch.setattr(generate, "_run", ran)
+    code, out, _ = call(monkeypatch, capsys, "generate", "a", "b", "--compare", "--model", str(folder))
+    assert code == 1
+    assert "prompt 1 differs at token 1: {'jax': [5], 'torch': [9]}" in out
+    assert "agree" not in out
+    assert differences([ran("jax"), ran("jax")]) == []
+
+
+def test_explain_says_what_and_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("explain", "--model", str(folder), "--backend", "jax", "--set", "cache.page=32", "--set", "cache_tokens=64")
+    code, out, _ = call(monkeypatch, capsys, *args)
+    assert code == 0
+    for part in ("backend.name", "cache.page", "max_len", "what the cache holds", "memory: weights", "layers 0-1:"):
+        assert part in out
+    code, out, _ = call(monkeypatch, capsys, *args, "--json")
+    said = json.loads(out)
+    made_ = {d["field"]: d["value"] for d in said["decisions"]}
+    assert (code, made_["page"], made_["pages"], made_["max_len"]) == (0, 32, [2], 64)
+    assert said["memory"]["total"] == said["memory"]["weights"] + sum(said["memory"]["cache"])
+    assert said["layers"][0]["layers"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("generate", "--model", "/nowhere"), "/nowhere: does not exist"),
+        (("explain", "--set", "cache.paeg=1"), "did you mean cache.page"),
+        (("explain", "--set", "cache.page"), "write it as KEY=VALUE"),
+        (("explain", "--mesh", "tp=2"), "mesh: tp=2 is not built yet"),
+        (("explain", "--config", "/nowhere.toml"), "/nowhere.toml: No such file"),
+        (("explain", "--backend", "jaxx"), "did you mean jax"),
+        (("generate", "--temperature", "nan", "--backend", "reference"), "temperature: must be a finite number"),
+        (("generate", "", "--backend", "reference"), "prompt"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
+    args: tuple[str, ...],
+    says: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = () if "--model" in args else ("--model", str(folder))
+    code, _, err = call(monkeypatch, capsys, *args, *model)
+    assert code == 2
+    assert says in err
+    lines = err.strip().splitlines()
+    assert lines[-1].startswith("radixmesh: ")
+    assert "Traceback" not in err
+
+
+def test_an_architecture_that_is_not_supported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    code, _, err = call(monkeypatch, capsys, "generate", "--model", str(tmp_path))
+    assert code == 2
+    assert "MambaForCausalLM" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_usage_errors_and_help() -> None:
+    app, runner = cli.make_app(), CliRunner()
+    assert runner.invoke(app, ["generate", "--no-such-flag"]).exit_code == 2
+    said = runner.invoke(app, ["--help"])
+    assert said.exit_code == 0
+    assert "generate" in said.output
+    assert "explain" in said.output
+
+
+def test_set_reads_toml_values() -> None:
+    pairs = ["a=1", "b=true", "c=[1, 2]", "d=fcfs", "e='x'", "f = 0.5"]
+    assert options.read_set(pairs) == {"a": 1, "b": True, "c": [1, 2], "d": "fcfs", "e": "x", "f": 0.5}
