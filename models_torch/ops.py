@@ -15,7 +15,7 @@ from models_torch.packed import Packed
 
 Array: TypeAlias = torch.Tensor
 Matrix: TypeAlias = torch.Tensor | Packed
-"""A weight that is multiplied with: plain, or laid out for one CPU library."""
+"""A weight that is multiplied with."""
 
 
 def linear(x: Array, w: Matrix, bias: Array | None) -> Array:

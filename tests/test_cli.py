@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from radixmesh import cli
 from radixmesh.commands import generate, options
 from radixmesh.commands.generate import Ran, differences
+from radixmesh.engine import DEMO
 from tests.text.made import made
 from tests.tiny import tiny
 
@@ -82,6 +84,18 @@ def test_backends_that_differ_are_a_failure(
     assert "prompt 1 differs at token 1: {'jax': [5], 'torch': [9]}" in out
     assert "agree" not in out
     assert differences([ran("jax"), ran("jax")]) == []
+
+
+def test_chat_puts_the_prompt_into_the_models_template(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("generate", "hello", "--chat", "--backend", "reference", "--max-new-tokens", "2", "--json")
+    code, out, err = call(monkeypatch, capsys, *args)
+    assert code == 0, err
+    ids = AutoTokenizer.from_pretrained(DEMO).apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
+    )
+    assert json.loads(out)["runs"][0]["results"][0]["meta_info"]["prompt_tokens"] == len(ids)
 
 
 def test_explain_says_what_and_why(

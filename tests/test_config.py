@@ -69,6 +69,11 @@ def test_the_example_holds_every_key_at_its_default() -> None:
         assert name in table or key == "model.path"
 
 
+def test_the_documentation_names_every_key() -> None:
+    text = (EXAMPLE.parent.parent / "docs" / "configuration.md").read_text()
+    assert [key for key in keys() if f"`{key}`" not in text and f"`.{key.rpartition('.')[2]}`" not in text] == []
+
+
 def test_toml_then_flags(tmp_path: Path) -> None:
     file = write(tmp_path, '[model]\npath = "/m"\n[cache]\npage = 32\nradix = false\n[backend.jax]\nstack = "scan"\n')
     config = load(file, {"cache.page": 8, "slots": 3, "mesh": "tp=2,dp=2", "cache_tokens": 99, "backend": "torch"})

@@ -1,8 +1,8 @@
 """Paged attention in plain XLA, for every device: online softmax over fixed blocks of the cache.
 
-Loops have dynamic trip counts, so that one program per bucket does work in proportion to the real lengths. In a small
-bucket each token reads the cache for itself. In a large one rows with one token are attended together, and rows with
-more are cut into tiles of queries, each of one row (buckets.TILE).
+Rows are cut into tiles, queries of one row that read the cache together (buckets.Shape). Loops have dynamic trip
+counts, so that one program per bucket does work in proportion to the real lengths. One call of `blocks` a layer keeps
+the time to compile down: XLA's CPU compiler takes 10 to 30 ms for each of its kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from backends.api.limits import Limits
-from backends.jax.buckets import TILE
+from backends.jax.buckets import Shape
 from backends.jax.caches import State, columns
 from backends.jax.inputs import Batch
 from engine.config import Resolved
@@ -24,6 +24,8 @@ from models_jax.ops import precision
 
 BLOCK = 128
 """Positions of the cache that one turn of a loop reads."""
+GROUP = 4
+"""Tiles attended at once on a CPU, where work on empty tiles is not free; elsewhere all are."""
 FAR = -1e30
 """Score of what a query does not see: finite, so that no difference of scores is NaN."""
 Array: TypeAlias = jax.Array
@@ -42,13 +44,18 @@ class Pages(NamedTuple):
 
 
 class View(NamedTuple):
-    """What attention knows of a step. before int32[R]: lengths before it; position int32[T]; tiled: it has tiles."""
+    """What attention knows of a step. before int32[R]: lengths before it; position int32[T].
+
+    tiles int32[N, 3]: as in Batch, `size` queries each; group: how many are attended at once.
+    """
 
     batch: Batch
     before: Any
     position: Any
     groups: tuple[Pages, ...]
-    tiled: bool
+    tiles: Any
+    size: int
+    group: int
 
 
 Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Any, Pages, View], tuple[Array, Array]]
@@ -81,6 +88,16 @@ def locate(batch: Batch, state: State, position: Array, limits: Limits) -> tuple
     return tuple(out)
 
 
+def look(
+    batch: Batch, before: Array, position: Array, groups: tuple[Pages, ...], shape: Shape, config: Resolved
+) -> View:
+    """The view of a step. A bucket of one-query tiles is attended at once."""
+    group = GROUP if config.platform == "cpu" and shape.tile > 1 else shape.tiles
+    spare = jnp.zeros((-shape.tiles % group, 3), jnp.int32)  # whole groups: a slice is never moved to fit
+    tiles = jnp.concatenate([batch.tiles, spare])
+    return View(batch, before, position, groups, tiles, shape.tile, group)
+
+
 class Attend:
     """The `attend` of models_jax: caches are a tuple with one array a group."""
 
@@ -106,86 +123,95 @@ def plain(
     at = rank * pages.count
     where = jnp.where(pages.page >= 0, pages.page + at, cache.shape[0])  # past the end: dropped
     cache = cache.at[where, pages.offset].set(jnp.stack([k, v], axis=1).astype(cache.dtype), mode="drop")
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    count, group = view.tiles.shape[0], view.group
+    if count <= group:
+        return tiles(a, grouped, jnp.zeros_like(grouped), view.tiles, cache, at, pages, view).reshape(q.shape), cache
 
-    kv_heads, batch = k.shape[1], view.batch
-    grouped = q.reshape(q.shape[0], kv_heads, -1, q.shape[2])
-    if not view.tiled:
-        position = jnp.where(batch.real, view.position, -1)[:, None]
-        table, base = pages.table[batch.row], pages.base[batch.row]
-        o = blocks(a, grouped[:, None], position, table, base, cache, at, pages.size)
-    else:
-        single = batch.length == 1
-        position = jnp.where(single, view.before, -1)[:, None]
-        alone = blocks(a, grouped[batch.first][:, None], position, pages.table, pages.base, cache, at, pages.size)
-        many = tiles(a, grouped, cache, at, pages, view)
-        o = jnp.where(single[batch.row][:, None, None, None], alone[batch.row, 0], many)
-    return o.reshape(q.shape).astype(q.dtype), cache
+    def some(i: Array, out: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(view.tiles, i * group, group)
+        return tiles(a, grouped, out, part, cache, at, pages, view)
+
+    turns = (view.batch.tile_count + group - 1) // group
+    return jax.lax.fori_loop(0, turns, some, jnp.zeros_like(grouped)).reshape(q.shape), cache
 
 
-def tiles(a: Attention, q: Array, cache: Array, at: Any, pages: Pages, view: View) -> Array:
-    """Attention of the tokens of rows with more than one token. q [T, kv_heads, G, head_dim] -> the same shape."""
-    batch, step = view.batch, jnp.arange(TILE)
-    # a tile may reach past the last token: slices of the padded arrays are never moved to fit
-    room = jnp.pad(q, ((0, TILE), (0, 0), (0, 0), (0, 0)))
-
-    def one(i: Array, out: Array) -> Array:
-        row, first, count = batch.tiles[i]
-        position = view.before[row] + first - batch.first[row] + step
-        mine = step < count
-        query = jax.lax.dynamic_slice_in_dim(room, first, TILE)
-        table, base = pages.table[row][None], pages.base[row][None]
-        o = blocks(a, query[None], jnp.where(mine, position, -1)[None], table, base, cache, at, pages.size)[0]
-        old = jax.lax.dynamic_slice_in_dim(out, first, TILE)
-        new = jnp.where(mine[:, None, None, None], o.astype(out.dtype), old)
-        return jax.lax.dynamic_update_slice_in_dim(out, new, first, 0)
-
-    return jax.lax.fori_loop(0, batch.tile_count, one, jnp.zeros_like(room))[: q.shape[0]]
+def tiles(a: Attention, q: Array, out: Array, tiles: Array, cache: Array, at: Any, pages: Pages, view: View) -> Array:
+    """Attention of the queries of tiles int32[N, 3], put into out. q, out [T, kv_heads, G, head_dim]."""
+    batch, step = view.batch, jnp.arange(view.size)
+    row, first, count = tiles[:, 0], tiles[:, 1], tiles[:, 2]
+    token = first[:, None] + step
+    position = (view.before[row] + first - batch.first[row])[:, None] + step
+    mine = step < count[:, None]
+    o = blocks(
+        a,
+        q[jnp.minimum(token, q.shape[0] - 1)],
+        jnp.where(mine, position, -1),
+        pages.table[row],
+        pages.base[row],
+        cache,
+        at,
+        pages.size,
+    )
+    if view.size == 1:  # tile i is token i
+        return o[:, 0].astype(out.dtype)
+    return out.at[jnp.where(mine, token, q.shape[0])].set(o.astype(out.dtype), mode="drop")
 
 
 def blocks(
     a: Attention, q: Array, position: Array, table: Array, base: Array, cache: Array, at: Any, size: int
 ) -> Array:
-    """N groups of Q queries, each over the pages of its own table: float32 [N, Q, kv_heads, G, head_dim].
+    """N tiles of Q queries, each over the pages of its own table: float32 [N, Q, kv_heads, G, head_dim].
 
     q [N, Q, kv_heads, G, head_dim]; position int32[N, Q], -1 = sees nothing; table int32[N, P]; base int32[N]; at:
-    first page of the layer; size: tokens a page. What no query sees may hold anything, NaN too.
+    first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN too.
     """
     n, queries, kv_heads, group, head = q.shape
     entries = min(max(BLOCK // size, 1), table.shape[1])
-    block = entries * size
+    block, batch, many = entries * size, n * kv_heads, queries * group
     kind = jnp.promote_types(q.dtype, cache.dtype)
     exact = precision(kind)
+    q = q.transpose(0, 2, 1, 3, 4).reshape(batch, many, head).astype(kind)
+    low, high, seen = _bounds(a, position)
 
     def one(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, acc = carry
+        key = j * block + jnp.arange(block)
         entry = (j * block - base[:, None]) // size + jnp.arange(entries)
         page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
-        kv = cache[page + at].reshape(n, block, 2, kv_heads, head).astype(kind)
-        key = j * block + jnp.arange(block)
-        seen = key <= position[:, :, None]
-        if a.window:
-            seen &= key > position[:, :, None] - a.window
-        values = jnp.where(seen.any(1)[:, :, None, None], kv[:, :, 1], 0)
-        s = jnp.einsum(
-            "nqkgd,nbkd->nkgqb", q.astype(kind), kv[:, :, 0], precision=exact, preferred_element_type=jnp.float32
-        )
-        here = seen[:, None, None]
-        s = jnp.where(here, s * a.scale, FAR)
-        peak = jnp.maximum(top, s.max(-1))
-        p = jnp.where(here, jnp.exp(s - peak[..., None]), 0)
-        fade = jnp.exp(top - peak)
-        acc = acc * fade[..., None] + jnp.einsum(
-            "nkgqb,nbkd->nkgqd", p.astype(kind), values, precision=exact, preferred_element_type=jnp.float32
-        )
-        return peak, total * fade + p.sum(-1), acc
+        kv = cache[page + at].reshape(n, block, 2, kv_heads, head)
+        read = ((key > low[:, None]) & (key <= high[:, None]))[:, :, None, None, None]
+        kv = jnp.where(read, kv, 0).astype(kind).transpose(2, 0, 3, 1, 4).reshape(2, batch, block, head)
+        bias = jnp.where(seen(key), 0.0, FAR)[:, None, :, None]
+        bias = jnp.broadcast_to(bias, (n, kv_heads, queries, group, block)).reshape(batch, many, block)
+        s = _product(q, kv[0], 2, exact) * a.scale + bias
+        # where a query saw nothing yet, top is FAR and p is 1: the first real score fades that to nothing
+        peak = jnp.maximum(top, s.max(-1, keepdims=True))
+        p, fade = jnp.exp(s - peak), jnp.exp(top - peak)
+        acc = acc * fade + _product(p.astype(kind), kv[1], 1, exact)
+        return peak, total * fade + p.sum(-1, keepdims=True), acc
 
-    low = jnp.int32(0)
-    if a.window:
-        earliest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max).min()
-        low = jnp.maximum(earliest - (a.window - 1), 0) // block
-    high = position.max() // block + 1
-    shape = (n, kv_heads, group, queries)
-    empty = jnp.full(shape, FAR, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head), jnp.float32)
-    _, total, acc = jax.lax.fori_loop(low, high, one, empty)
-    o = acc / jnp.where(total == 0, 1, total)[..., None]
-    return o.transpose(0, 3, 1, 2, 4)
+    first = jnp.where(high >= 0, low + 1, jnp.iinfo(jnp.int32).max).min() // block if a.window else jnp.int32(0)
+    flat = batch, many, 1
+    empty = jnp.full(flat, FAR), jnp.zeros(flat), jnp.zeros((batch, many, head))
+    _, total, acc = jax.lax.fori_loop(first, high.max() // block + 1, one, empty)
+    o = acc / jnp.where(total == 0, 1, total)
+    return o.reshape(n, kv_heads, queries, group, head).transpose(0, 2, 1, 3, 4)
+
+
+def _bounds(a: Attention, position: Array) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Of the queries of each tile, position int32[N, Q]: some query sees low < key <= high, int32[N] each; and which
+    keys int32[B] each query sees, bool[N, Q, B]."""
+    high = position.max(1)
+    if not a.window:
+        return jnp.full_like(high, -1), high, lambda key: key <= position[:, :, None]
+    earliest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max).min(1)
+    low = jnp.maximum(earliest - a.window, -1)
+    back = position[:, :, None] - a.window
+    return low, high, lambda key: (key <= position[:, :, None]) & (key > back)
+
+
+def _product(x: Array, y: Array, dim: int, exact: jax.lax.Precision) -> Array:
+    """x [B, M, C] times y, summed over the last dimension of x and dimension `dim` of y [B, ., .], in float32."""
+    dims = ((2,), (dim,)), ((0,), (0,))
+    return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)

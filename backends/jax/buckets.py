@@ -10,9 +10,10 @@ import numpy as np
 from backends.api.limits import Limits
 from backends.api.step import I32
 
-TILE = 32
-"""Queries of one tile of a row with more than one token. Buckets up to this size have no tiles: each token reads the
-cache for itself, which costs little there and halves the compile time."""
+SMALL = 32
+"""Buckets up to this many tokens have tiles of one query: each token reads the cache for itself."""
+TILE = 8
+"""Queries of a tile in larger buckets; a row with one token has a tile too, most of it empty."""
 HEAD = ("tokens", "tiles")
 """Counts at the head of the buffer: real tokens, tiles."""
 ROWS = ("slot", "start", "length", "first", "output", "top_k", "seed_high", "seed_low", "temperature", "top_p", "min_p")
@@ -22,10 +23,14 @@ length: tokens fed; first: index of the row's first token; output: bits."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a bucket of `tokens` holds: rows, tiles of rows with more than one token, edits of page tables."""
+    """What a bucket of `tokens` holds: rows, tiles (queries of one row that attend together), edits of page tables.
+
+    tile: queries in a tile.
+    """
 
     tokens: int
     rows: int
+    tile: int
     tiles: int
     edits: int
     groups: int
@@ -62,12 +67,13 @@ def make_shape(tokens: int, limits: Limits) -> Shape:
     edits: what the rows of a step can need when they go on: one page a row, and one for each page of tokens. Longer
     lists (a row seated on a long prefix) go ahead of the step through a program of their own.
     """
-    rows = min(tokens, limits.max_rows)
+    rows, tile = min(tokens, limits.max_rows), 1 if tokens <= SMALL else TILE
     return Shape(
         tokens=tokens,
         rows=rows,
+        tile=tile,
         # each row has at most one tile that is not full
-        tiles=0 if tokens <= TILE else rows + tokens // TILE,
+        tiles=tokens if tile == 1 else rows + tokens // tile,
         edits=sum(rows + tokens // g.page for g in limits.groups),
         groups=len(limits.groups),
     )

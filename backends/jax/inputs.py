@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from backends.api.limits import Limits
-from backends.api.step import I32, PageTable, ScheduleStep, empty
-from backends.jax.buckets import HEAD, ROWS, TILE, Shape, pad_slot
+from backends.api.step import I32, PageTable, ScheduleStep
+from backends.jax.buckets import HEAD, ROWS, Shape, pad_slot
 from backends.jax.caches import columns
 
 EDITS = 1024
@@ -75,7 +75,7 @@ def pack(step: ScheduleStep, shape: Shape, limits: Limits) -> tuple[I32, list[I3
         edits.append(table.edits + np.array([0, column, 0], np.int32))
     last, ahead = _cut(np.concatenate(edits), shape.edits, limits)
     at["edits"][:] = last
-    tiles = plan_tiles(step.lens, first) if shape.tiles else empty(0, 3)
+    tiles = plan_tiles(step.lens, first, shape.tile)
     at["tiles"][: len(tiles)] = tiles
     at["head"][:] = [{"tokens": len(step.tokens), "tiles": len(tiles)}[name] for name in HEAD]
     return buffer, ahead
@@ -93,13 +93,12 @@ def _cut(edits: I32, room: int, limits: Limits) -> tuple[I32, list[I32]]:
     return padded(edits[:room], room), [padded(rest[i : i + EDITS], EDITS) for i in range(0, len(rest), EDITS)]
 
 
-def plan_tiles(lens: I32, first: I32) -> I32:
-    """Rows with more than one token cut into tiles of one row each: int32[N, 3], (row, first token, count)."""
-    rows = np.flatnonzero(lens > 1)
-    counts = -(-lens[rows] // TILE)
-    row = np.repeat(rows, counts)
-    begin = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * TILE
-    return np.stack([row, first[row] + begin, np.minimum(TILE, lens[row] - begin)], axis=1).astype(np.int32)
+def plan_tiles(lens: I32, first: I32, tile: int) -> I32:
+    """Rows cut into tiles of one row each: int32[N, 3], (row, first token, count)."""
+    counts = -(-lens // tile)
+    row = np.repeat(np.arange(len(lens)), counts)
+    begin = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * tile
+    return np.stack([row, first[row] + begin, np.minimum(tile, lens[row] - begin)], axis=1).astype(np.int32)
 
 
 def unpack(buffer: jax.Array, shape: Shape) -> Batch:

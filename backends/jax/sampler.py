@@ -22,7 +22,7 @@ def sample(logits: Array, batch: Batch, position: Array) -> tuple[Array, Array]:
 
     Returns tokens int32[R] and status int32[R]. A batch of greedy rows costs an argmax and the check of the logits.
     """
-    finite = jnp.isfinite(logits).all(-1)
+    finite = count(~jnp.isfinite(logits)) == 0
     drawn = batch.temperature > 0
     tokens = jax.lax.cond(
         drawn.any(),
@@ -56,6 +56,11 @@ def bits(distance: Array) -> Array:
     return jax.lax.bitcast_convert_type(jnp.abs(distance), jnp.uint32)
 
 
+def count(which: Array) -> Array:
+    """How many are true along the last axis. In float32, whose sums are fast, and exact up to 2^24."""
+    return which.astype(jnp.float32).sum(-1)
+
+
 def everything(distance: Array) -> Array:
     """The edge that keeps every token: uint32[R]."""
     return jnp.full(distance.shape[:1], INF, jnp.uint32)
@@ -64,7 +69,7 @@ def everything(distance: Array) -> Array:
 def top_k(distance: Array, k: Array) -> Array:
     """The edge, as bits, within which k int32[R] tokens and those tied with the k-th stand."""
     order = bits(distance)
-    return smallest(distance.shape[0], lambda edge: (order <= edge[:, None]).sum(-1) >= k)
+    return smallest(distance.shape[0], lambda edge: count(order <= edge[:, None]) >= k)
 
 
 def top_p(distance: Array, edge: Array, p: Array) -> Array:

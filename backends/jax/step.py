@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from backends.api.limits import Limits
 from backends.api.step import TOKEN
 from backends.jax import caches, params
-from backends.jax.attend import Attend, View, locate
+from backends.jax.attend import Attend, locate, look
 from backends.jax.buckets import Shape, make_shape
 from backends.jax.caches import State
 from backends.jax.inputs import EDITS, Batch, unpack
@@ -53,7 +53,8 @@ def run(
     before = jnp.where(batch.start >= 0, batch.start, state.length[batch.slot])
     position = before[batch.row] + jnp.arange(shape.tokens) - batch.first[batch.row]
     tokens = jnp.where(batch.tokens >= 0, batch.tokens, state.last[batch.slot[batch.row]])
-    view = View(batch, before, position, locate(batch, state, position, plan.limits), shape.tiles > 0)
+    groups = locate(batch, state, position, plan.limits)
+    view = look(batch, before, position, groups, shape, plan.config)
 
     attend = Attend(plan.config, view)
     hidden, cache, found = decoder.forward(plan.spec, weights, tokens, position, attend, cache, taps)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.api.limits import Limits
-from backends.api.step import I32, ScheduleStep
+from backends.api.step import I32, PageTable, ScheduleStep
 from backends.reference.model import attend
 from engine.errors import StepRefused
 from engine.model.groups import CacheGroup, Place
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     @property
     def end(self) -> int:
         """Its length afterwards, guesses included."""
-        return self.start + self.at.stop - self.at.start
+        return self.start + int(self.at.stop - self.at.start)
 
 
 class Cells(NamedTuple):
@@ -87,6 +87,7 @@ class Caches:
         """
         seated, found, tables = step.slots[step.starts >= 0], [], []
         for paged, given in zip(self.groups, step.tables, strict=True):
+            assert isinstance(given, PageTable)  # no state groups here
             tables.append(paged.edited(given.edits, seated))
             found.append([paged.cells(tables[-1], int(given.base[r]), row) for r, row in enumerate(rows)])
         for paged, table in zip(self.groups, tables, strict=True):

@@ -151,7 +151,7 @@ class TorchBackend:
         """Free the device. Every later call raises BackendLost."""
         self.closed, self.weights, self.fed = True, {}, None
         self.flights.clear()
-        del self.caches
+        self.caches = None
 
     def _open(self) -> None:
         if self.closed:
@@ -173,7 +173,7 @@ class TorchBackend:
         self.fed: tuple[ScheduleStep, step.Fed, Any] | None = None
         self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
         self.length: NDArray[np.int32] = np.full(self.limits.slots, UNSEATED, np.int32)
-        self.__dict__.pop("caches", None)  # the old ones must not stand beside the new
+        self.caches: Any = None  # the old ones must not stand beside the new
         self.caches = caches.make(self.limits, self.config.cache_dtype, self.device)
 
     @contextmanager

@@ -22,10 +22,10 @@ INNER = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head"
 def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Read every parameter: {"embed": ..., "layers": [{"attention": {"q": ...}}], ...}, in `dtype` on `device`.
 
-    On a CPU that computes in float32, matrices are packed (models_torch.packed). Raises ModelError naming the tensor.
+    A CPU that computes in float32 keeps the matrices of a 16-bit checkpoint packed (models_torch.packed).
+    Raises ModelError naming the tensor.
     """
     tree: dict[str, Any] = {"layers": [{"attention": {}, "mlp": {}} for _ in spec.layers]}
-    packing = device.type == "cpu" and dtype == torch.float32
     for name, p in params(spec).items():
         read = source.read(name, tuple(slice(0, n) for n in p.shape))
         if read.shape != p.shape:
@@ -33,7 +33,8 @@ def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: to
         value = as_tensor(read)
         *path, leaf = name.split(".")
         inner = 1 if name == "embed" and spec.tied else INNER.get(leaf)
-        packed = pack(value, inner, name == "embed") if packing and inner else None
+        narrow = device.type == "cpu" and dtype == torch.float32 and value.dtype != torch.float32
+        packed = pack(value, inner, name == "embed") if narrow and inner else None
         at: Any = tree
         for part in path:
             at = at[int(part)] if isinstance(at, list) else at[part]

@@ -10,6 +10,8 @@ from backends.torch.inputs import Draws
 Array = torch.Tensor
 INF = 0x7F800000
 """Bits of float32 infinity."""
+DIGITS = ((20, 2048), (10, 1024), (0, 1024))
+"""31 bits as three digits: shift, values."""
 
 
 def choose(logits: Array, draws: Draws | None, position: Array) -> Array:
@@ -46,54 +48,64 @@ def draw(logits: Array, highest: Array, draws: Draws, position: Array) -> Array:
     if draws.floor:
         likely = values.double().exp_() >= draws.min_p[:, None]
         keep = likely if keep is None else keep & likely
-    scores = values.add_(gumbel(draws.seed, position, logits.shape[1]))
+    keys = fold(draws.seed, position)
+    if keep is not None and keep.device.type == "cpu":  # few are left, and a CPU may look how many
+        row, token = keep.nonzero(as_tuple=True)
+        scores = torch.full_like(values, -torch.inf)
+        scores[row, token] = values[row, token] + gumbel(keys[:, row], token)
+        return scores.argmax(-1)
+    values += gumbel(keys[:, :, None], torch.arange(logits.shape[1], device=logits.device)[None])
     if keep is not None:
-        scores.masked_fill_(~keep, -torch.inf)
-    return scores.argmax(-1)
+        values.masked_fill_(~keep, -torch.inf)
+    return values.argmax(-1)
 
 
 def nucleus(mass: Array, distance: Array, p: Array) -> Array:
-    """The smallest distance within which the mass is at least p of the whole; int32[N]. Bisection over the bits.
+    """The smallest distance within which the mass is at least p of the whole; int32[N]. Digit by digit, no sort.
 
     mass float64[N, V]; distance int32[N, V]: bits of a float32 >= 0, whose order is that of the floats. p float64[N]: 1
     or more keeps all.
     """
-    need = mass.sum(-1) * p
-    low = torch.full_like(need, -1, dtype=torch.int32)
-    high = torch.full_like(low, INF)
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = (mass * (distance <= middle[:, None])).sum(-1) >= need
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, middle)
-    return torch.where(p < 1, high, INF)
+    need, edge = (mass.sum(-1) * p)[:, None], torch.zeros_like(distance[:, :1])
+    for shift, size in DIGITS:
+        edge *= size
+        # bucket 0 holds what is nearer than the digits found so far, the last one what is farther
+        bucket = (distance >> shift).sub_(edge).clamp_(-1, size).add_(1).long()
+        total = mass.new_zeros(len(mass), size + 2).scatter_add_(1, bucket, mass).cumsum_(-1)
+        edge += ((total < need).sum(-1, keepdim=True) - 1).clamp_(0, size - 1)
+    return torch.where(p < 1, edge[:, 0], INF)
 
 
-def gumbel(seed: Array, position: Array, vocab: int) -> Array:
-    """Noise float32[N, vocab] of seed int64[N, 2] (words) and position int64[N]: backends.api.random.gumbel."""
-    words, at = wrap(seed), wrap(position)[:, None]
-    key = threefry(words[:, :1], words[:, 1:], torch.zeros_like(at), at)
-    ids = torch.arange(vocab, dtype=torch.int32, device=seed.device).expand(len(seed), -1)
-    x0, x1 = threefry(*key, torch.zeros_like(ids), ids)
-    u = shift(x0.bitwise_xor_(x1), 9).float().add_(0.5).mul_(2.0**-23)
+def fold(seed: Array, position: Array) -> Array:
+    """The key of each row's noise: seed int64[N, 2] (words) at position int64[N] -> int32[2, N]."""
+    high, low = wrap(seed).unbind(1)
+    at = wrap(position)
+    return torch.stack(threefry((high, low), (torch.zeros_like(at), at)))
+
+
+def gumbel(keys: Array, tokens: Array) -> Array:
+    """Noise float32 of keys int32[2, ...] and token ids that broadcast: backends.api.random.gumbel."""
+    ids = wrap(tokens)
+    x0, x1 = threefry((keys[0], keys[1]), (torch.zeros_like(ids), ids))
+    u = right(x0.bitwise_xor_(x1), 9).float().add_(0.5).mul_(2.0**-23)
     return u.log_().neg_().log_().neg_()
 
 
-def threefry(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
-    """threefry2x32 of keys int32[N, 1] and counters int32[N, M]: sums wrap at 32 bits, as torch lacks uint32."""
-    keys = (k0, k1, k0 ^ k1 ^ PARITY)
-    x0, x1 = c0 + keys[0], c1 + keys[1]
+def threefry(key: tuple[Array, Array], count: tuple[Array, Array]) -> tuple[Array, Array]:
+    """threefry2x32 of pairs of int32 arrays that broadcast: sums wrap at 32 bits, as torch lacks uint32."""
+    keys = (*key, key[0] ^ key[1] ^ PARITY)
+    x0, x1 = count[0] + keys[0], count[1] + keys[1]
     for group in range(ROUNDS // 4):
         for turn in ROTATIONS[group % 2]:
             x0 += x1
-            high = shift(x1, 32 - turn)
+            high = right(x1, 32 - turn)
             x1 = x1.bitwise_left_shift_(turn).bitwise_or_(high).bitwise_xor_(x0)
         x0 += keys[(group + 1) % 3]
         x1 += keys[(group + 2) % 3] + (group + 1)
     return x0, x1
 
 
-def shift(x: Array, by: int) -> Array:
+def right(x: Array, by: int) -> Array:
     """Logical shift right of int32."""
     return x.bitwise_right_shift(by).bitwise_and_((1 << (32 - by)) - 1)
 

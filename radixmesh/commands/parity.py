@@ -15,11 +15,10 @@ import typer
 from backends import NAMES
 from engine.config import load
 from engine.errors import ConfigError, InvalidRequest
-from engine.model.checkpoint import Checkpoint
 from radixmesh.commands import options
 from radixmesh.engine import Decided, decide
 from radixmesh.parity.compare import Verdict, compare
-from radixmesh.parity.readings import ORACLE, Reading, read_backend, read_oracle
+from radixmesh.parity.readings import ORACLE, Reading, read_model, read_oracle
 
 TEXT = "def parse(text: str) -> dict[str, int]:\n    "
 
@@ -48,11 +47,10 @@ def parity(
     decided = {name: decide(load(file, given | {"backend": name})) for name in subjects if name != ORACLE}
     first = next(iter(decided.values()), None) or decide(load(file, given))
     ids = _ids(first, prompt, tokens, seed, max_new_tokens)
-    weights = Checkpoint(first.path, first.spec)
     readings = {
         name: read_oracle(first.spec, first.path, ids, max_new_tokens)
         if name == ORACLE
-        else read_backend(decided[name].spec, decided[name].resolved, weights, ids, max_new_tokens)
+        else read_model(decided[name], ids, max_new_tokens)
         for name in subjects
     }
     judge = readings.pop(ORACLE if ORACLE in readings else subjects[0])

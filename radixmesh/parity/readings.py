@@ -11,12 +11,13 @@ import numpy as np
 
 from backends import open_backend
 from backends.api.build import Host
+from backends.api.protocol import Backend
 from backends.api.step import F32
 from backends.api.ties import margin
-from engine.config import Resolved
 from engine.errors import ConfigError
+from engine.model.checkpoint import Checkpoint
 from engine.model.spec import ModelSpec
-from engine.model.weights import WeightSource
+from radixmesh.engine import Decided
 
 ORACLE = "hf"
 
@@ -39,28 +40,34 @@ def names(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def read_backend(
-    spec: ModelSpec, config: Resolved, weights: WeightSource, prompt: Sequence[int], count: int
+    name: str, backend: Backend, spec: ModelSpec, prompt: Sequence[int], count: int, chunk: int = 0
 ) -> Reading:
-    """Feed the prompt in steps of at most config.max_tokens, then make `count` greedy tokens, by the contract alone."""
-    backend = open_backend(config.backend, spec, config)
+    """Feed the prompt in steps of `chunk` tokens, or as many as one holds, then make `count` greedy tokens, all by the
+    contract alone. The backend has weights and no slot in use."""
+    host = Host(backend, taps=names(spec))
+    text, size = host.open(), chunk or backend.limits.max_tokens
+    parts = []
+    for i in range(0, len(prompt), size):
+        result = host.run([(text, host.row(text, prompt[i : i + size], output=int(i + size >= len(prompt))))])
+        parts.append(result.taps)
+    values = {value: np.concatenate([part[value] for part in parts]) for value in names(spec)}
+    tokens, margins = [int(result.tokens[0, 0])], [margin(values["logits"][-1])]
+    for _ in range(count - 1):
+        result = host.run([(text, host.row(text, [-1]))])
+        tokens.append(int(result.tokens[0, 0]))
+        margins.append(margin(result.taps["logits"][0]))
+    return Reading(name=name, values=values, tokens=tokens, margins=margins)
+
+
+def read_model(decided: Decided, prompt: Sequence[int], count: int) -> Reading:
+    """What a backend, opened as was decided, computes of a prompt with the checkpoint's weights."""
+    name = decided.resolved.backend
+    backend = open_backend(name, decided.spec, decided.resolved)
     try:
-        backend.load(weights)
-        host = Host(backend, taps=names(spec))
-        text, size = host.open(), config.max_tokens
-        chunks = [prompt[i : i + size] for i in range(0, len(prompt), size)]
-        parts = []
-        for i, chunk in enumerate(chunks):
-            result = host.run([(text, host.row(text, chunk, output=int(i == len(chunks) - 1)))])
-            parts.append(result.taps)
-        values = {name: np.concatenate([part[name] for part in parts]) for name in names(spec)}
-        tokens, margins = [int(result.tokens[0, 0])], [margin(values["logits"][-1])]
-        for _ in range(count - 1):
-            result = host.run([(text, host.row(text, [-1]))])
-            tokens.append(int(result.tokens[0, 0]))
-            margins.append(margin(result.taps["logits"][0]))
+        backend.load(Checkpoint(decided.path, decided.spec))
+        return read_backend(name, backend, decided.spec, prompt, count)
     finally:
         backend.close()
-    return Reading(name=config.backend, values=values, tokens=tokens, margins=margins)
 
 
 def read_oracle(spec: ModelSpec, path: Path, prompt: Sequence[int], count: int) -> Reading:

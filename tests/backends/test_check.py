@@ -66,6 +66,7 @@ def test_every_violation_is_refused_by_name(limits: Limits) -> None:
         error = refusal(bad.step, limits)
         assert error.field == bad.field, f"{bad.what}: {error}"
         assert str(error).startswith(bad.field), error
+        assert bad.what != "a feature that is not built" or "not built" in str(error) or bad.field == "taps", error
         assert bad.rows is None or error.rows == bad.rows, f"{bad.what}: {error.rows}"
 
 
@@ -138,6 +139,9 @@ def test_state_tables() -> None:
     table = StateTable(read=read, write=write)
     check_step(replace(step, tables=(step.tables[0], table)), limits)
     assert refusal(step, limits).field == "tables.1"
+    for name in ("read", "write"):
+        longer = replace(table, **{name: np.zeros(4, np.int32)})
+        assert refusal(replace(step, tables=(step.tables[0], longer)), limits).field == f"tables.1.{name}"
     for name, value in (("read", -2), ("read", 10), ("write", -1), ("write", 10)):
         bad = replace(table, **{name: put(getattr(table, name), 1, value)})
         error = refusal(replace(step, tables=(step.tables[0], bad)), limits)

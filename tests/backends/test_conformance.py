@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from backends import open_backend
 from backends.api.conformance import CHECKS, Opener, config
@@ -22,8 +23,10 @@ def opener(name: str) -> Opener:
 @pytest.fixture(scope="module")
 def openers() -> Iterator[dict[str, Opener]]:
     """One opener a backend for all checks, so that each finds what the one before left on the device."""
-    kept = {name: opener(name) for name in NAMES}
+    kept, threads = {name: opener(name) for name in NAMES}, torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is so small that threads only wait for one another
     yield kept
+    torch.set_num_threads(threads)
     for each in kept.values():
         each.close()
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import random
 import textwrap
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,12 +16,11 @@ from transformers import AutoModelForCausalLM
 from backends.api.choice import Choice
 from backends.api.ties import admissible, first_difference
 from engine.config import load
-from engine.model.checkpoint import Checkpoint
 from engine.text.tokenizer import Tokenizer
 from radixmesh import Engine
 from radixmesh.engine import DEMO, decide
 from radixmesh.parity.compare import compare
-from radixmesh.parity.readings import read_backend
+from radixmesh.parity.readings import read_model
 
 PROMPTS, MADE = 100, 64
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0.02}
@@ -36,19 +35,20 @@ def prompts() -> list[str]:
     return texts[:PROMPTS]
 
 
-def generate(backend: str, params: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    with Engine(backend=backend, dtype="float32") as engine:
-        results: list[dict[str, Any]] = engine.generate(prompts(), sampling_params=params)
-    return results
+@pytest.fixture(scope="module")
+def engines() -> Iterator[list[Engine]]:
+    """One engine a backend, in float32."""
+    with Engine(backend="jax", dtype="float32") as left, Engine(backend="torch", dtype="float32") as right:
+        yield [left, right]
 
 
 @pytest.mark.parametrize("kind", ["greedy", "seeded"])
-def test_backends_give_the_same_tokens(kind: str) -> None:
+def test_backends_give_the_same_tokens(engines: list[Engine], kind: str) -> None:
     """100 prompts, 64 tokens: equal, but for near-ties of Hugging Face's logits in at most 1 of 100."""
     common = {"max_new_tokens": MADE, "ignore_eos": True}
     chosen = {"temperature": 0.0} if kind == "greedy" else SAMPLED
     params = [common | chosen | {"seed": 1000 + i} for i in range(PROMPTS)]
-    left, right = generate("jax", params), generate("torch", params)
+    left, right = ([*e.generate(prompts(), sampling_params=params)] for e in engines)
     assert all(len(r["output_ids"]) == MADE for r in left)
     differ = [
         (i, at)
@@ -73,8 +73,7 @@ def measured() -> float:
     readings = []
     for name in ("jax", "torch"):
         decided = decide(load(None, {"backend": name, "dtype": "float32", "sched.slots": 1}))
-        weights = Checkpoint(DEMO, decided.spec)
-        readings.append(read_backend(decided.spec, decided.resolved, weights, ids, 1))
+        readings.append(read_model(decided, ids, 1))
     return compare(*readings).gaps[-1].worst
 
 
@@ -106,14 +105,13 @@ def test_nothing_compiles_after_ready() -> None:
     assert after.compiles_after_ready == 0
 
 
-def test_greedy_output_reads_like_python() -> None:
+def test_output_reads_like_python(engines: list[Engine]) -> None:
     """Not noise: most of what the demo model writes are words that Python programs are made of."""
-    with Engine(backend="torch") as engine:
-        texts = [
-            engine.generate(p, sampling_params={"temperature": t, "seed": 5, "max_new_tokens": 60})["text"]
-            for p in ("def read_file(path):\n", "class Parser:\n    def __init__(self")
-            for t in (0.0, 0.7)
-        ]
+    texts = [
+        engines[1].generate(p, sampling_params={"temperature": t, "seed": 5, "max_new_tokens": 60})["text"]
+        for p in ("def read_file(path):\n", "class Parser:\n    def __init__(self")
+        for t in (0.0, 0.7)
+    ]
     for text in texts:
         assert "\n" in text
         assert np.mean([c.isascii() for c in text]) > 0.99

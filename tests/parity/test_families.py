@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from backends import open_backend
+from backends.api.protocol import Backend
 from backends.api.ties import first_difference, margin, near_tie
 from engine.config import load
 from engine.model.checkpoint import Checkpoint
+from engine.model.registry import read_spec
 from engine.model.spec import ModelSpec, Rope
 from engine.model.weights import WeightSource
 from radixmesh import Engine
@@ -36,27 +40,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Ti
         if shape not in made:
             model = tiny(tmp_path_factory.mktemp(shape), **SHAPES[shape])
             assert_honest(model)
-            spec = decide(load(None, {"model": str(model.path), "backend": "reference"})).spec
+            spec = spec_of(model)
             made[shape] = model, read_oracle(spec, model.path, prompt(model, PROMPT), MADE)
         return made[shape]
 
     return get
 
 
-def read(
-    model: Tiny,
-    backend: str,
-    tokens: Sequence[int],
-    count: int,
-    chunk: int,
-    spec: ModelSpec | None = None,
-    weights: WeightSource | None = None,
-) -> Reading:
-    """Through one backend, the prompt in chunks."""
-    steps = {"sched.max_tokens": chunk, "sched.token_buckets": [4, chunk], "model": str(model.path), "backend": backend}
+@contextmanager
+def opened(
+    model: Tiny, name: str, spec: ModelSpec | None = None, weights: WeightSource | None = None
+) -> Iterator[Backend]:
+    """A backend with a model's weights, and steps of 16 or 64 tokens."""
+    steps = {"sched.max_tokens": 64, "sched.token_buckets": [16, 64], "model": str(model.path), "backend": name}
     decided = decide(load(None, SMALL | steps))
-    source = weights or Checkpoint(model.path, decided.spec)
-    return read_backend(spec or decided.spec, decided.resolved, source, tokens, count)
+    with closing(open_backend(name, spec or decided.spec, decided.resolved)) as backend:
+        backend.load(weights or Checkpoint(model.path, decided.spec))
+        yield backend
+
+
+def spec_of(model: Tiny) -> ModelSpec:
+    return read_spec(model.path)
 
 
 def worst(verdict: Verdict) -> str:
@@ -69,10 +73,11 @@ def test_agrees_layer_by_layer(models: Callable[[str], tuple[Tiny, Reading]], ba
     """Whole prefill, every inner value; chunked, the same; 64 greedy tokens by the near-tie rule."""
     model, judge = models(shape)
     tokens = prompt(model, PROMPT)
-    for chunk, count in ((64, MADE), (16, 2)):
-        short = replace(judge, tokens=judge.tokens[:count], margins=judge.margins[:count])
-        verdict = compare(short, read(model, backend, tokens, count, chunk))
-        assert verdict.ok, f"chunks of {chunk}: {worst(verdict)}"
+    with opened(model, backend) as device:
+        for chunk, count in ((64, MADE), (16, 2)):
+            short = replace(judge, tokens=judge.tokens[:count], margins=judge.margins[:count])
+            verdict = compare(short, read_backend(backend, device, spec_of(model), tokens, count, chunk))
+            assert verdict.ok, f"chunks of {chunk}: {worst(verdict)}"
 
 
 @pytest.mark.parametrize("shape", ["llama-odd-heads", "llama-one-kv-head", "qwen3-grouped"])
@@ -100,7 +105,7 @@ def test_engine_agrees_cold_chunked_and_warm(
 
 
 def read_oracle_tokens(model: Tiny, tokens: Sequence[int]) -> tuple[list[int], list[float]]:
-    spec = decide(load(None, {"model": str(model.path), "backend": "reference"})).spec
+    spec = spec_of(model)
     reading = read_oracle(spec, model.path, tokens, MADE)
     return reading.tokens, reading.margins
 
@@ -136,7 +141,7 @@ def shift_rope(spec: ModelSpec) -> ModelSpec:
 def test_planted_slip_shows(models: Callable[[str], tuple[Tiny, Reading]], backend: str, slip: str) -> None:
     """Ten times past the tolerance, and told at the right place."""
     model, judge = models("llama-grouped")
-    spec = decide(load(None, {"model": str(model.path), "backend": "reference"})).spec
+    spec = spec_of(model)
     weights: WeightSource = Checkpoint(model.path, spec)
     if slip == "rope off by one":
         spec = shift_rope(spec)
@@ -144,7 +149,8 @@ def test_planted_slip_shows(models: Callable[[str], tuple[Tiny, Reading]], backe
         spec = replace(spec, norm_eps=1e-5)
     else:
         weights = Shuffled(weights)
-    verdict = compare(judge, read(model, backend, prompt(model, PROMPT), MADE, 64, spec, weights))
+    with opened(model, backend, spec, weights) as device:
+        verdict = compare(judge, read_backend(backend, device, spec, prompt(model, PROMPT), MADE))
     assert not verdict.ok
     assert verdict.first == "layers.0.attention"
     assert verdict.gaps[-1].worst > 10 * verdict.gaps[-1].allowed, worst(verdict)
@@ -160,6 +166,6 @@ def test_checkpoint_type_is_looked_at(tmp_path: Path) -> None:
 
     model = tiny(tmp_path / "m", **SHAPES["llama-grouped"])
     model.hf.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    spec = decide(load(None, {"model": str(tmp_path / "half"), "backend": "reference"})).spec
+    spec = read_spec(tmp_path / "half")
     reading = read_oracle(spec, tmp_path / "half", prompt(model, 4), 1)
     assert reading.values["embed"].dtype == np.float32

@@ -101,10 +101,10 @@ def penalties(open: Opener) -> None:
         return
     history = [(t, 0) for t in ids] + [(t, 1) for t in earlier]
     for penalty in ((1.7, 0.0, 0.0), (1.0, 1.5, 0.0), (1.0, 0.0, 0.8), (0.6, -1.0, 0.3)):
-        pairs = [(5, 0.5), (40, 1.5)] if host.limits.max_bias else []
+        biases = ([(5, 0.5), (40, 1.5)], [(7, 3.0)]) if host.limits.max_bias else ([], [])
         rows = [
-            _penalised(host, ids, earlier, pairs, penalty=penalty, temperature=0.8, seed=3),
-            _penalised(host, ids, earlier, pairs[1:], penalty=(1.0, 0.5, 0.5), temperature=0.8, seed=3),
+            _penalised(host, ids, earlier, biases[0], penalty=penalty, temperature=0.8, seed=3),
+            _penalised(host, ids, earlier, biases[1], penalty=(1.0, 0.5, 0.5), temperature=0.8, seed=3),
         ]
         for step in range(10):
             feed: dict[str, Any] = {"tokens": ids + earlier, "history": history} if step == 0 else {"tokens": [-1]}

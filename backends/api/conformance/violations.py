@@ -67,6 +67,9 @@ def _forms(good: ScheduleStep) -> Iterator[Violation]:
         yield Violation(step=change(good, **{f"sampling_{name}": value[: rows - 1]}), field=field, what="a row missing")
     for name in ("copies", "shared", "embeds"):
         yield Violation(step=change(good, **{name: np.zeros((1, 3), np.int32)}), field=name, what="3 columns")
+    for name in ("bias", "history"):
+        flat = np.zeros((1, 2), getattr(good.sampling, name).dtype)
+        yield Violation(step=change(good, **{f"sampling_{name}": flat}), field=f"sampling.{name}", what="2 columns")
     nothing = {name: getattr(good, name)[:0] for name in ("slots", "starts", "lens", "upper", "drafts", "next")}
     yield Violation(step=change(good, **nothing), field="slots", what="no rows")
     yield Violation(step=change(good, step=-1), field="step", what="negative")
@@ -97,6 +100,8 @@ def _rows(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
     twice = change(good, slots=put(good.slots, 1, good.slots[0]))
     yield Violation(step=twice, field="slots", what="twice", rows=(0, 1))
     yield Violation(step=change(good, lens=put(good.lens, 1, 2)), field="lens", what="more than the tokens")
+    short = replace(_longer(good, [-1, 0]), upper=put(good.upper, 1, 1))
+    yield Violation(step=short, field="upper", what="below lens", rows=(1,))
     literal = put(good.tokens, 1, 0)
     seated = change(good, starts=put(good.starts, 1, 3), tokens=literal, upper=put(good.upper, 1, 5))
     yield Violation(step=seated, field="upper", what="not starts + lens", rows=(1,))
@@ -211,14 +216,17 @@ def _sampling(good: ScheduleStep) -> Iterator[Violation]:
 
 def _unbuilt(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
     """Features that these limits leave out, each by its name."""
-    tokens, label = len(good.tokens), np.zeros(1, np.int32)
+    s, tokens, label = good.sampling, len(good.tokens), np.zeros(1, np.int32)
     entry = np.zeros((1, 3), np.int32)
     always: list[tuple[str, ScheduleStep]] = [
         ("parents", replace(good, parents=np.full(tokens, -1, np.int32))),
         ("embeds", replace(good, embeds=np.zeros((1, 4), np.int32))),
         ("positions", replace(good, positions=np.zeros((tokens, 3), np.int32))),
         ("sampling.label_ids", change(good, sampling_label_ids=label)),
-        ("sampling.prompt_logprobs", change(good, sampling_prompt_logprobs=np.zeros((len(good.slots), 2), np.int32))),
+        *(
+            ("sampling.prompt_logprobs", change(good, sampling_prompt_logprobs=put(s.prompt_logprobs, (1, i), 0)))
+            for i in range(2)
+        ),
         *(("output", replace(good, output=put(good.output, 1, TOKEN | bit))) for bit in (POOLED, HIDDEN, SCORES)),
         ("taps", replace(good, taps=("layers.99",) if limits.taps else ("logits",))),
     ]
