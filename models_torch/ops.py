@@ -37,13 +37,21 @@ def merge(o: Array, w: Matrix) -> Array:
     return linear(o.flatten(1), w if isinstance(w, Packed) else w.flatten(1), None)
 
 
+@lru_cache(maxsize=64)
+def _number(value: float, device: torch.device) -> Array:
+    """float32[] on the device, kept: an operation with a Python number makes and converts a tensor each time."""
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def rms_norm(x: Array, w: Array, eps: float) -> Array:
-    """Over the last dimension, in float32; rounded to x's dtype before the weight, as in Hugging Face's Llama."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, w.shape, w, eps)
+    """Over the last dimension, in float32; rounded to x's dtype before the weight, as in Hugging Face's Llama.
+
+    In fewer operations than torch's own, which on a CPU takes three times as long for one row.
+    """
     h = x.float()
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return w * h.to(x.dtype)
+    size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    scale = torch.addcmul(_number(eps, x.device), size, size, value=1 / x.shape[-1]).rsqrt_()
+    return (h * scale).to(x.dtype).mul_(w)
 
 
 def silu(x: Array) -> Array:

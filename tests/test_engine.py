@@ -217,7 +217,9 @@ def test_a_stream_closed_early_aborts_its_request(case: Case) -> None:
 
 
 def test_an_interrupt_aborts_every_request_of_the_list(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, seen = Answer.take, []
+    take, abort = Answer.take, case.engine._client.abort
+    seen: list[Any] = []
+    aborted: set[str] = set()
 
     def interrupted(self: Answer, output: Any) -> None:
         seen.append(output)
@@ -226,9 +228,11 @@ def test_an_interrupt_aborts_every_request_of_the_list(case: Case, monkeypatch: 
         take(self, output)
 
     monkeypatch.setattr(Answer, "take", interrupted)
+    monkeypatch.setattr(case.engine._client, "abort", lambda rid: (aborted.add(rid), abort(rid)))
     with pytest.raises(KeyboardInterrupt):
         case.engine.generate(["the", "a", "dog"], sampling_params=GREEDY | {"max_new_tokens": 150})
     settle(case.engine)
+    assert len(aborted) == 3
     assert not case.engine._client._streams
     monkeypatch.undo()
     assert case.engine.generate("the", sampling_params=GREEDY)["output_ids"] == case.expect("the", 24)

@@ -47,7 +47,7 @@ class PageTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateTable:
-    """Recurrent state pages. read int32[R]: page to start from, -1 = zeros; write int32[R]: page that gets 1+K versions.
+    """Recurrent state. read int32[R]: page to start from, -1 = zeros; write int32[R]: page that gets 1+K versions.
 
     A seated row reads version 0 of `read`; a continuing row reads the version that its last verify accepted.
     """

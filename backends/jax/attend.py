@@ -182,7 +182,7 @@ def blocks(
         kv = cache[page + at].reshape(n, block, 2, kv_heads, head)
         read = ((key > low[:, None]) & (key <= high[:, None]))[:, :, None, None, None]
         kv = jnp.where(read, kv, 0).astype(kind).transpose(2, 0, 3, 1, 4).reshape(2, batch, block, head)
-        bias = jnp.where(seen(key), 0.0, FAR)[:, None, :, None]
+        bias = jnp.where(seen(key), jnp.float32(0), jnp.float32(FAR))[:, None, :, None]
         bias = jnp.broadcast_to(bias, (n, kv_heads, queries, group, block)).reshape(batch, many, block)
         s = _product(q, kv[0], 2, exact) * a.scale + bias
         # where a query saw nothing yet, top is FAR and p is 1: the first real score fades that to nothing
@@ -193,7 +193,11 @@ def blocks(
 
     first = jnp.where(high >= 0, low + 1, jnp.iinfo(jnp.int32).max).min() // block if a.window else jnp.int32(0)
     flat = batch, many, 1
-    empty = jnp.full(flat, FAR), jnp.zeros(flat), jnp.zeros((batch, many, head))
+    empty = (
+        jnp.full(flat, FAR, jnp.float32),
+        jnp.zeros(flat, jnp.float32),
+        jnp.zeros((batch, many, head), jnp.float32),
+    )
     _, total, acc = jax.lax.fori_loop(first, high.max() // block + 1, one, empty)
     o = acc / jnp.where(total == 0, 1, total)
     return o.reshape(n, kv_heads, queries, group, head).transpose(0, 2, 1, 3, 4)

@@ -22,14 +22,17 @@ def sample(logits: Array, batch: Batch, position: Array) -> tuple[Array, Array]:
 
     Returns tokens int32[R] and status int32[R]. A batch of greedy rows costs an argmax and the check of the logits.
     """
+    # the barriers and the argmax outside of the branch keep XLA's TPU compiler from fusing head, noise and argmax: with
+    # a vocabulary of 128k it would take more than a minute
+    logits = jax.lax.optimization_barrier(logits)
     finite = count(~jnp.isfinite(logits)) == 0
     drawn = batch.temperature > 0
-    tokens = jax.lax.cond(
+    scores = jax.lax.cond(
         drawn.any(),
-        lambda: jnp.argmax(jnp.where(drawn[:, None], draw(logits, batch, position), logits), -1),
-        lambda: jnp.argmax(logits, -1),
+        lambda: jnp.where(drawn[:, None], draw(logits, batch, position), logits),
+        lambda: logits,
     )
-    return tokens.astype(jnp.int32), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
+    return jnp.argmax(scores, -1).astype(jnp.int32), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
 
 
 def draw(logits: Array, batch: Batch, position: Array) -> Array:
@@ -48,7 +51,8 @@ def draw(logits: Array, batch: Batch, position: Array) -> Array:
         lambda: edge,
     )
     keep = (bits(distance) <= edge[:, None]) & (jnp.exp(-distance) >= batch.min_p[:, None])
-    return jnp.where(keep, gumbel(batch, position, vocab) - distance, -jnp.inf)
+    noise = jax.lax.optimization_barrier(gumbel(batch, position, vocab))
+    return jnp.where(keep, noise - distance, -jnp.inf)
 
 
 def bits(distance: Array) -> Array:

@@ -26,6 +26,9 @@ class Program(NamedTuple):
 
 
 EMPTY, EDIT = Program("empty"), Program("edit")
+OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
+"""Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
+compiled side by side."""
 
 
 class Programs:
@@ -36,6 +39,7 @@ class Programs:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.options = OPTIONS.get(plan.config.platform)
         self.ready = False
         self.late = 0
         self.made: dict[Program, jax.stages.Compiled] = {}
@@ -50,14 +54,14 @@ class Programs:
             if self.ready:
                 field = "taps" if program.taps else "tokens"
                 raise StepRefused(f"{field}: no program for a {program}: nothing compiles after warmup", field=field)
-            self._keep(program, self._lower(program).compile())
+            self._keep(program, self._lower(program).compile(self.options))
         return self.made[program]
 
     def warm(self) -> None:
         """Compile all that is planned: traced one after the other, compiled side by side."""
         missing = [program for program in self.planned() if program not in self.made]
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1) or 1) as pool:
-            running = [(program, pool.submit(self._lower(program).compile)) for program in missing]
+        with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
+            running = [(program, pool.submit(self._lower(program).compile, self.options)) for program in missing]
             for program, future in running:
                 self._keep(program, future.result())
         self.ready = True

@@ -22,7 +22,7 @@ INNER = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head"
 def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Read every parameter: {"embed": ..., "layers": [{"attention": {"q": ...}}], ...}, in `dtype` on `device`.
 
-    A CPU that computes in float32 keeps the matrices of a 16-bit checkpoint packed (models_torch.packed).
+    On a CPU the matrices of a 16-bit checkpoint are packed where that is possible (models_torch.packed).
     Raises ModelError naming the tensor.
     """
     tree: dict[str, Any] = {"layers": [{"attention": {}, "mlp": {}} for _ in spec.layers]}
@@ -33,8 +33,7 @@ def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: to
         value = as_tensor(read)
         *path, leaf = name.split(".")
         inner = 1 if name == "embed" and spec.tied else INNER.get(leaf)
-        narrow = device.type == "cpu" and dtype == torch.float32 and value.dtype != torch.float32
-        packed = pack(value, inner, name == "embed") if narrow and inner else None
+        packed = pack(value, inner, dtype, name == "embed") if device.type == "cpu" and inner else None
         at: Any = tree
         for part in path:
             at = at[int(part)] if isinstance(at, list) else at[part]

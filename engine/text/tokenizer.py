@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from engine.errors import InvalidRequest, ModelError
 from engine.text.stages import Stage, chain, fresh
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Names in tokenizer_config.json of the class that is its tokenizer.json and nothing else."""
 
 
 class Tokenizer:
@@ -46,14 +50,11 @@ class Tokenizer:
                 f"tokenizer: {folder} has no tokenizer.json; add one, or use skip_tokenizer and token_ids",
                 field="tokenizer",
             )
-        from transformers import AutoTokenizer
-
         try:
-            inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            return cls(_open(folder))
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             cause = " ".join(str(error).split())[:200]
             raise ModelError(f"tokenizer: {folder} can't be read: {cause}", field="tokenizer") from error
-        return cls(inner)
 
     @property
     def size(self) -> int:
@@ -90,3 +91,18 @@ class Tokenizer:
     def stages(self) -> list[Stage]:
         """The decoder, for one stream."""
         return fresh(self._stages)
+
+
+def _open(folder: Path) -> Any:
+    """transformers' tokenizer of a folder. AutoTokenizer imports torch where it is installed, some 4 s, so that what
+    needs no choice of a class goes past it."""
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_bytes()) if config.is_file() else {}
+    plain = isinstance(said, dict) and said.get("tokenizer_class") in GENERIC and "auto_map" not in said
+    if plain and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)

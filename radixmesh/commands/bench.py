@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure, and write the figures down with the machine, versions and commit.")
     group.callback()(lambda: None)
     group.command()(offline)
+    group.command()(agree)
     app.add_typer(group, name="bench")
 
 
@@ -55,6 +56,32 @@ def offline(
                 )
     if out is not None:
         write(out, "offline", figures)
+
+
+def agree(
+    model: options.Model = None,
+    subjects: Annotated[str, typer.Option(help="Two backends.")] = "jax,torch",
+    count: Annotated[int, typer.Option(help="Prompts.")] = 100,
+    made: Annotated[int, typer.Option(help="Tokens made for each.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    pairs: options.Set = None,
+) -> None:
+    """The same random prompts through two backends in float32, greedy and seeded: how many sequences are equal?"""
+    from radixmesh.bench.agree import agree as compare
+    from radixmesh.bench.record import write
+    from radixmesh.engine import DEMO
+
+    names = [name.strip() for name in subjects.split(",")]
+    if len(names) != 2:
+        raise ConfigError("subjects: give two backends, such as jax,torch", field="subjects")
+    figures = compare(model or str(DEMO), names, count, made, options.read_set(pairs))
+    for f in figures:
+        took = ", ".join(f"{name} {f['seconds'][name]:.2f} s on {f['devices'][name]}" for name in names)
+        print(f"{f['kind']}: {f['equal']} of {f['prompts']} sequences of {f['tokens']} tokens equal; {took}")
+        if f["differ"]:
+            print(f"  (sequence, first token that differs): {f['differ']}")
+    if out is not None:
+        write(out, "agree", figures)
 
 
 def _subject(

@@ -122,7 +122,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_float32(narrow: Tiny) -> None:
     difference, spread = measure(narrow, host)
     assert difference <= TOLERANCE * max(1.0, spread)
     q = host.backend.weights["layers"][0]["attention"]["q"]
-    assert isinstance(q, Packed) == packable()
+    assert isinstance(q, Packed) == packable(torch.float32)
     assert isinstance(host.backend.weights["layers"][0]["attention_norm"], torch.Tensor)
 
 
@@ -147,8 +147,8 @@ def test_packed_matrices_lose_nothing(dtype: torch.dtype) -> None:
         # the values span 24 powers of two, so that float16 alone would lose the small ones
         spread = torch.exp2(-24 * torch.rand(out, inner, generator=draw))
         w = (size * spread * torch.randn(out, inner, generator=draw).sign()).to(dtype)
-        packed = pack_matrix(w, 1)
-        assert (packed is not None) == packable()
+        packed = pack_matrix(w, 1, torch.float32)
+        assert (packed is not None) == packable(torch.float32)
         if packed is None:
             return
         held = packed.multiply(torch.eye(inner))  # [in, out], one product a sum: what stands in memory, unrounded
@@ -159,7 +159,7 @@ def test_packed_matrices_lose_nothing(dtype: torch.dtype) -> None:
 
 def test_a_matrix_that_is_not_finite_stays_plain() -> None:
     for value in (float("nan"), float("inf")):
-        assert pack_matrix(torch.tensor([[1.0, value]], dtype=torch.bfloat16), 1) is None
+        assert pack_matrix(torch.tensor([[1.0, value]], dtype=torch.bfloat16), 1, torch.float32) is None
 
 
 def test_noise_has_the_bits_of_the_contract() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXT = (
@@ -100,7 +100,21 @@ def words() -> PreTrainedTokenizerFast:
     return _wrap(made)
 
 
-KINDS = ("byte_level", "llama", "gemma", "metaspace", "word_piece", "word_piece_twice", "suffixed", "words")
+def stripped() -> PreTrainedTokenizerFast:
+    """Strip and a regular expression over each token, before they are joined."""
+    made = Tokenizer(models.WordLevel(vocab={w: i for i, w in enumerate([*SPECIAL, "__", "_a_", "b_", "c1d22"])}))
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex("[0-9]+"), "#"),
+            decoders.Strip("_", 1, 1),
+            decoders.Fuse(),
+            decoders.Replace("a#", "!"),
+        ]
+    )
+    return _wrap(made)
+
+
+KINDS = ("byte_level", "llama", "gemma", "metaspace", "word_piece", "word_piece_twice", "suffixed", "words", "stripped")
 
 
 @cache
@@ -115,4 +129,5 @@ def made(kind: str) -> PreTrainedTokenizerFast:
         "word_piece_twice": lambda: word_piece(cleanup=True),
         "suffixed": suffixed,
         "words": words,
+        "stripped": stripped,
     }[kind]()

@@ -61,10 +61,12 @@ def test_pieces_join_to_the_text_decoded_at_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_of_text(kind: str) -> None:
-    ids = numbers(kind, TEXT)
-    stream = Detokenizer(tokenizer(kind))
-    assert "".join(stream.feed([i]) for i in ids) + stream.finish() == made(kind).decode(ids, skip_special_tokens=True)
+def test_every_token_first_later_and_twice(kind: str) -> None:
+    every = range(tokenizer(kind).size + 2)
+    text = numbers(kind, TEXT)
+    for ids in (text, list(every), list(reversed(every)), *([i] for i in every), *([i, i, text[0]] for i in every)):
+        stream = Detokenizer(tokenizer(kind), False)
+        assert "".join(stream.feed([i]) for i in ids) + stream.finish() == made(kind).decode(ids)
 
 
 def test_characters_split_across_tokens_come_whole() -> None:

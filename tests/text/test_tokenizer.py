@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine.errors import InvalidRequest, ModelError
 from engine.text.chat import render
 from engine.text.tokenizer import Tokenizer
+from radixmesh.engine import DEMO
 from tests.text.made import made
 
 TEMPLATE = (
@@ -48,9 +52,30 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_it_is_what_autotokenizer_opens(folder: Path) -> None:
+    text = "the quick dog 🙂 x\n\n  def"
+    for path in (folder, DEMO):
+        ours, theirs = Tokenizer.open(path).inner, AutoTokenizer.from_pretrained(path)
+        assert type(ours) is type(theirs)
+        assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+        assert (ours.encode(text), ours.chat_template) == (theirs.encode(text), theirs.chat_template)
+
+
+def test_a_tokenizer_needs_no_torch() -> None:
+    code = (
+        "import sys; from engine.text.tokenizer import Tokenizer\n"
+        f"assert Tokenizer.open({str(DEMO)!r}).encode('x')\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=DEMO.parent.parent, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("generic", [True, False])
 @pytest.mark.parametrize("content", ["{", '{"version": "1.0"}', ""])
-def test_a_broken_tokenizer_is_a_model_error(tmp_path: Path, content: str) -> None:
+def test_a_broken_tokenizer_is_a_model_error(tmp_path: Path, content: str, generic: bool) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
+    if generic:
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="can't be read") as caught:
         Tokenizer.open(tmp_path)
