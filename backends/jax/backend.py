@@ -59,16 +59,16 @@ class JaxBackend:
         self.unsampled: ScheduleStep | None = None
 
     def load(self, weights: WeightSource, version: int = 0) -> None:
-        """Take weights; steps that are out keep the old ones. Raises ModelError naming a tensor."""
+        """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
+        that a ModelError (which names the tensor) changes nothing."""
         self._open()
-        self.weights = None if not self.flights else self.weights  # the old ones need not stand beside the new
         self.weights = params.upload(self.plan.leaves, self.plan.config, self.plan.mesh, weights)
         self.version = version
         if self.caches is None:
             self._empty()
 
     def warmup(self) -> None:
-        """Compile every program that a step without taps may need, then run each once on nothing."""
+        """Compile every program that a step without taps may need."""
         self._open()
         self.programs.warm()
 

@@ -12,7 +12,8 @@ from engine.config import Resolved
 from engine.errors import ConfigError
 from engine.mesh import AXES, RULES, MeshSpec
 
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu"}
+"""What jax is told to start; "gpu" is CUDA or ROCm, as jax finds."""
 CACHE = PartitionSpec(None, None, None, RULES["kv_heads"], None)
 """Of a cache [layers * pages, page, 2, kv_heads, head_dim]."""
 
@@ -22,7 +23,7 @@ def find_devices(platform: str) -> list[jax.Device]:
 
     Where nobody chose jax's platforms, only this one is started: the others cost seconds and print warnings.
     """
-    if not jax.config.jax_platforms:
+    if platform in PLATFORMS and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", PLATFORMS[platform])
     try:
         return jax.devices(platform)

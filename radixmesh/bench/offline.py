@@ -61,8 +61,8 @@ def make_model(folder: Path, shape: str) -> Path:
 
 
 def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
-    """Random ids, no two prompts alike."""
-    return np.random.default_rng(seed).integers(256, vocab, (batch, length)).tolist()
+    """Random ids past the special ones, no two prompts alike."""
+    return np.random.default_rng(seed).integers(min(256, vocab // 2), vocab, (batch, length)).tolist()
 
 
 def measure(
