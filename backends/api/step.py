@@ -134,9 +134,12 @@ class ScheduleStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What came of a step. version: of the weights. tokens int32[R, 1+K], -1 padded; counts int32[R]: tokens accepted
-    by each row, 0 where output has no TOKEN bit; status uint8[R]. taps: name -> float32[T, ...] in the order of the
-    step's tokens. device_us: device time where it is known, else 0."""
+    """What came of a step. version: of the weights.
+
+    tokens int32[R, 1+K], -1 padded. counts int32[R]: tokens accepted by each row, 0 where output has no TOKEN bit or
+    status uint8[R] is not OK. taps: name -> float32[T, ...] in the order of the step's tokens. device_us: device time
+    where it is known, else 0.
+    """
 
     step: int
     version: int

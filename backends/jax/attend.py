@@ -116,13 +116,14 @@ class Attend:
 def plain(
     a: Attention, q: Array, k: Array, v: Array, cache: Array, rank: Any, pages: Pages, view: View
 ) -> tuple[Array, Array]:
-    """Write k, v [T, kv_heads, head_dim] to the cache [layers * pages, page, 2, kv_heads, head_dim] and attend.
+    """Write k, v [T, kv_heads, head_dim] to the cache [layers * pages, page, kv_heads * 2 * head_dim] and attend.
 
     rank: of the layer in its group. q [T, q_heads, head_dim] -> ([T, q_heads, head_dim], cache).
     """
     at = rank * pages.count
     where = jnp.where(pages.page >= 0, pages.page + at, cache.shape[0])  # past the end: dropped
-    cache = cache.at[where, pages.offset].set(jnp.stack([k, v], axis=1).astype(cache.dtype), mode="drop")
+    lines = jnp.stack([k, v], axis=2).astype(cache.dtype).reshape(k.shape[0], -1)
+    cache = cache.at[where, pages.offset].set(lines, mode="drop")
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     count, group = view.tiles.shape[0], view.group
     if count <= group:
@@ -179,9 +180,10 @@ def blocks(
         key = j * block + jnp.arange(block)
         entry = (j * block - base[:, None]) // size + jnp.arange(entries)
         page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
-        kv = cache[page + at].reshape(n, block, 2, kv_heads, head)
-        read = ((key > low[:, None]) & (key <= high[:, None]))[:, :, None, None, None]
-        kv = jnp.where(read, kv, 0).astype(kind).transpose(2, 0, 3, 1, 4).reshape(2, batch, block, head)
+        kv = cache[page + at].reshape(n, block, -1)
+        read = ((key > low[:, None]) & (key <= high[:, None]))[:, :, None]
+        kv = jnp.where(read, kv, 0).astype(kind).reshape(n, block, kv_heads, 2, head)
+        kv = kv.transpose(3, 0, 2, 1, 4).reshape(2, batch, block, head)
         bias = jnp.where(seen(key), jnp.float32(0), jnp.float32(FAR))[:, None, :, None]
         bias = jnp.broadcast_to(bias, (n, kv_heads, queries, group, block)).reshape(batch, many, block)
         s = _product(q, kv[0], 2, exact) * a.scale + bias

@@ -37,13 +37,14 @@ def state_shapes(limits: Limits, mesh: Mesh) -> State:
 
 
 def cache_shapes(limits: Limits, config: Resolved, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of the caches, one flat array a group: [layers * pages, page, 2, kv_heads, head_dim], 2 = key and value.
+    """Shapes of the caches, one flat array a group: [layers * pages, page, kv_heads * 2 * head_dim], 2 = key and value.
 
-    Page p of the group's layer of rank i is entry i * pages + p: one array that no layer slices is never copied.
+    Page p of the group's layer of rank i is entry i * pages + p: one array that no layer slices is never copied. A
+    token is one line: with dimensions for heads, TPUs pad small heads and copy the cache to do so.
     """
     return tuple(
         jax.ShapeDtypeStruct(
-            (len(g.layers) * pages, g.page, 2, g.kv_heads, g.head_dim),
+            (len(g.layers) * pages, g.page, g.kv_heads * 2 * g.head_dim),
             DTYPES[config.cache_dtype],
             sharding=NamedSharding(mesh, CACHE),
         )

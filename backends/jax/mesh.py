@@ -14,8 +14,8 @@ from engine.mesh import AXES, RULES, MeshSpec
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu"}
 """What jax is told to start; "gpu" is CUDA or ROCm, as jax finds."""
-CACHE = PartitionSpec(None, None, None, RULES["kv_heads"], None)
-"""Of a cache [layers * pages, page, 2, kv_heads, head_dim]."""
+CACHE = PartitionSpec(None, None, RULES["kv_heads"])
+"""Of a cache [layers * pages, page, kv_heads * 2 * head_dim]."""
 
 
 def find_devices(platform: str) -> list[jax.Device]:

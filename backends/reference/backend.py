@@ -214,8 +214,10 @@ class ReferenceBackend:
             made = row.end - len(guesses)  # position of the first token made
             with np.errstate(all="ignore"):
                 found = sample(step, r, fed.logits[r], guesses, made, self.counts, mask)
-            tokens[r, : len(found)], counts[r] = found, len(found)
-            status[r] = OK if np.isfinite(fed.logits[r]).all() else NONFINITE
+            if np.isfinite(fed.logits[r]).all():
+                tokens[r, : len(found)], counts[r] = found, len(found)
+            else:
+                status[r] = NONFINITE
             self.length[row.slot], self.last[row.slot] = made + len(found) - 1, found[-1]
         return StepResult(
             step=step.step, version=fed.version, tokens=tokens, counts=counts, status=status, taps=fed.taps

@@ -41,6 +41,16 @@ class Flight:
     done: Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A step between forward and sample."""
+
+    step: ScheduleStep
+    fed: step.Fed
+    version: int
+    started: Any
+
+
 class TorchBackend:
     """backends.api.protocol.Backend on torch. Not thread-safe: one thread calls it, as one loop plans the steps.
 
@@ -61,6 +71,10 @@ class TorchBackend:
         self.limits = Limits.of(spec, config, taps=True)
         self.weights: dict[str, Any] = {}
         self.version, self.ready, self.closed = 0, False, False
+        self.caches: Any = None
+        self.length: NDArray[np.int32] = np.zeros(self.limits.slots, np.int32)
+        self.waiting: Waiting | None = None
+        self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
         self._empty()
 
     def load(self, weights: WeightSource, version: int = 0) -> None:
@@ -98,25 +112,25 @@ class TorchBackend:
             batch = pack(step_, self.limits, self.device)
             fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, step_.taps)
         self.length[step_.slots] = before + step_.lens
-        self.fed = step_, fed, started
+        self.waiting = Waiting(step=step_, fed=fed, version=self.version, started=started)
         return step_.step
 
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
         """Choose tokens, and send them on their way to the host."""
         self._open()
-        if self.fed is None or self.fed[0].step != ticket:
+        now = self.waiting
+        if now is None or now.step.step != ticket:
             raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
-        step_, fed, started = self.fed
-        check_masks(masks, step_, self.limits)
-        self.fed = None
+        check_masks(masks, now.step, self.limits)
+        self.waiting = None
         with self._device():
-            made = self._bring(step.sample(fed, self.caches))
-            taps = {name: self._bring(value) for name, value in fed.taps.items()}
+            made = self._bring(step.sample(now.fed, self.caches))
+            taps = {name: self._bring(value) for name, value in now.fed.taps.items()}
             self.flights[ticket] = Flight(
-                version=self.version,
-                rows=len(step_.slots),
-                order=fed.batch.order,
-                started=started,
+                version=now.version,
+                rows=len(now.step.slots),
+                order=now.fed.batch.order,
+                started=now.started,
                 made=made,
                 taps=taps,
                 done=self._mark(),
@@ -149,7 +163,7 @@ class TorchBackend:
 
     def close(self) -> None:
         """Free the device. Every later call raises BackendLost."""
-        self.closed, self.weights, self.fed = True, {}, None
+        self.closed, self.weights, self.waiting = True, {}, None
         self.flights.clear()
         self.caches = None
 
@@ -161,8 +175,8 @@ class TorchBackend:
         """Refuse a forward that comes too early."""
         if not self.weights:
             raise StepRefused("weights: load comes before the first forward", field="weights")
-        if self.fed is not None:
-            raise StepRefused(f"step: step {self.fed[0].step} was not sampled yet", field="step")
+        if self.waiting is not None:
+            raise StepRefused(f"step: step {self.waiting.step.step} was not sampled yet", field="step")
         if len(self.flights) >= self.limits.depth:
             raise StepRefused(f"step: {self.limits.depth} steps are out, collect one first", field="step")
         if step_.step in self.flights:
@@ -170,10 +184,10 @@ class TorchBackend:
 
     def _empty(self) -> None:
         """Empty caches, no slot seated, no ticket out. length: of each slot, as the device will know it."""
-        self.fed: tuple[ScheduleStep, step.Fed, Any] | None = None
-        self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
-        self.length: NDArray[np.int32] = np.full(self.limits.slots, UNSEATED, np.int32)
-        self.caches: Any = None  # the old ones must not stand beside the new
+        self.waiting = None
+        self.flights.clear()
+        self.length.fill(UNSEATED)
+        self.caches = None  # the old ones must not stand beside the new
         self.caches = caches.make(self.limits, self.config.cache_dtype, self.device)
 
     @contextmanager

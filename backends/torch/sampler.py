@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 from backends.api.random import PARITY, ROTATIONS, ROUNDS
 from backends.torch.inputs import Draws
 
-Array = torch.Tensor
+Array: TypeAlias = torch.Tensor
 INF = 0x7F800000
 """Bits of float32 infinity."""
 DIGITS = ((20, 2048), (10, 1024), (0, 1024))
@@ -49,15 +51,25 @@ def draw(logits: Array, highest: Array, draws: Draws, position: Array) -> Array:
         likely = values.double().exp_() >= draws.min_p[:, None]
         keep = likely if keep is None else keep & likely
     keys = fold(draws.seed, position)
-    if keep is not None and keep.device.type == "cpu":  # few are left, and a CPU may look how many
-        row, token = keep.nonzero(as_tuple=True)
-        scores = torch.full_like(values, -torch.inf)
-        scores[row, token] = values[row, token] + gumbel(keys[:, row], token)
-        return scores.argmax(-1)
-    values += gumbel(keys[:, :, None], torch.arange(logits.shape[1], device=logits.device)[None])
+    if keep is not None and keep.device.type == "cpu":
+        return among(values, keep, keys)
+    return everywhere(values, keep, keys)
+
+
+def everywhere(values: Array, keep: Array | None, keys: Array) -> Array:
+    """The largest of values float32[N, V] with noise, where keep bool[N, V] allows: tokens int64[N]. Changes values."""
+    values += gumbel(keys[:, :, None], torch.arange(values.shape[1], device=values.device)[None])
     if keep is not None:
         values.masked_fill_(~keep, -torch.inf)
     return values.argmax(-1)
+
+
+def among(values: Array, keep: Array, keys: Array) -> Array:
+    """`everywhere`, with noise only for the tokens that are left: for devices that need not be waited for."""
+    row, token = keep.nonzero(as_tuple=True)
+    scores = torch.full_like(values, -torch.inf)
+    scores[row, token] = values[row, token] + gumbel(keys[:, row], token)
+    return scores.argmax(-1)
 
 
 def nucleus(mass: Array, distance: Array, p: Array) -> Array:

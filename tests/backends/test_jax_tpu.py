@@ -132,7 +132,7 @@ def test_compiles_fits_and_keeps_the_donated_cache(
     assert size["peak"] <= 0.92 * HBM[chip], size
     # a scan over stacked bfloat16 weights copies them once a step on 7x (docs/decisions/0004-stacked-or-listed.md)
     copied = size["weights"] if (chip, case) == ("tpu7x:2x2x1", "8B decode") else 0
-    assert size["temp"] <= copied + GIB // 4, size
+    assert size["temp"] <= copied + min(size["cache"], GIB) // 4, size
 
 
 if __name__ == "__main__":

@@ -194,6 +194,24 @@ def test_nucleus_is_that_of_a_sort() -> None:
             assert (found[row] <= high).all(), (spread, p[row])
 
 
+def test_a_nucleus_that_is_reached_exactly_ends_there() -> None:
+    mass = torch.tensor([[1.0, 4.0, 2.0, 1.0]], dtype=torch.float64)
+    distance = torch.tensor([[2.0, 0.0, 1.0, 2.5]]).view(torch.int32)
+    edges = [float(sampler.nucleus(mass, distance, torch.tensor([p])).view(torch.float32)) for p in (0.5, 0.75, 0.875)]
+    assert edges == [0.0, 1.0, 2.0]
+
+
+def test_noise_for_a_few_tokens_chooses_as_noise_for_all() -> None:
+    draw = torch.Generator().manual_seed(3)
+    values = torch.randn(20, 500, generator=draw)
+    keys = torch.randint(-(2**31), 2**31, (2, 20), generator=draw).int()
+    keep = torch.rand(20, 500, generator=draw) < 0.1
+    few = sampler.among(values, keep, keys)
+    assert torch.equal(few, sampler.everywhere(values.clone(), keep, keys))
+    assert keep.gather(1, few[:, None]).all()
+    assert not torch.equal(few, sampler.everywhere(values.clone(), None, keys))
+
+
 class Watch(TorchDispatchMode):
     """Notes operations whose result or shape the host can only know by waiting for the device."""
 
@@ -334,7 +352,7 @@ def test_what_a_slot_cannot_do_is_refused() -> None:
     never = host.step([(fresh, host.row(fresh, prompt(3)))])
     refused(lambda: host.backend.forward(never), "starts", [0])
     host.run([(text, host.row(text, prompt(6)))])
-    short = build(host.limits, 99, [Row(slot=text.slot, tokens=[-1], upper=4)])
+    short = build(host.limits, 99, [Row(slot=text.slot, tokens=[-1], upper=6)])
     refused(lambda: host.backend.forward(short), "upper", [0])
     for each in (fresh, text):
         host.close(each)

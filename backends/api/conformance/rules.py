@@ -88,6 +88,7 @@ def nonfinite(open: Opener) -> None:
         result = host.run(rows)
         assert result.version == 4
         assert result.status.tolist() == [OK, NONFINITE, OK]
+        assert result.counts.tolist() == [1, 0, 1]
         take(result, made)
     for text in texts:
         host.close(text)
