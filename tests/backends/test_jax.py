@@ -111,6 +111,16 @@ def test_forward_does_not_wait(warm: Host) -> None:
     assert busy
 
 
+def test_tiles_of_large_buckets_agree_with_the_reference(warm: Host) -> None:
+    """Rows of one token and of many in one step: tiles that are full, ragged, almost empty, and more than one group."""
+    reference = ReferenceBackend(SPEC, config("reference", max_tokens=40))
+    reference.load(Weights())
+    asks = [Ask(prompt=prompt(n, seed=n), make=8, chunk=chunk) for n, chunk in ((3, 40), (30, 17), (25, 9), (39, 40))]
+    assert make_shape(40, warm.limits).tile > 1
+    want = generate(Host(reference), asks)
+    assert [made.tokens for made in generate(warm, asks)] == [made.tokens for made in want]
+
+
 def test_edits_beyond_the_bucket_go_ahead_of_the_step(warm: Host) -> None:
     """A row of one token seated on a long prefix sends its whole table in a bucket of one token."""
     ids, limits = prompt(56, seed=8), warm.limits

@@ -20,6 +20,7 @@ from backends.jax.params import shapes
 from backends.jax.step import Plan, lower_step
 from engine.config import Resolved
 from engine.mesh import MeshSpec
+from engine.model.registry import read_spec
 from engine.model.spec import Attention, Layer, Mlp, ModelSpec, Rope
 
 ROOT = Path(__file__).parents[2]
@@ -28,38 +29,31 @@ HBM = {"v6e:2x2": 32 * GIB, "tpu7x:2x2x1": 96 * GIB}
 """Topology -> memory of one device; one device of it is used."""
 
 
-def llama(
-    *, vocab: int, hidden: int, layers: int, q_heads: int, kv_heads: int, head: int, ffn: int, rope: Rope
-) -> ModelSpec:
-    attention = Attention(q_heads=q_heads, kv_heads=kv_heads, head_dim=head, rope=rope, scale=head**-0.5)
-    return ModelSpec(
-        family="llama",
-        vocab=vocab,
-        hidden=hidden,
-        layers=(Layer(mixer=attention, feed=Mlp(size=ffn)),) * layers,
-        norm_eps=1e-5,
-        tied=False,
-        max_len=8192,
-        dtype="bfloat16",
-    )
-
-
-DEMO = llama(
-    vocab=2048, hidden=256, layers=4, q_heads=4, kv_heads=2, head=64, ffn=704, rope=Rope(dim=64, theta=10000.0)
-)
-BIG = llama(
+BIG = ModelSpec(
+    family="llama",
     vocab=128256,
     hidden=4096,
-    layers=32,
-    q_heads=32,
-    kv_heads=8,
-    head=128,
-    ffn=14336,
-    rope=Rope(dim=128, theta=500000.0, kind="llama3", factor=8.0),
+    layers=(
+        Layer(
+            mixer=Attention(
+                q_heads=32,
+                kv_heads=8,
+                head_dim=128,
+                rope=Rope(dim=128, theta=500000.0, kind="llama3", factor=8.0),
+                scale=128**-0.5,
+            ),
+            feed=Mlp(size=14336),
+        ),
+    )
+    * 32,
+    norm_eps=1e-5,
+    tied=False,
+    max_len=8192,
+    dtype="bfloat16",
 )
 """The shape of Llama 3.1 8B."""
 CASES: dict[str, tuple[ModelSpec, int, dict[str, Any]]] = {
-    "demo": (DEMO, 8, {"pages": (2048,), "max_len": 2048, "stack": "list"}),
+    "demo": (read_spec(ROOT / "radixmesh" / "demo"), 8, {"pages": (2048,), "max_len": 2048, "stack": "scan"}),
     "8B decode": (
         BIG,
         64,
