@@ -29,8 +29,10 @@ from engine.model.params import params
 from engine.model.spec import ModelSpec
 
 FLAT: ModelSpec = replace(SPEC, layers=SPEC.layers[:1])
-DEEP: ModelSpec = replace(SPEC, layers=SPEC.layers * 2)
-"""Four layers, the pattern of two repeated: full, window, full, window."""
+DEEP: ModelSpec = replace(
+    SPEC, layers=(*SPEC.layers, replace(SPEC.layers[0], mixer=replace(SPEC.layers[0].mixer, qk_norm=False))) * 2
+)
+"""A pattern of three layers, repeated: full, window, another full."""
 
 
 def host_of(spec: ModelSpec = SPEC, weights: Any = None, taps: tuple[str, ...] = (), **overrides: Any) -> Host:
@@ -201,9 +203,10 @@ def batch_of(rows: int, *, seeds: NDArray[np.uint64] | None = None, **values: An
 
 
 def test_filters_keep_what_the_normative_filters_keep() -> None:
-    """Ties at every edge: logits are multiples of 1/4, so many are equal."""
+    """In every other row ties at every edge: logits are multiples of 1/4, so many are equal."""
     draw, rows, vocab = np.random.default_rng(3), 64, 300
-    logits = (draw.integers(-24, 24, (rows, vocab)) / 4).astype(np.float32)
+    logits = draw.normal(0, 3, (rows, vocab)).astype(np.float32)
+    logits[::2] = np.round(logits[::2] * 4) / 4
     logits[1, 5:] = -np.inf
     values = {
         "temperature": draw.choice([1e-3, 0.5, 1.0, 4.0], rows),
@@ -231,9 +234,9 @@ def test_ties_go_to_the_lowest_id() -> None:
 
 
 def test_scanned_equals_listed() -> None:
-    """Every inner value, over two repeats of a pattern of two kinds of layers in two cache groups."""
+    """Inner values, over two repeats of a pattern of three kinds of layers in two cache groups."""
     asks = [Ask(prompt=prompt(14), chunk=9, make=3), Ask(prompt=prompt(6), make=3)]
-    names = ("layers.0.mlp", "layers.1", "layers.2.attention", "layers.3.attention", "logits")
+    names = ("layers.0.mlp", "layers.1", "layers.2.attention", "layers.4", "layers.5.attention", "logits")
     made = {}
     for stack in ("list", "scan"):
         host = host_of(DEEP, taps=names, stack=stack, token_buckets=(16,))
