@@ -26,6 +26,7 @@ def test_equals_sequential_decoding() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_equals_sequential_decoding_long() -> None:
     run(range(400, 8000))
 
