@@ -80,7 +80,7 @@ def test_agrees_layer_by_layer(models: Callable[[str], tuple[Tiny, Reading]], ba
             assert verdict.ok, f"chunks of {chunk}: {worst(verdict)}"
 
 
-@pytest.mark.parametrize("shape", ["llama-odd-heads", "llama-one-kv-head", "qwen3-grouped"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_engine_agrees_cold_chunked_and_warm(
     models: Callable[[str], tuple[Tiny, Reading]], backend: str, shape: str
