@@ -1,10 +1,15 @@
-# make run: the demo model on both backends. make test: what CI runs. Both need python3 >= 3.11 and nothing else.
+# make serve: the demo model over HTTP. make run: on both backends. make test: what CI runs. They need python3 >= 3.11
+# and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: run test test-all lint clean
+.PHONY: serve run test test-all lint proto clean
+
+# PORT and MODEL, a folder, are optional.
+serve: $(READY)
+	@exec $(BIN)/radixmesh serve $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model '$(MODEL)')
 
 run: $(READY)
 	$(BIN)/radixmesh generate --compare
@@ -20,10 +25,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What is made from engine/serve/radixmesh.proto; tests/serve/test_grpc.py compares it.
+proto: $(READY)
+	$(BIN)/python -m grpc_tools.protoc -Iengine/serve/pb=engine/serve --python_out=. --pyi_out=. \
+		--grpc_python_out=. engine/serve/pb/radixmesh.proto
+
 $(READY): pyproject.toml
 	@echo "installing into $(VENV): some 3 GB, a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@# openai 2.x beside 3.x, for tests/serve/test_openai2.py: all that they don't share
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target $(VENV)/openai2 'openai>=2,<3' 'distro>=1.7,<2'
 	touch $(READY)
 
 clean:

@@ -33,7 +33,7 @@ class Resolved:
     cache_dtype: of keys and values ("float32" or "bfloat16"). page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
-    stack: "scan" or "list", how the jax backend runs layers.
+    stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
     """
 
     backend: str
@@ -53,6 +53,7 @@ class Resolved:
     mesh: MeshSpec = field(default_factory=MeshSpec)
     deterministic: bool = False
     stack: str = "list"
+    programs: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -168,14 +169,34 @@ class Sched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve:
-    """The network faces; none is built yet, so that no key is known."""
+    """The network faces.
+
+    host, port: of HTTP; grpc_port: of gRPC, "auto" is off. name: of the model, as clients say it; "auto" is its
+    folder's. api_key: what every route but the documented few wants; "auto" is none. queue, queue_tokens: requests that
+    may wait, and tokens of their prompts: beyond, 503. body: bytes of a request. n: answers to one prompt. drain:
+    seconds that open requests get after SIGTERM. watchdog: seconds after which a step counts as stuck.
+    """
+
+    host: str = _key(_text, "127.0.0.1")
+    port: int = _key(_whole(0, 65535), 30000)
+    grpc_port: int | None = _key(_or_auto(_whole(0, 65535)), None)
+    name: str | None = _key(_or_auto(_text), None)
+    api_key: str | None = _key(_or_auto(_text), None)
+    queue: int = _key(_whole(1), 1024)
+    queue_tokens: int = _key(_whole(1), 1 << 22)
+    body: int = _key(_whole(1024), 8 << 20)
+    n: int = _key(_whole(1, 1024), 64)
+    drain: int = _key(_whole(0, 86400), 30)
+    watchdog: int = _key(_whole(1, 86400), 300)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jax:
-    """stack: "scan" over stacked layers or a "list" of layers, unrolled."""
+    """stack: "scan" over stacked layers or a "list" of layers, unrolled. cache: folder that keeps compiled programs
+    from one start to the next; "auto" is one below the user's cache folder, "off" is none."""
 
     stack: str = _key(_one_of(STACKS), "auto")
+    cache: str = _key(_text, "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,8 +329,6 @@ def _build(tree: Any, name: str) -> Any:
 
 def _hint(table: str, key: str) -> str:
     """What an unknown key of a table should have been."""
-    if table == "serve":
-        return "; no server is built yet"
     elsewhere = [k for k in keys() if k.rpartition(".")[2] == key]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"

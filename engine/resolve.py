@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from engine.config import Config, Resolved
@@ -90,6 +91,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
         Decision(field="policy", value=config.sched.policy, why="sched.policy"),
         _stack(config, device),
+        _programs(config),
     ]
     return Resolved(**{d.field: d.value for d in made}), made
 
@@ -262,6 +264,21 @@ def _pages(tokens: int, groups: Sequence[CacheGroup], values: dict[str, Any]) ->
             pages = min(pages, values["slots"] * -(-(g.window + values["max_tokens"] + 2 * g.page) // g.page))
         out.append(pages)
     return tuple(out)
+
+
+def _programs(config: Config) -> Decision:
+    asked = config.backend.jax.cache
+    if asked == "off":
+        return Decision(field="programs", value="", why="backend.jax.cache")
+    if asked != "auto":
+        return Decision(field="programs", value=asked, why="backend.jax.cache")
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return Decision(field="programs", value="", why="auto: the user has no home folder")
+    return Decision(
+        field="programs", value=str(home / ".cache" / "radixmesh" / "jax"), why="auto: the user's cache folder"
+    )
 
 
 def _stack(config: Config, device: Device) -> Decision:

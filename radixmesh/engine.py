@@ -8,26 +8,22 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
 
-from backends import open_backend
-from backends.api.protocol import Backend, Status
-from backends.probe import probe
-from engine.config import Config, Resolved, load
-from engine.errors import BackendLost, InvalidRequest
-from engine.model.checkpoint import Checkpoint
-from engine.model.registry import read_spec
-from engine.model.spec import ModelSpec
-from engine.resolve import Decision, resolve
+from backends.api.protocol import Status
+from engine.config import load
+from engine.errors import InvalidRequest
+from engine.run.answer import Answer
+from engine.run.client import Streams
 from engine.run.local import LocalClient
+from engine.run.messages import Abort, Submit
+from engine.run.start import decide, start
 from engine.sampling import SamplingParams
-from engine.sched.request import Output, Request
-from engine.sched.scheduler import Scheduler
-from engine.sched.stop import Finish
-from engine.text.detokenize import StopStrings, TextStream
+from engine.sched.admission import check_request
+from engine.sched.request import Request
 from engine.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -35,24 +31,6 @@ DEMO = Path(__file__).resolve().parent / "demo"
 
 Params: TypeAlias = SamplingParams | Mapping[str, Any] | None
 Result: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
-    """A configuration and what came of it, before anything is allocated."""
-
-    path: Path
-    spec: ModelSpec
-    resolved: Resolved
-    decisions: tuple[Decision, ...]
-
-
-def decide(config: Config) -> Decided:
-    """Look at the model and the device and decide everything. Raises ModelError or ConfigError."""
-    path = Path(config.model.path) if config.model.path is not None else DEMO
-    spec = read_spec(path)
-    resolved, decisions = resolve(config, spec, probe(config.backend.name, config.backend.platform))
-    return Decided(path=path, spec=spec, resolved=resolved, decisions=tuple(decisions))
 
 
 class Engine:
@@ -83,16 +61,12 @@ class Engine:
             "mesh": mesh or None,
             "dtype": None if dtype == "auto" else dtype,
         }
-        decided = decide(load(file, config | given))
+        decided = decide(load(file, config | given), DEMO)
         self.spec, self.resolved, self.decisions = decided.spec, decided.resolved, decided.decisions
         self.tokenizer = None if skip_tokenizer else Tokenizer.open(decided.path)
-        weights = Checkpoint(decided.path, decided.spec)
-        self._backend = _open(self.spec, self.resolved, weights)
-        self._scheduler = Scheduler(self._backend.limits, policy=self.resolved.policy, radix=self.resolved.radix)
-        self._client = LocalClient(self._scheduler, self._backend)
-        self._finalizer = weakref.finalize(self, _close, self._client, self._backend)
-        eos = self.tokenizer.eos if self.tokenizer is not None else None
-        self._eos = frozenset(self.spec.eos if eos is None else (*self.spec.eos, eos))
+        self._client = LocalClient(partial(start, decided, self.tokenizer))
+        self._streams = Streams(self._client)
+        self._finalizer = weakref.finalize(self, self._client.shutdown)
 
     def __enter__(self) -> Engine:
         return self
@@ -106,7 +80,7 @@ class Engine:
 
     def status(self) -> Status:
         """How the backend stands: device, programs compiled, bytes."""
-        return self._backend.status()
+        return self._client.carrier.loop.backend.status()
 
     def generate(
         self,
@@ -127,15 +101,15 @@ class Engine:
         unread: list[str] = []
         try:
             for answer in answers:
-                self._client.submit(answer.request)
+                self._submit(answer)
                 unread.append(answer.request.rid)
             for answer in answers:
                 unread.remove(answer.request.rid)
                 self._read(answer)
         finally:
             for rid in unread:  # interrupted
-                self._client.abort(rid)
-                deque(self._client.outputs(rid), maxlen=0)
+                self._client.say(Abort(rid=rid))
+                deque(self._streams.read(rid), maxlen=0)
         results = [answer.result() for answer in answers]
         return results if many else results[0]
 
@@ -158,15 +132,18 @@ class Engine:
         return self._stream(answers[0])
 
     def _stream(self, answer: Answer) -> Iterator[Result]:
-        self._client.submit(answer.request)
-        with closing(self._client.outputs(answer.request.rid)) as outputs:
+        self._submit(answer)
+        with closing(self._streams.read(answer.request.rid)) as outputs:
             for output in outputs:
                 answer.take(output)
                 yield answer.result()
 
+    def _submit(self, answer: Answer) -> None:
+        self._streams.open(Submit(request=answer.request), answer.request.rid)
+
     def _read(self, answer: Answer) -> None:
         """Take all that a request makes; an interrupt aborts it."""
-        with closing(self._client.outputs(answer.request.rid)) as outputs:
+        with closing(self._streams.read(answer.request.rid)) as outputs:
             for output in outputs:
                 answer.take(output)
 
@@ -185,7 +162,7 @@ class Engine:
         answers = [self._answer(i, p) for i, p in zip(ids, params, strict=True)]
         for i, answer in enumerate(answers):
             try:
-                self._scheduler.check(answer.request)
+                check_request(answer.request, self._client.info.limits, self._client.info.room, ())
             except InvalidRequest as error:
                 if not many:
                     raise
@@ -214,79 +191,17 @@ class Engine:
         return [tuple(self.tokenizer.encode(text)) for text in texts], many
 
     def _answer(self, tokens: tuple[int, ...], params: SamplingParams) -> Answer:
-        stopper, text = None, None
-        if self.tokenizer is not None:
-            stop = () if params.no_stop_trim else params.stop
-            text = TextStream(self.tokenizer, stop, params.skip_special_tokens)
-            stopper = StopStrings(self.tokenizer, params.stop, params.skip_special_tokens) if params.stop else None
-        elif params.stop:
+        if self.tokenizer is None and params.stop:
             raise InvalidRequest("stop: there is no tokenizer (skip_tokenizer); use stop_token_ids", field="stop")
         request = Request(
             rid=uuid4().hex,
             tokens=tokens,
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
-            eos=self._eos,
-            stopper=stopper,
+            eos=frozenset(self._client.info.eos),
             arrival=time.monotonic(),
         )
-        return Answer(request=request, stream=text)
-
-
-@dataclass(slots=True, kw_only=True)
-class Answer:
-    """What has come back of a request. stream: makes its text; None without a tokenizer."""
-
-    request: Request
-    stream: TextStream | None
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    cached: int = 0
-    finish: Finish | None = None
-    message: str = ""
-
-    def take(self, output: Output) -> None:
-        """Add what is new. Raises BackendLost when the engine is gone."""
-        if isinstance(output.error, BackendLost):
-            raise output.error
-        self.ids += output.tokens
-        self.cached, self.finish = output.cached_tokens, output.finish
-        if output.error is not None:
-            self.message = str(output.error)
-        if self.stream is not None:
-            self.text += self._piece(self.stream, output)
-
-    def _piece(self, stream: TextStream, output: Output) -> str:
-        """New text: without the id that stopped it, and up to the string that did, unless no_stop_trim."""
-        if output.finish is None:
-            return stream.feed(output.tokens)
-        matched, trim = output.finish.matched, not self.request.params.no_stop_trim
-        tokens = output.tokens[:-1] if trim and isinstance(matched, int) else output.tokens
-        return stream.feed(tokens) + stream.finish(matched if trim and isinstance(matched, str) else None)
-
-    def result(self) -> Result:
-        """As SGLang's users know it."""
-        text = {} if self.stream is None else {"text": self.text}
-        return text | {
-            "output_ids": list(self.ids),
-            "meta_info": {
-                "id": self.request.rid,
-                "prompt_tokens": len(self.request.tokens),
-                "completion_tokens": len(self.ids),
-                "cached_tokens": self.cached,
-                "finish_reason": self._reason(),
-                "seed": self.request.seed,
-            },
-        }
-
-    def _reason(self) -> dict[str, Any] | None:
-        if self.finish is None:
-            return None
-        if self.finish.kind == "length":
-            return {"type": "length", "length": len(self.ids)}
-        if self.finish.kind == "stop":
-            return {"type": "stop", "matched": self.finish.matched}
-        return {"type": "abort", "message": self.message or "the request was aborted"}
+        return Answer.of(request, self.tokenizer)
 
 
 def _integers(values: Any) -> tuple[int, ...]:
@@ -295,20 +210,3 @@ def _integers(values: Any) -> tuple[int, ...]:
         if isinstance(v, bool) or not hasattr(v, "__index__"):
             raise InvalidRequest(f"token_ids: must be integers, not {v!r}", field="token_ids")
     return tuple(int(v) for v in values)
-
-
-def _open(spec: ModelSpec, resolved: Resolved, weights: Checkpoint) -> Backend:
-    """A backend that is ready; nothing of it is left when it can't be."""
-    backend = open_backend(resolved.backend, spec, resolved)
-    try:
-        backend.load(weights)
-        backend.warmup()
-    except BaseException:
-        backend.close()
-        raise
-    return backend
-
-
-def _close(client: LocalClient, backend: Backend) -> None:
-    client.shutdown()
-    backend.close()

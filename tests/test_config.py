@@ -102,7 +102,7 @@ def test_toml_then_flags(tmp_path: Path) -> None:
         ("[sched]\ntoken_buckets = [8, 8]", "sched.token_buckets", "must rise"),
         ("[sched]\ntoken_buckets = []", "sched.token_buckets", "must be a list"),
         ("[sched]\npolicy = 'lmp'", "sched.policy", "did you mean lpm"),
-        ("[serve]\nport = 80", "serve.port", "no server is built yet"),
+        ("[serve]\nprot = 80", "serve.prot", "did you mean serve.port"),
         ("[backend.torch]\nstack = 'list'", "backend.torch.stack", "did you mean backend.jax.stack"),
         ("[backend.cuda]\na = 1", "backend.cuda", "unknown key"),
         ("cache = 3", "cache", "must be a table"),

@@ -16,7 +16,9 @@ import pytest
 
 import radixmesh
 from engine.errors import BackendLost, ConfigError, ContextOverflow, InvalidRequest, ModelError, RadixmeshError
-from radixmesh.engine import DEMO, Answer, Engine
+from engine.run.answer import Answer
+from engine.run.messages import Abort
+from radixmesh.engine import DEMO, Engine
 from tests.text.made import made
 from tests.tiny import Tiny, tiny
 
@@ -40,7 +42,7 @@ class Case:
 def settle(engine: Engine) -> None:
     """Wait until no request is left in the scheduler."""
     deadline = time.monotonic() + 20
-    while engine._scheduler.busy:
+    while engine._client.carrier.loop.busy:
         assert time.monotonic() < deadline, "a request was never ended"
         time.sleep(0.01)
 
@@ -179,13 +181,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("asked", "field"), BAD)
 def test_bad_input_names_its_field_and_nothing_is_enqueued(case: Case, asked: dict[str, Any], field: str) -> None:
     submitted: list[Any] = []
-    submit = case.engine._client.submit
+    say = case.engine._client.say
     try:
-        case.engine._client.submit = submitted.append  # type: ignore[method-assign]
+        case.engine._client.say = submitted.append  # type: ignore[method-assign]
         with pytest.raises(InvalidRequest) as caught:
             case.engine.generate(**asked)
     finally:
-        case.engine._client.submit = submit  # type: ignore[method-assign]
+        case.engine._client.say = say  # type: ignore[method-assign]
     assert caught.value.field == field
     assert not submitted
     assert case.engine.generate("the", sampling_params=GREEDY | {"max_new_tokens": 1})["output_ids"]
@@ -210,14 +212,14 @@ def test_an_answer_ends_where_the_context_does(case: Case) -> None:
 def test_a_stream_closed_early_aborts_its_request(case: Case) -> None:
     stream = case.engine.stream("the", sampling_params=GREEDY | {"max_new_tokens": 150})
     next(stream)
-    assert case.engine._scheduler.busy
+    assert case.engine._client.carrier.loop.busy
     stream.close()
     settle(case.engine)
-    assert not case.engine._client._streams
+    assert not case.engine._streams._streams
 
 
 def test_an_interrupt_aborts_every_request_of_the_list(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, abort = Answer.take, case.engine._client.abort
+    take, say = Answer.take, case.engine._client.say
     seen: list[Any] = []
     aborted: set[str] = set()
 
@@ -227,13 +229,18 @@ def test_an_interrupt_aborts_every_request_of_the_list(case: Case, monkeypatch: 
             raise KeyboardInterrupt
         take(self, output)
 
+    def listening(message: Any) -> None:
+        if isinstance(message, Abort):
+            aborted.add(message.rid)
+        say(message)
+
     monkeypatch.setattr(Answer, "take", interrupted)
-    monkeypatch.setattr(case.engine._client, "abort", lambda rid: (aborted.add(rid), abort(rid)))
+    monkeypatch.setattr(case.engine._client, "say", listening)
     with pytest.raises(KeyboardInterrupt):
         case.engine.generate(["the", "a", "dog"], sampling_params=GREEDY | {"max_new_tokens": 150})
     settle(case.engine)
     assert len(aborted) == 3
-    assert not case.engine._client._streams
+    assert not case.engine._streams._streams
     monkeypatch.undo()
     assert case.engine.generate("the", sampling_params=GREEDY)["output_ids"] == case.expect("the", 24)
 

@@ -17,7 +17,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models_jax", "models_torch"),
     ("backends.reference", "backends.jax", "backends.torch", "engine.cache"),
     ("backends", "engine.sched"),
-    ("engine.text", "engine.run"),
+    ("engine.text",),
+    ("engine.run",),
     ("engine.serve", "engine.router", "engine.lang"),
     ("radixmesh",),
 )

@@ -49,3 +49,12 @@ def uniform(bits: U32) -> F32:
 def gumbel(seeds: U64, positions: I32, vocab: int) -> NDArray[np.float32]:
     """Standard Gumbel noise float32[R, vocab]: -log(-log(u)), each log rounded to float32."""
     return -np.log(-np.log(uniform(bits(seeds, positions, vocab))))
+
+
+def fold(seed: int, index: int) -> int:
+    """The 64-bit seed of the index-th answer to one prompt; that of the first is the seed itself."""
+    if index == 0:
+        return seed
+    key = np.array([seed >> 32], np.uint32), np.array([seed & 0xFFFFFFFF], np.uint32)
+    high, low = threefry2x32(key, (np.array([0xFFFFFFFF], np.uint32), np.array([index], np.uint32)))
+    return int(high[0]) << 32 | int(low[0])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform as machine
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -29,6 +32,22 @@ EMPTY, EDIT = Program("empty"), Program("edit")
 OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
 compiled side by side."""
+
+
+def keep(folder: str) -> None:
+    """Let jax keep executables in a folder, by content, versions and compiler options. What it finds there must have
+    been made on a processor like this one, which jax does not look at, so that its name stands in the folder's.
+
+    jax has one such folder for a process: one that its user chose stays.
+    """
+    if not folder or jax.config.jax_compilation_cache_dir is not None:
+        return
+    cpu, facts = Path("/proc/cpuinfo"), set[str]()
+    if cpu.is_file():
+        facts = {x for x in cpu.read_text().splitlines() if x.startswith(("flags", "Features", "model name"))}
+    named = sha256(f"{machine.machine()} {sorted(facts)}".encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / named))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Programs:
@@ -58,7 +77,9 @@ class Programs:
         return self.made[program]
 
     def warm(self) -> None:
-        """Compile all that is planned: traced one after the other, compiled side by side."""
+        """Compile all that is planned, or load what an earlier start kept: traced one after the other, compiled side
+        by side."""
+        keep(self.plan.config.programs)
         missing = [program for program in self.planned() if program not in self.made]
         with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
             running = [(program, pool.submit(self._lower(program).compile, self.options)) for program in missing]

@@ -4,98 +4,104 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
-from backends.api.protocol import Backend
-from engine.errors import BackendLost, RadixmeshError
-from engine.run.loop import Loop
-from engine.run.messages import Abort, Message, Submit
-from engine.sched.request import Output, Request
-from engine.sched.scheduler import Scheduler
+from engine.errors import RadixmeshError
+from engine.run.loop import Carrier
+from engine.run.messages import Info, Message, News, Submit
+from engine.run.start import Started
+from engine.sched.request import Output
 from engine.sched.stop import Finish
 
 
 class LocalClient:
-    """Submits requests to a loop that runs on a thread of its own, and reads what comes back."""
+    """engine.run.client.Client on a thread of this process.
 
-    def __init__(self, scheduler: Scheduler, backend: Backend) -> None:
-        self._loop = Loop(scheduler, backend, self._emit)
+    begin: opens the engine. It runs on the loop's thread, as does every other call of the backend: a library that
+    keeps a team of workers for each thread that calls it (OpenMP) then keeps one, and two teams on the same cores wait
+    for each other (docs/decisions/0005-dtypes-on-cpu.md). Raises what begin raises.
+    """
+
+    def __init__(self, begin: Callable[[], Started]) -> None:
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._streams: dict[str, queue.SimpleQueue[Output]] = {}
+        self._take: Callable[[News], None] | None = None
+        self._early: list[News] = []
         self._lost: RadixmeshError | None = None
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="radixmesh-loop", daemon=True)
+        opened: Future[tuple[Info, Carrier]] = Future()
+        self._thread = threading.Thread(target=self._run, args=(begin, opened), name="radixmesh-loop", daemon=True)
         self._thread.start()
+        self._info, self._carrier = opened.result()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequest or ContextOverflow before anything is enqueued."""
-        self._loop.scheduler.check(request)
+    @property
+    def info(self) -> Info:
+        """What the engine is."""
+        return self._info
+
+    @property
+    def carrier(self) -> Carrier:
+        """The loop, to be looked at."""
+        return self._carrier
+
+    def listen(self, take: Callable[[News], None]) -> None:
+        """Who hears the news, on the loop's thread; what came before, on this one."""
+        with self._lock:
+            self._take = take
+            early, self._early = self._early, []
+            for news in early:
+                take(news)
+
+    def say(self, message: Message) -> None:
+        """Raises BackendLost when the loop is gone."""
         with self._lock:
             if self._lost is not None:
                 raise self._lost
-            self._streams[request.rid] = queue.SimpleQueue()
-            self._inbox.put(Submit(request=request))
-
-    def abort(self, rid: str) -> None:
-        """End a request; its stream then ends with finish kind "abort". Harmless when it has ended."""
-        self._inbox.put(Abort(rid=rid))
-
-    def outputs(self, rid: str) -> Generator[Output, None, None]:
-        """What a submitted request makes, until it ends. Closing the iterator early aborts the request."""
-        stream, ended = self._streams[rid], False
-        try:
-            while not ended:
-                output = stream.get()
-                ended = output.finish is not None
-                yield output
-        finally:
-            del self._streams[rid]
-            if not ended:
-                self.abort(rid)
+            self._inbox.put(message)
 
     def shutdown(self) -> None:
-        """Stop the loop after the step it is in; open requests end with BackendLost."""
+        """Stop the loop after the step it is in and close the backend; open requests end with BackendLost."""
         self._inbox.put(None)
         self._thread.join()
 
-    def _emit(self, outputs: Sequence[Output]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.rid)
-            if stream is not None:
-                stream.put(output)
-
-    def _run(self) -> None:
-        reason: RadixmeshError = BackendLost("the engine's loop died; its traceback says why")
+    def _run(self, begin: Callable[[], Started], opened: Future[tuple[Info, Carrier]]) -> None:
         try:
-            while self._drain():
-                if self._loop.busy:
-                    self._loop.turn()
-            reason = BackendLost("the engine was shut down")
-        except BackendLost as error:
-            reason = error
-        finally:
-            self._close(reason)
+            started = begin()
+            carrier = Carrier(started, self._receive, self._send)
+        except BaseException as error:  # noqa: BLE001  (the thread that waits gets it)
+            opened.set_exception(error)
+            return
+        opened.set_result((started.info, carrier))
+        carrier.run()
 
-    def _drain(self) -> bool:
-        """Take what was said; sleep when there is nothing else to do. False: shut down."""
+    def _receive(self, block: bool) -> Sequence[Message] | None:
         messages: list[Message] = []
         try:
             while True:
-                message = self._inbox.get(block=not self._loop.busy and not messages)
+                message = self._inbox.get(block=block and not messages)
+                if message is None and messages:
+                    self._inbox.put(None)  # first what was said before it
+                    return messages
                 if message is None:
-                    return False
+                    return None
                 messages.append(message)
         except queue.Empty:
-            self._loop.take(messages)
-        return True
+            return messages
 
-    def _close(self, reason: RadixmeshError) -> None:
-        """Nothing is left without an answer: neither what runs nor what was said and not heard."""
-        with self._lock:
-            self._lost = reason
-            unheard: list[Message | None] = []
+    def _send(self, news: News) -> None:
+        if news.lost is not None:  # nothing is left without an answer: neither what ran nor what was said and not heard
+            with self._lock:
+                self._lost = news.lost
+            unheard: list[Output] = []
             while not self._inbox.empty():
-                unheard.append(self._inbox.get())
-        self._emit(self._loop.scheduler.lost(reason))
-        rids = [m.request.rid for m in unheard if isinstance(m, Submit)]
-        self._emit([Output(rid=rid, finish=Finish(kind="error"), error=reason) for rid in rids])
+                message = self._inbox.get()
+                if isinstance(message, Submit):
+                    rid = message.request.rid
+                    unheard.append(Output(rid=rid, finish=Finish(kind="error"), error=news.lost))
+            news = News(outputs=(*news.outputs, *unheard), lost=news.lost)
+        with self._lock:
+            take = self._take
+            if take is None:
+                self._early.append(news)
+        if take is not None:
+            take(news)

@@ -1,31 +1,42 @@
-"""The loop, all of it: drain messages, plan, forward, collect the oldest, sample."""
+"""The loop, all of it: drain messages, plan, forward, collect the oldest, sample; and what carries it."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from backends.api.protocol import Backend
 from backends.api.step import Ticket
-from engine.errors import BackendLost, DeviceFailed, InvalidRequest, StepRefused
-from engine.run.messages import Abort, Message, Submit
+from engine.errors import BackendLost, DeviceFailed, InvalidRequest, Overloaded, RadixmeshError, StepRefused
+from engine.run.messages import Abort, Flush, Message, News, Stats, Submit
+from engine.run.start import Started
 from engine.sched.request import Output
 from engine.sched.rows import Plan
 from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Finish
 
-COLLECT_SECONDS = 300.0
+COLLECT_SECONDS = 240.0
+STATS_SECONDS = 0.5
+"""How often a busy loop says how it stands."""
 
 
 class Loop:
-    """One scheduler and one backend, `depth` steps in flight. emit: called with what is new after each step."""
+    """One scheduler and one backend, `depth` steps in flight. emit: called with what is new after each step.
+
+    doing: what the backend was asked for last, for whoever finds the loop stuck; since: when, on the monotonic clock.
+    begun: requests that were first sent to the device, and how long each had waited; whoever reads it empties it.
+    """
 
     def __init__(
         self, scheduler: Scheduler, backend: Backend, emit: Callable[[Sequence[Output]], None], depth: int = 0
     ) -> None:
         self.scheduler, self.backend, self.emit = scheduler, backend, emit
         self.depth = depth or backend.limits.depth
-        self.steps = 0
+        self.steps = self.made = 0
+        self.doing, self.since = "idle", time.monotonic()
+        self.begun: list[tuple[str, float]] = []
         self._out: deque[tuple[Ticket, Plan]] = deque()
 
     @property
@@ -39,12 +50,30 @@ class Loop:
             if isinstance(message, Submit):
                 try:
                     self.scheduler.submit(message.request)
-                except InvalidRequest as error:
-                    self.emit([Output(rid=message.request.rid, finish=Finish(kind="error"), error=error)])
+                except (InvalidRequest, Overloaded) as error:
+                    self.emit([_refusal(message.request.rid, error)])
             elif isinstance(message, Abort):
                 output = self.scheduler.abort(message.rid)
                 if output is not None:
                     self.emit([output])
+            elif isinstance(message, Flush):
+                self.emit([self._flush(message.rid)])
+
+    def stats(self) -> Stats:
+        """How it stands."""
+        s = self.scheduler
+        return Stats(
+            running=len(s.running),
+            waiting=len(s.waiting),
+            waiting_tokens=sum(len(r.fill) for r in s.waiting),
+            steps=self.steps,
+            preemptions=s.preemptions,
+            prompt_tokens=s.prompt_tokens,
+            cached_tokens=s.cached_tokens,
+            made_tokens=self.made,
+            accounts=tuple(s.accounts()),
+            status=self.backend.status(),
+        )
 
     def turn(self) -> None:
         """One turn. Raises BackendLost after every open request was told."""
@@ -68,9 +97,20 @@ class Loop:
             if self.depth == 1:
                 self._collect()
 
+    def _flush(self, rid: str) -> Output:
+        if self.busy:
+            return _refusal(rid, InvalidRequest("flush_cache: requests are open; try again when none is"))
+        self.scheduler.flush()
+        return Output(rid=rid, finish=Finish(kind="stop"))
+
+    def _asks(self, what: str, plan: Plan) -> None:
+        self.since = time.monotonic()
+        self.doing = f"{what} of step {plan.step.step}: {len(plan.step.slots)} rows, {len(plan.step.tokens)} tokens"
+
     def _forward(self, plan: Plan) -> Plan | None:
         while True:
             try:
+                self._asks("forward", plan)
                 self._out.append((self.backend.forward(plan.step), plan))
             except StepRefused as error:
                 slim, outputs = self.scheduler.refused(plan, error)
@@ -80,8 +120,76 @@ class Loop:
                 plan = slim
             else:
                 self.steps += 1
+                for row in plan.rows:
+                    if not row.run.begun:
+                        row.run.begun = True
+                        self.begun.append((row.run.request.rid, time.monotonic() - row.run.request.arrival))
                 return plan
 
     def _collect(self) -> None:
         ticket, plan = self._out.popleft()
-        self.emit(self.scheduler.commit(plan, self.backend.collect(ticket, COLLECT_SECONDS)))
+        self._asks("collect", plan)
+        outputs = self.scheduler.commit(plan, self.backend.collect(ticket, COLLECT_SECONDS))
+        self.made += sum(len(o.tokens) for o in outputs)
+        self.emit(outputs)
+
+
+def _refusal(rid: str, error: RadixmeshError) -> Output:
+    return Output(rid=rid, finish=Finish(kind="error"), error=error)
+
+
+class Carrier:
+    """Runs a loop between an inbox and a listener, until it is told to stop.
+
+    receive: the messages that came; waits for one if `block`; None: stop. send: called once a turn at most.
+    """
+
+    def __init__(
+        self,
+        started: Started,
+        receive: Callable[[bool], Sequence[Message] | None],
+        send: Callable[[News], None],
+    ) -> None:
+        self.loop = Loop(started.scheduler, started.backend, self._keep)
+        self._started, self._receive, self._send = started, receive, send
+        self._outputs: list[Output] = []
+        self._told = 0.0
+
+    def run(self) -> None:
+        """Serve. Closes the backend; before that, every open request is told why."""
+        reason: RadixmeshError = BackendLost("the engine's loop died; its traceback says why")
+        self._say(idle=True)
+        try:
+            while (messages := self._receive(not self.loop.busy)) is not None:
+                self.loop.take([self._ready(m) for m in messages])
+                if self.loop.busy:
+                    self.loop.turn()
+                self._say(idle=not self.loop.busy)
+            reason = BackendLost("the engine was shut down")
+        except BackendLost as error:
+            reason = error
+        finally:
+            self._keep(self.loop.scheduler.lost(reason))
+            self._send(News(outputs=tuple(self._outputs), lost=reason))
+            self._started.backend.close()
+
+    def _ready(self, message: Message) -> Message:
+        """With what only this side has: the search for stop strings."""
+        if isinstance(message, Submit) and message.request.stopper is None and message.request.params.stop:
+            stopper = self._started.stopper(message.request.params)
+            return Submit(request=replace(message.request, stopper=stopper))
+        return message
+
+    def _keep(self, outputs: Sequence[Output]) -> None:
+        self._outputs += outputs
+
+    def _say(self, idle: bool) -> None:
+        """Send what is new."""
+        if idle:
+            self.loop.doing = "idle"
+        now, stats = time.monotonic(), None
+        if idle or now - self._told >= STATS_SECONDS:
+            stats, self._told = self.loop.stats(), now
+        if self._outputs or self.loop.begun or stats is not None:
+            self._send(News(outputs=tuple(self._outputs), begun=tuple(self.loop.begun), stats=stats))
+            self._outputs, self.loop.begun = [], []

@@ -17,7 +17,8 @@ from engine.sched.stop import Finish, Stopper
 class Request:
     """One prompt to be completed. tokens: the prompt's ids. seed: 64-bit, params.seed or one that was drawn.
 
-    eos: ids that end a text unless params.ignore_eos. stopper: finds stop strings. grammar: masks the vocabulary.
+    eos: ids that end a text unless params.ignore_eos. stopper: finds stop strings; the loop's side makes
+    it. grammar: masks the vocabulary.
     arrival: seconds on the caller's clock. priority: larger is sooner. namespace: keeps prefix caches apart (adapter,
     tenant salt, weight version).
     """
@@ -53,7 +54,8 @@ class Run:
     epoch: counts its seatings; results of another epoch are never taken. fill: what must be fed before new tokens are
     made, the prompt and, after a preemption, the output so far. fed: tokens of `fill` planned. settled: positions in
     the cache by collected steps; lower and upper: bounds that count the steps in flight. pending: rows in flight;
-    flying: those that make tokens; verifying: those with drafts. alone_until: after a device failure, run alone up to
+    flying: those that make tokens; verifying: those with drafts. begun: a row of it was
+    sent to the device. alone_until: after a device failure, run alone up to
     this position.
     """
 
@@ -73,6 +75,7 @@ class Run:
     flying: int = 0
     verifying: int = 0
     cached: int = 0
+    begun: bool = False
     alone_until: int = 0
     out: list[int] = field(default_factory=list)
     checkpoints: dict[int, dict[int, int]] = field(default_factory=dict)

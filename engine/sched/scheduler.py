@@ -13,7 +13,7 @@ from backends.api.step import OK, U32, StepResult
 from engine.cache.pages import PagePool
 from engine.cache.radix import NONE, Match, RadixTree, as_key
 from engine.cache.sequence import SequenceCache
-from engine.errors import ConfigError, RadixmeshError, RequestFailed, StepRefused
+from engine.errors import ConfigError, Overloaded, RadixmeshError, RequestFailed, StepRefused
 from engine.sched.admission import Room, capacity, check_request
 from engine.sched.drafts import guesses
 from engine.sched.policy import order
@@ -34,9 +34,21 @@ class Account:
 
 
 class Scheduler:
-    """Requests in, steps out; results in, tokens out. Knows the hardware by its Limits alone."""
+    """Requests in, steps out; results in, tokens out. Knows the hardware by its Limits alone.
 
-    def __init__(self, limits: Limits, *, policy: str = "lpm", radix: bool = True) -> None:
+    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound.
+    prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        policy: str = "lpm",
+        radix: bool = True,
+        queue: int | None = None,
+        queue_tokens: int | None = None,
+    ) -> None:
         for name, built in (("shards", limits.shards == 1), ("whole_rows", not limits.whole_rows)):
             if not built:
                 raise ConfigError(f"{name}: not built yet in the scheduler", field=name)
@@ -46,7 +58,8 @@ class Scheduler:
         self.tree = RadixTree(limits.groups, self.pools)
         self.waiting: list[Run] = []
         self.running: list[Run] = []
-        self.preemptions = 0
+        self.queue, self.queue_tokens = queue, queue_tokens
+        self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._runs: dict[str, Run] = {}
         self._slots = list(range(limits.slots - 1, -1, -1))
         self._flying: deque[Plan] = deque()
@@ -61,12 +74,31 @@ class Scheduler:
         check_request(request, self.limits, self.room, self._runs)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises as `check` does, and then nothing was queued."""
+        """Queue a request. Raises as `check` does, or Overloaded, and then nothing was queued."""
         self.check(request)
+        self._bound(request)
         self._orders += 1
         run = Run(request=request, order=self._orders, fill=request.tokens)
         self._runs[request.rid] = run
         self.waiting.append(run)
+
+    def _bound(self, request: Request) -> None:
+        """Raise Overloaded where a request would wait in a queue that is full."""
+        waiting = len(self.waiting) - len(self._slots)  # a slot that is free seats one of them
+        if self.queue is not None and waiting >= self.queue:
+            raise Overloaded(f"the queue is full: {waiting} requests wait, at most {self.queue} may; try again later")
+        if self.queue_tokens is None or waiting <= 0:
+            return
+        tokens = sum(len(run.fill) for run in self.waiting)
+        if tokens + len(request.tokens) > self.queue_tokens:
+            raise Overloaded(
+                f"the queue is full: prompts of {tokens} tokens wait, at most {self.queue_tokens} may; try again later"
+            )
+
+    def flush(self) -> None:
+        """Empty the prefix cache. Only when nothing is open."""
+        assert not self._runs
+        self.tree.flush()
 
     def abort(self, rid: str) -> Output | None:
         """End a request now. None when it isn't here any more."""
@@ -230,7 +262,10 @@ class Scheduler:
             run.slot = self._slots.pop()
             run.cache = SequenceCache(self.tree, self.pools, self.limits.max_row_pages, match)
             run.start = run.fed = run.settled = run.lower = run.upper = match.length
-            run.cached = match.length if run.epoch == 0 else run.cached
+            if run.epoch == 0:
+                run.cached = match.length
+                self.prompt_tokens += len(run.fill)
+                self.cached_tokens += match.length
             run.state = "seated"
             self.waiting.remove(run)
             self.running.append(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.model.registry import read_spec
 from radixmesh.engine import Engine
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -122,3 +123,22 @@ def run_transformers(path: Path, dtype: str, threads: int) -> Callable[[Prompts,
         assert out.shape[1] == ids.shape[1] + count
 
     return run
+
+
+def measure_subject(
+    name: str,
+    path: Path,
+    batches: Sequence[int],
+    length: int,
+    made: int,
+    repeats: int,
+    threads: int,
+    settings: Mapping[str, Any],
+) -> list[Speed]:
+    """Open a subject, a backend's name or "transformers-" and a dtype, and measure it at every batch size."""
+    vocab = read_spec(path).vocab
+    if name.startswith("transformers-"):
+        run = run_transformers(path, name.removeprefix("transformers-"), threads)
+        return [measure(name, run, batch, length, made, vocab, repeats) for batch in batches]
+    with Engine(str(path), backend=name, skip_tokenizer=True, **settings) as engine:
+        return [measure(name, run_engine(engine), batch, length, made, vocab, repeats) for batch in batches]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,11 +58,17 @@ def commit() -> str:
     return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
 
 
+def command(arguments: Sequence[str]) -> str:
+    """The command line, without keys."""
+    line = " ".join(["radixmesh", *arguments])
+    return re.sub(r"(api[_-]key[= ])\S+", r"\1***", line)
+
+
 def write(path: Path, name: str, figures: Any) -> None:
     """One JSON file: the figures, and where, with what and how they were made."""
     record = {
         "benchmark": name,
-        "command": " ".join(["radixmesh", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ def register(app: typer.Typer) -> None:
     group.callback()(lambda: None)
     group.command()(offline)
     group.command()(agree)
+    group.command()(serve)
     app.add_typer(group, name="bench")
 
 
@@ -41,6 +44,7 @@ def offline(
     from radixmesh.bench.record import write
     from radixmesh.engine import DEMO
 
+    sizes, settings = [int(b) for b in batch.split(",")], options.read_set(pairs)
     if shape is not None and shape not in bench.SHAPES:
         raise ConfigError(f"shape: unknown {shape!r}; there are {', '.join(bench.SHAPES)}", field="shape")
     figures: list[dict[str, Any]] = []
@@ -48,7 +52,12 @@ def offline(
         path = bench.make_model(Path(folder), shape) if shape else Path(model) if model else DEMO
         print(f"{'subject':24} {'batch':>5} {'first s':>8} {'whole s':>8} {'decode tok/s':>12} {'spread':>7}")
         for name in subjects.split(","):
-            for speed in _subject(bench, name.strip(), path, batch, length, made, repeats, threads, pairs):
+            # a process for each: what one leaves behind (threads above all) must not slow the next
+            with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as alone:
+                speeds = alone.submit(
+                    bench.measure_subject, name.strip(), path, sizes, length, made, repeats, threads, settings
+                ).result()
+            for speed in speeds:
                 figures.append(asdict(speed) | {"model": shape or path.name, "in": length, "out": made})
                 print(
                     f"{speed.subject:24} {speed.batch:5} {speed.first:8.3f} {speed.whole:8.3f} {speed.decode:12.1f} "
@@ -84,19 +93,41 @@ def agree(
         write(out, "agree", figures)
 
 
-def _subject(
-    bench: Any, name: str, path: Path, batch: str, length: int, made: int, repeats: int, threads: int, pairs: Any
-) -> Any:
-    """Open a subject, measure it at every batch size, close it."""
-    from engine.model.registry import read_spec
-    from radixmesh.engine import Engine
+def serve(
+    url: Annotated[str | None, typer.Option(help="A server that runs; one is started if left out.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The key that it wants.")] = None,
+    model: options.Model = None,
+    backend: options.Backend = None,
+    mesh: options.Mesh = None,
+    dtype: options.Dtype = None,
+    config: options.File = None,
+    pairs: options.Set = None,
+    streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 128,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long new answers are asked for.")] = 60.0,
+    made: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    bare: Annotated[bool, typer.Option(help="Measure a bare uvicorn beside it.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+) -> None:
+    """Streams of completions over HTTP: errors, speed, CPU by process, and whether all is given back afterwards."""
+    from radixmesh.bench import serve as bench
+    from radixmesh.bench.record import write
 
-    sizes, vocab = [int(b) for b in batch.split(",")], read_spec(path).vocab
-    if name.startswith("transformers-"):
-        run = bench.run_transformers(path, name.removeprefix("transformers-"), threads)
-        for size in sizes:
-            yield bench.measure(name, run, size, length, made, vocab, repeats)
-        return
-    with Engine(str(path), backend=name, skip_tokenizer=True, **options.read_set(pairs)) as engine:
-        for size in sizes:
-            yield bench.measure(name, bench.run_engine(engine), size, length, made, vocab, repeats)
+    if url is not None:
+        figures = {"radixmesh": bench.measure(bench.peer_at(url, api_key), streams, seconds, made)}
+    else:
+        given = {"--model": model, "--backend": backend, "--mesh": mesh, "--dtype": dtype, "--config": config}
+        flags = [str(x) for name, value in given.items() if value is not None for x in (name, value)]
+        flags += [x for pair in pairs or () for x in ("--set", pair)]
+        if api_key is not None:
+            flags += ["--set", f"serve.api_key={api_key}"]
+        with bench.started(["-m", "radixmesh", "serve", "--port", "0", *flags], api_key) as peer:
+            figures = {"radixmesh": bench.measure(peer, streams, seconds, made)}
+    if bare:
+        f = figures["radixmesh"]
+        figures["bare uvicorn"] = bench.measure_bare(streams, made, round(f["bytes_per_event"]), f["events"])
+    for line in bench.table(figures):
+        print(line)
+    if out is not None:
+        write(out, "serve", figures)
+    if figures["radixmesh"]["errors"] or figures["radixmesh"]["held_after"] not in (None, (0, 0)):
+        raise typer.Exit(1)

@@ -29,9 +29,10 @@ def explain(
     from backends.probe import kernels
     from engine.config import load
     from engine.resolve import plan_memory
-    from radixmesh.engine import decide
+    from engine.run.start import decide
+    from radixmesh.engine import DEMO
 
-    decided = decide(load(config, options.flags(model, backend, mesh, dtype, pairs)))
+    decided = decide(load(config, options.flags(model, backend, mesh, dtype, pairs)), DEMO)
     memory = plan_memory(decided.spec, decided.resolved)
     layers = kernels(decided.spec, decided.resolved)
     if as_json:

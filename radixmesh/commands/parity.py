@@ -15,8 +15,9 @@ import typer
 from backends import NAMES
 from engine.config import load
 from engine.errors import ConfigError, InvalidRequest
+from engine.run.start import Decided, decide
 from radixmesh.commands import options
-from radixmesh.engine import Decided, decide
+from radixmesh.engine import DEMO
 from radixmesh.parity.compare import Verdict, compare
 from radixmesh.parity.readings import ORACLE, Reading, read_model, read_oracle
 
@@ -44,8 +45,8 @@ def parity(
     """Where do backends first differ, and by how much? Exit code 1 when one is out of tolerance."""
     subjects = _subjects(backends)
     given = options.read_set(pairs) | {"dtype": "float32", "sched.slots": 1} | ({"model": model} if model else {})
-    decided = {name: decide(load(file, given | {"backend": name})) for name in subjects if name != ORACLE}
-    first = next(iter(decided.values()), None) or decide(load(file, given))
+    decided = {name: decide(load(file, given | {"backend": name}), DEMO) for name in subjects if name != ORACLE}
+    first = next(iter(decided.values()), None) or decide(load(file, given), DEMO)
     ids = _ids(first, prompt, tokens, seed, max_new_tokens)
     readings = {
         name: read_oracle(first.spec, first.path, ids, max_new_tokens)

@@ -17,7 +17,7 @@ from backends.api.ties import margin
 from engine.errors import ConfigError
 from engine.model.checkpoint import Checkpoint
 from engine.model.spec import ModelSpec
-from radixmesh.engine import Decided
+from engine.run.start import Decided
 
 ORACLE = "hf"
 

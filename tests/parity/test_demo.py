@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from backends.api.choice import Choice
 from backends.api.ties import admissible, first_difference
 from engine.config import load
+from engine.run.start import decide
 from engine.text.tokenizer import Tokenizer
 from radixmesh import Engine
-from radixmesh.engine import DEMO, decide
+from radixmesh.engine import DEMO
 from radixmesh.parity.compare import compare
 from radixmesh.parity.readings import read_model
 
@@ -72,7 +73,7 @@ def measured() -> float:
     ids = Tokenizer.open(DEMO).encode(prompts()[0])
     readings = []
     for name in ("jax", "torch"):
-        decided = decide(load(None, {"backend": name, "dtype": "float32", "sched.slots": 1}))
+        decided = decide(load(None, {"backend": name, "dtype": "float32", "sched.slots": 1}), DEMO)
         readings.append(read_model(decided, ids, 1))
     return compare(*readings).gaps[-1].worst
 

@@ -20,8 +20,8 @@ from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
 from engine.model.spec import ModelSpec, Rope
 from engine.model.weights import WeightSource
+from engine.run.start import decide
 from radixmesh import Engine
-from radixmesh.engine import decide
 from radixmesh.parity.compare import Verdict, compare
 from radixmesh.parity.readings import Reading, read_backend, read_oracle
 from tests.tiny import SHAPES, Tiny, assert_honest, prompt, tiny
@@ -53,7 +53,7 @@ def opened(
 ) -> Iterator[Backend]:
     """A backend with a model's weights, and steps of 16 or 64 tokens."""
     steps = {"sched.max_tokens": 64, "sched.token_buckets": [16, 64], "model": str(model.path), "backend": name}
-    decided = decide(load(None, SMALL | steps))
+    decided = decide(load(None, SMALL | steps), model.path)
     with closing(open_backend(name, spec or decided.spec, decided.resolved)) as backend:
         backend.load(weights or Checkpoint(model.path, decided.spec))
         yield backend

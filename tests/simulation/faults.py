@@ -69,7 +69,7 @@ FAULTS = [
             "for i, t in enumerate(run.request.tokens)] if",
         ),
         # Failure.
-        ("tree survives a device failure", "self.tree.flush()", "pass"),
+        ("tree survives a device failure", "self.tree.flush()\n        for key", "for key"),
         ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
         (
             "suspects run together",

@@ -1,0 +1,116 @@
+"""From a configuration to an engine that is ready: what was decided, and how long each stage took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends import open_backend
+from backends.api.protocol import Backend
+from backends.probe import probe
+from engine.config import Config, Resolved
+from engine.model.checkpoint import Checkpoint
+from engine.model.registry import read_spec
+from engine.model.spec import ModelSpec
+from engine.resolve import Decision, resolve
+from engine.run.messages import Info
+from engine.sampling import SamplingParams
+from engine.sched.scheduler import Scheduler
+from engine.sched.stop import Stopper
+from engine.text.detokenize import StopStrings
+from engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """A configuration and what came of it, before anything is allocated."""
+
+    path: Path
+    spec: ModelSpec
+    resolved: Resolved
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none."""
+
+    scheduler: Scheduler
+    backend: Backend
+    info: Info
+    stopper: Callable[[SamplingParams], Stopper | None]
+
+
+def decide(config: Config, default: Path) -> Decided:
+    """Look at the model and the device and decide everything. default: folder of the model when none is named.
+
+    Raises ModelError or ConfigError.
+    """
+    path = Path(config.model.path) if config.model.path is not None else default
+    spec = read_spec(path)
+    resolved, decisions = resolve(config, spec, probe(config.backend.name, config.backend.platform))
+    return Decided(path=path, spec=spec, resolved=resolved, decisions=tuple(decisions))
+
+
+def start(
+    decided: Decided,
+    tokenizer: Tokenizer | None,
+    *,
+    queue: int | None = None,
+    queue_tokens: int | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> Started:
+    """Open the backend, load, warm up. Nothing of the backend is left when that fails.
+
+    tokenizer: finds stop strings; queue, queue_tokens: bounds of what waits (Scheduler); stage: told as each begins.
+    """
+    stages: list[tuple[str, float]] = []
+
+    def timed(name: str, then: float) -> float:
+        now = time.monotonic()
+        stages.append((name, now - then))
+        return now
+
+    clock = time.monotonic()
+    stage("device")
+    backend = open_backend(decided.resolved.backend, decided.spec, decided.resolved)
+    try:
+        clock = timed("device", clock)
+        stage("weights")
+        backend.load(Checkpoint(decided.path, decided.spec))
+        clock = timed("weights", clock)
+        stage("programs")
+        backend.warmup()
+        timed("programs", clock)
+        limits = backend.limits
+        scheduler = Scheduler(
+            limits,
+            policy=decided.resolved.policy,
+            radix=decided.resolved.radix,
+            queue=queue,
+            queue_tokens=queue_tokens,
+        )
+    except BaseException:
+        backend.close()
+        raise
+    ids = decided.spec.eos if tokenizer is None or tokenizer.eos is None else (*decided.spec.eos, tokenizer.eos)
+    info = Info(
+        path=str(decided.path),
+        architecture=decided.spec.family,
+        backend=decided.resolved.backend,
+        limits=limits,
+        room=scheduler.room,
+        eos=tuple(sorted(set(ids))),
+        status=backend.status(),
+        stages=tuple(stages),
+        decisions=decided.decisions,
+    )
+
+    def stopper(params: SamplingParams) -> Stopper | None:
+        if tokenizer is None or not params.stop:
+            return None
+        return StopStrings(tokenizer, params.stop, params.skip_special_tokens)
+
+    return Started(scheduler=scheduler, backend=backend, info=info, stopper=stopper)

@@ -1,0 +1,1 @@
+"""The network faces, and the one path that every request takes."""

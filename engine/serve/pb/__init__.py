@@ -1,0 +1,1 @@
+"""Made from radixmesh.proto by `make proto`; never edited."""
