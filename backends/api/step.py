@@ -62,8 +62,10 @@ class Sampling:
 
     temperature float32: 0 = greedy. top_k int32: 0 = off. top_p float32: 1 = off. min_p float32: 0 = off. seed uint64.
     penalty float32[R, 3]: repetition, presence, frequency; neutral (1, 0, 0).
-    logprobs int32: alternatives beside the token's own logprob, -1 = none. prompt_logprobs int32[R, 2]: (first
-    position, alternatives), (-1, -1) = none. bias float32[B, 3]: (row, token, added value).
+    logprobs int32: alternatives beside the token's own logprob, -1 = none. prompt_logprobs int32[R, 2]: (first position
+    whose token is scored, alternatives), (-1, -1) = none: each token of the prompt from there on is scored by the row
+    that feeds the one before it, the last of a chunk through ScheduleStep.next. bias float32[B, 3]: (row, token, added
+    value).
     history int32[H, 3]: (row, token, is_output), whole when a slot is seated. label_ids int32: tokens to be scored.
     """
 
@@ -133,12 +135,25 @@ class ScheduleStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Logprobs:
+    """Of N tokens of one row, from the log-softmax of the raw logits, in float32: before penalties, bias, masks and
+    temperature. own float32[N]: of the tokens themselves. ids int32[N, k], top float32[N, k]: the k likeliest tokens,
+    likeliest first, ties to the lowest id.
+    """
+
+    own: F32
+    ids: I32
+    top: F32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What came of a step. version: of the weights.
 
     tokens int32[R, 1+K], -1 padded. counts int32[R]: tokens accepted by each row, 0 where output has no TOKEN bit or
-    status uint8[R] is not OK. taps: name -> float32[T, ...] in the order of the step's tokens. device_us: device time
-    where it is known, else 0.
+    status uint8[R] is not OK. logprobs: of each row's counts[r] tokens, None for a row that asked for none; None: no
+    row asked. prompt_logprobs: likewise, of the prompt's tokens that the row scored. taps: name -> float32[T, ...] in
+    the order of the step's tokens. device_us: device time where it is known, else 0.
     """
 
     step: int
@@ -146,7 +161,8 @@ class StepResult:
     tokens: I32
     counts: I32
     status: U8
-    logprobs: tuple[Any, ...] | None = None
+    logprobs: tuple[Logprobs | None, ...] | None = None
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     vectors: F32 | None = None
     taps: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     device_us: int = 0

@@ -53,6 +53,7 @@ class JaxBackend:
         self.weights: Any = None
         self.caches: Any = None
         self.state: Any = None
+        self.memory = {"weights": 0, "cache": 0}
         self.version = 0
         self.closed = False
         self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
@@ -64,6 +65,7 @@ class JaxBackend:
         self._open()
         self.weights = params.upload(self.plan.leaves, self.plan.config, self.plan.mesh, weights)
         self.version = version
+        self.memory["weights"] = _held(self.weights)
         if self.caches is None:
             self._empty()
 
@@ -141,7 +143,7 @@ class JaxBackend:
         )
 
     def status(self) -> Status:
-        """How the backend stands; bytes are of the first device."""
+        """How the backend stands; bytes are of the first device. Any thread may ask: a step donates none of this."""
         device = self.plan.mesh.devices.flat[0]
         return Status(
             ready=self.programs.ready and self.weights is not None and not self.closed,
@@ -149,7 +151,7 @@ class JaxBackend:
             programs=len(self.programs.made),
             compiles_after_ready=self.programs.late,
             device=f"{device.platform}:{device.device_kind}",
-            memory={"weights": _held(self.weights), "cache": _held(self.caches)},
+            memory=dict(self.memory),
         )
 
     def close(self) -> None:
@@ -158,6 +160,7 @@ class JaxBackend:
         self.flights.clear()
         self.unsampled = None
         self.weights = self.caches = self.state = None
+        self.memory = {"weights": 0, "cache": 0}
         self.programs.made.clear()
 
     def _open(self) -> None:
@@ -168,6 +171,7 @@ class JaxBackend:
         """New caches and state."""
         self.caches = self.state = None
         self.caches, self.state = self.programs.take(EMPTY)()
+        self.memory["cache"] = _held(self.caches)
 
     def _fail(self, error: Exception) -> NoReturn:
         """Void all tickets and start from empty caches. The caches were donated to the step that failed."""
