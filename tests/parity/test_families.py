@@ -18,7 +18,7 @@ from backends.api.ties import first_difference, margin, near_tie
 from engine.config import load
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
-from engine.model.spec import ModelSpec, Rope
+from engine.model.spec import ModelSpec, Rope, fit
 from engine.model.weights import WeightSource
 from engine.run.start import decide
 from radixmesh import Engine
@@ -60,7 +60,7 @@ def opened(
 
 
 def spec_of(model: Tiny) -> ModelSpec:
-    return read_spec(model.path)
+    return fit(read_spec(model.path), SMALL["model.max_len"])
 
 
 def worst(verdict: Verdict) -> str:
