@@ -69,11 +69,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Ti
 
 @contextmanager
 def opened(
-    model: Tiny, name: str, spec: ModelSpec | None = None, weights: WeightSource | None = None
+    model: Tiny, name: str, spec: ModelSpec | None = None, weights: WeightSource | None = None, **more: Any
 ) -> Iterator[Backend]:
     """A backend with a model's weights, and steps of 16 or 64 tokens."""
     steps = {"sched.max_tokens": 64, "sched.token_buckets": [16, 64], "model": str(model.path), "backend": name}
-    decided = decide(load(None, SMALL | steps), model.path)
+    decided = decide(load(None, SMALL | steps | more), model.path)
     with closing(open_backend(name, spec or decided.spec, decided.resolved)) as backend:
         backend.load(weights or Checkpoint(model.path, decided.spec))
         yield backend
@@ -126,6 +126,41 @@ def read_oracle_tokens(model: Tiny, tokens: Sequence[int]) -> tuple[list[int], l
     spec = spec_of(model)
     reading = read_oracle(spec, model.path, tokens, MADE)
     return reading.tokens, reading.margins
+
+
+@pytest.mark.parametrize("shape", ["gemma3-linear", "mixtral-window"])
+def test_scanned_layers_agree(models: Callable[[str], tuple[Tiny, Reading]], shape: str) -> None:
+    """The form that TPUs run: layers stacked by the period of their pattern, experts among them, and scanned."""
+    model, judge = models(shape)
+    with opened(model, "jax", **{"backend.jax.stack": "scan"}) as device:
+        reading = read_backend("jax", device, spec_of(model), prompt(model, PROMPT), 1)
+    verdict = compare(replace(judge, tokens=judge.tokens[:1], margins=judge.margins[:1]), reading)
+    assert verdict.ok, worst(verdict)
+
+
+@pytest.mark.parametrize("shape", ["gemma2-caps", "gpt_oss-sinks", "mixtral-window"])
+def test_a_16_bit_checkpoint_is_computed_in_float32(shape: str, tmp_path: Path) -> None:
+    """torch packs its matrices, each expert's on its own; the values are the same."""
+    model = tiny(tmp_path, **SHAPES[shape])
+    model.hf.bfloat16().save_pretrained(tmp_path)
+    judge = read_oracle(spec_of(model), tmp_path, prompt(model, PROMPT), 16)
+    with opened(model, "torch") as device:
+        verdict = compare(judge, read_backend("torch", device, spec_of(model), prompt(model, PROMPT), 16))
+    assert verdict.ok, worst(verdict)
+
+
+@pytest.mark.parametrize("shape", ["llama-rope-dynamic", "phi3-long", "phi3-short"])
+def test_one_length_is_what_transformers_makes_of_it(models: Callable[[str], tuple[Tiny, Reading]], shape: str) -> None:
+    """An engine that goes to 160 positions computes each sequence as transformers, left to itself, does one of 160."""
+    model, _ = models(shape)
+    tokens, length = prompt(model, 160), 160
+    expected = model.logits(tokens).numpy()
+    allowed = 2e-4 * max(1.0, float(expected.std()))
+    for reach, same in ((length, True), (20, shape == "phi3-short")):
+        with opened(model, "torch", fit(spec_of(model), reach)) as device:
+            found = read_backend("torch", device, spec_of(model), tokens, 1).values["logits"]
+        gap = float(np.abs(found - expected).max())
+        assert gap <= allowed if same else gap > 10 * allowed
 
 
 class Rolled:
