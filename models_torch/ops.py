@@ -20,6 +20,11 @@ Matrix: TypeAlias = torch.Tensor | Packed
 """A weight that is multiplied with."""
 
 
+TILE = 8
+"""Tokens of a step in deterministic mode, where a product has one shape: of so many tokens an expert multiplies so many
+rows, whoever chose it."""
+
+
 class Order(NamedTuple):
     """The T * k choices of T tokens, sorted by expert. token int64[T*k]: whose choice a row is; back int64[T, k]: the
     row of each choice; spans: (expert, its first row, one past its last) of those that were chosen."""
@@ -167,7 +172,14 @@ def spread(x: Array, order: Order) -> Array:
 
 def experts(rows: Array, w: Array | Sequence[Matrix], bias: Array | None, order: Order) -> Array:
     """rows [T*k, in], w [E, out, in] or E matrices -> [T*k, out]: each row by the matrix of its expert."""
-    return torch.cat([linear(rows[a:b], w[e], None if bias is None else bias[e]) for e, a, b in order.spans])
+
+    def one(e: int, part: Array) -> Array:
+        count, whole = len(part), part
+        if len(order.back) == TILE:
+            whole = F.pad(part, (0, 0, 0, TILE - count))
+        return linear(whole, w[e], None if bias is None else bias[e])[:count]
+
+    return torch.cat([one(e, rows[a:b]) for e, a, b in order.spans])
 
 
 def collect(y: Array, share: Array, order: Order) -> Array:
