@@ -62,7 +62,7 @@ def test_the_same_values_with_caps_sinks_windows_and_experts(backend: str, shape
     device = open_backend(backend, decided.spec, decided.resolved)
     device.load(Checkpoint(tmp_path, decided.spec))
     host = Host(device, taps=("logits",))
-    tokens, others = prompt(model, 40), [prompt(model, n, seed=n) for n in (3, 13)]
+    tokens, others = prompt(model, 40), [prompt(model, n, seed=n) for n in (3, 10)]  # the tiles are cut elsewhere
     slot = host.open()
     alone = host.run([(slot, host.row(slot, tokens, output=1))]).taps["logits"]
     seen = [host.open() for _ in others]
