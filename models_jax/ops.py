@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.mesh import RULES
+from engine.model.spec import Norm
 from models_jax.turned import Turned
 
 Array: TypeAlias = jax.Array
 Matrix: TypeAlias = jax.Array | Turned
 """A weight that is multiplied with."""
+TILE = 16
+"""Rows of one expert that a CPU multiplies at once."""
+
+
+class Order(NamedTuple):
+    """The T * k choices of T tokens, sorted by expert. token int32[T*k]: whose choice a row is; expert int32[T*k];
+    back int32[T, k]: the row of each choice; sizes int32[E]: rows of each expert."""
+
+    token: Array
+    expert: Array
+    back: Array
+    sizes: Array
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
@@ -55,11 +68,14 @@ def merge(o: Array, w: Matrix) -> Array:
     return contract(o.reshape(o.shape[0], -1), w.reshape(w.shape[0], -1))
 
 
-def rms_norm(x: Array, w: Array, eps: float) -> Array:
-    """Over the last dimension, in float32; rounded to x's dtype before the weight, as in Hugging Face's Llama."""
+def rms_norm(x: Array, w: Array, eps: float, kind: Norm = "plain") -> Array:
+    """Over the last dimension, in float32."""
     h = x.astype(jnp.float32)
     h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-    return w * h.astype(x.dtype)
+    if kind == "plain":
+        return w * h.astype(x.dtype)
+    weight = w.astype(jnp.float32)
+    return (h * (1 + weight if kind == "offset" else weight)).astype(x.dtype)
 
 
 def silu(x: Array) -> Array:
@@ -67,10 +83,31 @@ def silu(x: Array) -> Array:
     return jax.nn.silu(x)
 
 
-def angles(frequencies: NDArray[np.float32], positions: Array, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin, [T, 1, dim/2], of positions int32[T] times frequencies float32[dim/2]."""
+def gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh form."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def clamped(gate: Array, up: Array, alpha: float, limit: float) -> Array:
+    """GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), of clamped gate and up."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(alpha * gate))
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap)."""
+    return cap * jnp.tanh(x / cap)
+
+
+def scale(x: Array, by: float) -> Array:
+    """x times a number rounded to x's dtype."""
+    return x * jnp.asarray(by, x.dtype)
+
+
+def angles(frequencies: NDArray[np.float32], magnitude: float, positions: Array, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin times magnitude, [T, 1, dim/2], of positions int32[T] times frequencies float32[dim/2]."""
     a = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(frequencies)
-    return jnp.cos(a).astype(dtype), jnp.sin(a).astype(dtype)
+    return (jnp.cos(a) * magnitude).astype(dtype), (jnp.sin(a) * magnitude).astype(dtype)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -113,3 +150,68 @@ def parts(axis: str) -> int:
     """Devices that split the logical axis. XLA keeps a reduction over one device as a copy, so none is asked for."""
     mesh_axis = RULES[axis]
     return 1 if mesh_axis is None else jax.lax.axis_size(mesh_axis)
+
+
+def route(scores: Array, top_k: int, renormalised: bool) -> tuple[Array, Array]:
+    """scores [T, E] -> shares [T, k] of the softmax, of the chosen alone where renormalised, and int32[T, k] chosen."""
+    high = scores.astype(jnp.float32)
+    top, chosen = jax.lax.top_k(high, top_k)
+    total = jax.nn.logsumexp(top if renormalised else high, axis=-1, keepdims=True)
+    return jnp.exp(top - total).astype(scores.dtype), chosen
+
+
+def sort(chosen: Array, count: int) -> Order:
+    """Sort the choices int32[T, k] of `count` experts."""
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
+    return Order(order // chosen.shape[1], flat[order], back.reshape(chosen.shape), sizes)
+
+
+def spread(x: Array, order: Order) -> Array:
+    """x [T, hidden] -> a row for each choice, [T*k, hidden]."""
+    return x[order.token]
+
+
+def experts(rows: Array, w: Array, bias: Array | None, order: Order) -> Array:
+    """rows [T*k, in], w [E, out, in] -> [T*k, out]: each row by the matrix of its expert."""
+    y = jax.lax.platform_dependent(rows, w, order.sizes, cpu=tiled, default=ragged)
+    return y if bias is None else y + bias[order.expert]
+
+
+def ragged(rows: Array, w: Array, sizes: Array) -> Array:
+    """`experts` in one operation of XLA's, which on a CPU would multiply every row by every expert."""
+    dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    y = jax.lax.ragged_dot_general(
+        rows, w, sizes, dims, precision=precision(rows.dtype), preferred_element_type=jnp.float32
+    )
+    return y.astype(rows.dtype)
+
+
+def tiled(rows: Array, w: Array, sizes: Array) -> Array:
+    """`experts` for CPUs: a loop over tiles of at most TILE rows of one expert, as many as there are."""
+    count, tile = rows.shape[0], min(TILE, rows.shape[0])
+    tiles = (sizes + tile - 1) // tile
+    ends, first = jnp.cumsum(tiles), jnp.cumsum(sizes) - sizes
+    padded = jnp.pad(rows, ((0, tile), (0, 0)))
+
+    def one(i: Array, out: Array) -> Array:
+        e = jnp.searchsorted(ends, i, side="right")
+        at = first[e] + (i - (ends[e] - tiles[e])) * tile
+        part = jax.lax.dynamic_slice_in_dim(padded, at, tile)
+        # past its expert's rows a tile writes what the next tiles write again, or padding
+        return jax.lax.dynamic_update_slice_in_dim(out, contract(part, w[e]), at, 0)
+
+    empty = jnp.zeros((count + tile, w.shape[1]), rows.dtype)
+    return jax.lax.fori_loop(0, ends[-1], one, empty)[:count]
+
+
+def collect(y: Array, share: Array, order: Order) -> Array:
+    """y [T*k, hidden] -> [T, hidden]: the sum of each token's choices, by their shares."""
+    return (y[order.back] * share[:, :, None]).sum(1)
+
+
+def mix(bias: Array, share: Array, chosen: Array) -> Array:
+    """bias [E, hidden] -> [T, hidden]: the chosen experts' biases, by their shares."""
+    return (bias[chosen] * share[:, :, None]).sum(1)

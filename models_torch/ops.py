@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -11,11 +12,26 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from engine.mesh import RULES
+from engine.model.spec import Norm
 from models_torch.packed import Packed
 
 Array: TypeAlias = torch.Tensor
 Matrix: TypeAlias = torch.Tensor | Packed
 """A weight that is multiplied with."""
+
+
+TILE = 8
+"""Tokens of a step in deterministic mode, where a product has one shape: of so many tokens an expert multiplies so many
+rows, whoever chose it."""
+
+
+class Order(NamedTuple):
+    """The T * k choices of T tokens, sorted by expert. token int64[T*k]: whose choice a row is; back int64[T, k]: the
+    row of each choice; spans: (expert, its first row, one past its last) of those that were chosen."""
+
+    token: Array
+    back: Array
+    spans: list[tuple[int, int, int]]
 
 
 def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
@@ -43,20 +59,44 @@ def _number(value: float, device: torch.device) -> Array:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def rms_norm(x: Array, w: Array, eps: float) -> Array:
-    """Over the last dimension, in float32; rounded to x's dtype before the weight, as in Hugging Face's Llama.
+def rms_norm(x: Array, w: Array, eps: float, kind: Norm = "plain") -> Array:
+    """Over the last dimension, in float32.
 
     In fewer operations than torch's own, which on a CPU takes three times as long for one row.
     """
     h = x.float()
     size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     scale = torch.addcmul(_number(eps, x.device), size, size, value=1 / x.shape[-1]).rsqrt_()
-    return (h * scale).to(x.dtype).mul_(w)
+    if kind == "plain":
+        return (h * scale).to(x.dtype).mul_(w)
+    h = h * scale
+    return (torch.addcmul(h, h, w.float()) if kind == "offset" else h.mul_(w)).to(x.dtype)
 
 
 def silu(x: Array) -> Array:
     """x * sigmoid(x)."""
     return F.silu(x)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
+def clamped(gate: Array, up: Array, alpha: float, limit: float) -> Array:
+    """GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), of clamped gate and up."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap)."""
+    return torch.tanh(x / cap) * cap
+
+
+def scale(x: Array, by: float) -> Array:
+    """x times a number rounded to x's dtype."""
+    return x * _number(by, x.device).to(x.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -65,13 +105,18 @@ def _upload(frequencies: bytes, device: torch.device) -> Array:
     return torch.frombuffer(bytearray(frequencies), dtype=torch.float32).to(device)
 
 
-def angles(frequencies: NDArray[np.float32], positions: Array, dtype: torch.dtype) -> tuple[Array, Array]:
-    """What `rotate` takes, of positions int32[T] times frequencies float32[dim/2]: [T, 1, dim] twice.
+def angles(
+    frequencies: NDArray[np.float32], magnitude: float, positions: Array, dtype: torch.dtype
+) -> tuple[Array, Array]:
+    """What `rotate` takes, of positions int32[T] times frequencies float32[dim/2]: [T, 1, dim] twice, times magnitude.
 
     cos stands twice, sin once negative, so that a rotation is two products with whole heads.
     """
     a = positions.float()[:, None, None] * _upload(frequencies.tobytes(), positions.device)
-    cos, sin = a.cos().to(dtype), a.sin().to(dtype)
+    cos, sin = a.cos(), a.sin()
+    if magnitude != 1:
+        cos, sin = cos * magnitude, sin * magnitude
+    cos, sin = cos.to(dtype), sin.to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
@@ -97,3 +142,51 @@ def psum(x: Array, axis: str) -> Array:
     """Sum over the devices that split the logical axis. One device until the torch mesh is built."""
     assert axis in RULES, axis
     return x
+
+
+def route(scores: Array, top_k: int, renormalised: bool) -> tuple[Array, Array]:
+    """scores [T, E] -> shares [T, k] of the softmax, of the chosen alone where renormalised, and int64[T, k] chosen."""
+    high = scores.float()
+    top, chosen = high.topk(top_k, dim=-1)
+    total = torch.logsumexp(top if renormalised else high, dim=-1, keepdim=True)
+    return (top - total).exp().to(scores.dtype), chosen
+
+
+def sort(chosen: Array, count: int) -> Order:
+    """Sort the choices int64[T, k] of `count` experts. The host waits for the router: it starts a product an
+    expert."""
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    sizes, spans, start = torch.bincount(flat, minlength=count).tolist(), [], 0
+    for e, size in enumerate(sizes):
+        if size:
+            spans.append((e, start, start + size))
+        start += size
+    return Order(order // chosen.shape[1], order.argsort().view(chosen.shape), spans)
+
+
+def spread(x: Array, order: Order) -> Array:
+    """x [T, hidden] -> a row for each choice, [T*k, hidden]."""
+    return x.index_select(0, order.token)
+
+
+def experts(rows: Array, w: Array | Sequence[Matrix], bias: Array | None, order: Order) -> Array:
+    """rows [T*k, in], w [E, out, in] or E matrices -> [T*k, out]: each row by the matrix of its expert."""
+
+    def one(e: int, part: Array) -> Array:
+        count, whole = len(part), part
+        if len(order.back) == TILE:
+            whole = F.pad(part, (0, 0, 0, TILE - count))
+        return linear(whole, w[e], None if bias is None else bias[e])[:count]
+
+    return torch.cat([one(e, rows[a:b]) for e, a, b in order.spans])
+
+
+def collect(y: Array, share: Array, order: Order) -> Array:
+    """y [T*k, hidden] -> [T, hidden]: the sum of each token's choices, by their shares."""
+    return (y[order.back] * share[:, :, None]).sum(1)
+
+
+def mix(bias: Array, share: Array, chosen: Array) -> Array:
+    """bias [E, hidden] -> [T, hidden]: the chosen experts' biases, by their shares."""
+    return (bias[chosen] * share[:, :, None]).sum(1)

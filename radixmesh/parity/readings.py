@@ -82,6 +82,7 @@ def read_oracle(spec: ModelSpec, path: Path, prompt: Sequence[int], count: int) 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     wrong = {str(p.dtype) for p in model.parameters()} - {"torch.float32"}
     assert not wrong, f"the reference holds {wrong}, not float32"
+    _pin(model, spec)
     values: dict[str, F32] = {}
 
     def keep(name: str) -> Any:
@@ -112,3 +113,21 @@ def read_oracle(spec: ModelSpec, path: Path, prompt: Sequence[int], count: int) 
             margins.append(margin(logits))
             out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
     return Reading(name=ORACLE, values={n: values[n] for n in names(spec)}, tokens=tokens, margins=margins)
+
+
+def _pin(model: Any, spec: ModelSpec) -> None:
+    """Give the oracle's rope the one length that the engine's has (docs/decisions/0007-what-fixes-a-rope.md).
+
+    transformers chooses dynamic and longrope frequencies anew for each sequence, by its length so far; keys already
+    cached stay as they were. Both are computed by transformers all the same.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rotary = model.model.rotary_emb
+    for rope in {layer.mixer.rope for layer in spec.layers}:
+        if rope is not None and rope.kind in ("dynamic", "longrope"):
+            frequencies, _ = ROPE_INIT_FUNCTIONS[rope.kind](model.config, seq_len=rope.reach)
+            rotary.inv_freq.copy_(frequencies)
+            rotary.original_inv_freq.copy_(frequencies)
+            rotary.long_inv_freq = frequencies
+            rotary.max_seq_len_cached, rotary.original_max_seq_len = rope.reach, 0

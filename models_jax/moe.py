@@ -1,0 +1,24 @@
+"""Experts: each token goes through those that the router scores highest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.model.spec import Experts
+from models_jax import ops
+
+
+def moe(e: Experts, p: Mapping[str, Any], x: ops.Array) -> ops.Array:
+    """x [T, hidden] -> [T, hidden].
+
+    Tokens are sorted by expert, so that each expert multiplies the rows that chose it and no others.
+    """
+    share, chosen = ops.route(ops.linear(x, p["router"], p.get("router_bias")), e.top_k, e.renormalised)
+    order = ops.sort(chosen, e.count)
+    rows = ops.spread(x, order)
+    gate = ops.experts(rows, p["gate"], p.get("gate_bias"), order)
+    up = ops.experts(rows, p["up"], p.get("up_bias"), order)
+    h = ops.silu(gate) * up if e.act == "silu" else ops.clamped(gate, up, e.alpha, e.limit)
+    y = ops.psum(ops.collect(ops.experts(h, p["down"], None, order), share, order), "ffn")
+    return y + ops.mix(p["down_bias"], share, chosen) if e.bias else y
