@@ -17,6 +17,7 @@ from backends.api.conformance.bench import (
     Made,
     Opener,
     blank,
+    choice_of,
     compare,
     generate,
     one,
@@ -110,14 +111,7 @@ class Followed:
 
 def follow(host: Host, ids: list[int], earlier: Sequence[int] = (), **values: Any) -> Followed:
     """A text to be followed. values: fields of Row; bias: (token, value) pairs."""
-    made, bias = np.zeros(SPEC.vocab, np.int32), np.zeros(SPEC.vocab, np.float32)
-    np.add.at(made, list(earlier), 1)
-    seen = made > 0
-    seen[ids] = True
-    for token, value in values.get("bias", ()):
-        bias[token] += value
-    known = {name: value for name, value in values.items() if name in Choice.__dataclass_fields__ and name != "bias"}
-    choice = Choice(**known, seen=seen, made=made, bias=bias)
+    choice = choice_of(values, ids, earlier)
     return Followed(text=host.open(), ids=ids, earlier=list(earlier), values=values, choice=choice)
 
 
