@@ -102,21 +102,17 @@ def cut(step: ScheduleStep, edits: Sequence[I32], room: int) -> list[list[Piece]
 
     for row, (n, drafts) in enumerate(zip(step.lens.tolist(), step.drafts.tolist(), strict=True)):
         need = [int(e[row]) for e in edits]
-        if any(a > b for a, b in zip(need, left, strict=True)):
-            turn()
-        left = [b - a for a, b in zip(need, left, strict=True)]
         at, whole = 0, n - drafts - 1  # what may be cut anywhere
         while at < n:
-            count = min(free, whole - at)
-            if whole - at <= free:  # the rest, if its end fits too
-                count = n - at if n - at <= free else count
-            if count <= 0:
+            rest = n - at
+            count = rest if rest <= free else min(free, whole - at)
+            if count <= 0 or (not at and any(a > b for a, b in zip(need, left, strict=True))):
                 turn()
                 continue
-            tiles[-1].append(Piece(row=row, first=at, count=count, last=at + count == n))
+            if not at:
+                left = [b - a for a, b in zip(need, left, strict=True)]
+            tiles[-1].append(Piece(row=row, first=at, count=count, last=count == rest))
             at, free = at + count, free - count
-            if not free:
-                turn()
     return [tile for tile in tiles if tile]
 
 

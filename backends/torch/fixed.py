@@ -1,4 +1,5 @@
-"""Attention of deterministic mode: each token by itself, over fixed absolute blocks of the cache.
+"""What deterministic mode does by itself: attention over fixed absolute blocks of the cache, a token at a time, and
+choosing and scoring, a row at a time, since torch sums one row otherwise than several.
 
 A block that a query sees nothing of adds nothing, exactly: so what a token gets depends on its own position alone, not
 on how long the others of its tile are.
@@ -6,13 +7,16 @@ on how long the others of its tile are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from backends.api.limits import Limits
+from backends.torch import choosing, sampler
 from backends.torch.caches import Caches
-from backends.torch.inputs import Batch
+from backends.torch.choosing import Scores
+from backends.torch.inputs import Batch, Draws
 from engine.model.groups import Place
 from engine.model.spec import Attention
 
@@ -87,3 +91,26 @@ class Attend:
             acc = acc * fade + torch.matmul(p, kv[:, :, 1].transpose(1, 2))
             top = peak
         return (acc / total).view(q.shape).to(q.dtype), cache
+
+
+def choose(logits: Array, draws: Draws | None, position: Array, raw: Array | None) -> Array:
+    """`sampler.choose`, row by row."""
+    place = {} if draws is None else {at: i for i, at in enumerate(draws.at.tolist())}
+
+    def of(row: int) -> Draws | None:
+        if draws is None or row not in place:
+            return None
+        i = slice(place[row], place[row] + 1)
+        names = ("seed", "temperature", "top_k", "top_p", "min_p")
+        return replace(draws, at=torch.zeros_like(draws.at[i]), **{name: getattr(draws, name)[i] for name in names})
+
+    rows = [slice(i, i + 1) for i in range(len(logits))]
+    return torch.cat(
+        [sampler.choose(logits[r], of(r.start), position[r], None if raw is None else raw[r]) for r in rows], 1
+    )
+
+
+def score(logits: Array, tokens: Array, alternatives: int) -> Scores:
+    """`choosing.score`, row by row."""
+    parts = [choosing.score(x[None], t[None], alternatives) for x, t in zip(logits, tokens, strict=True)]
+    return Scores(*(torch.cat(each) for each in zip(*parts, strict=True)))

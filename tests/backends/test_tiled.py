@@ -118,7 +118,7 @@ def test_every_step_within_has_the_one_shape() -> None:
     assert set(backend.inner.sizes) == {TILE}  # type: ignore[attr-defined]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=6))
 def test_tiles_cover_a_step(rows: list[tuple[int, int, int]]) -> None:
     lens = np.array([n for n, _, _ in rows], np.int32)
