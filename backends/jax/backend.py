@@ -13,7 +13,7 @@ import numpy as np
 from backends.api.check import check_masks, check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.seats import Scored, Seats, deal, scored
+from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, TOKEN, U8, U32, ScheduleStep, StepResult, Ticket
 from backends.jax import params
 from backends.jax.buckets import make_shape, pick
@@ -24,7 +24,6 @@ from backends.jax.choosing import (
     pack_masks,
     pack_scored,
     pack_wishes,
-    special,
 )
 from backends.jax.inputs import pack, pack_copies
 from backends.jax.mesh import open_mesh, replicated
@@ -113,13 +112,14 @@ class JaxBackend:
         if step.step in self.flights:
             raise StepRefused(f"step: step {step.step} is out already", field="step")
         check_step(step, self.limits)
-        before = self.seats.before(step)
-        asked, late = scored(step, before), special(step)
+        asks = Asks.of(step)
+        before = self.seats.before(step, asks)
+        asked = scored(step, before)
         tokens = len(step.tokens) if asked is None else self.limits.max_tokens
         shape = make_shape(pick(tokens, self.limits), self.limits)
         program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed, edits = pack(step, shape, self.limits, chosen=not late)
-        ahead = [(EDIT, part) for part in edits] + [(COUNT, part) for part in pack_counts(step, self.limits)]
+        packed, edits = pack(step, shape, self.limits, chosen=not asks.any)
+        ahead = [(EDIT, part) for part in edits] + [(COUNT, part) for part in pack_counts(step, asks, self.limits)]
         if len(step.copies):
             ahead.append((COPY, pack_copies(step, self.limits)))
         for name in {name for name, _ in ahead} | ({SCORE} if asked is not None else set()):
@@ -140,15 +140,15 @@ class JaxBackend:
                 tokens=len(step.tokens),
                 made=made,
                 taps=taps,
-                asked=step.sampling.logprobs,
-                logits=kept.logits if late else None,
+                asked=step.sampling.logprobs.copy(),
+                logits=kept.logits if asks.any else None,
                 prompts=prompts,
             )
-            if not late:
+            if not asks.any:
                 _send(flight)
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)
-        self.seats.take(step, before)
+        self.seats.take(step, before, asks)
         self.flights[step.step], self.unsampled = flight, step
         return step.step
 
@@ -183,7 +183,7 @@ class JaxBackend:
                     self.counts,
                     flight.logits,
                     flight.made,
-                    self._put(pack_wishes(step, rows, self.limits)),
+                    self._put(pack_wishes(step, Asks.of(step), rows, self.limits)),
                     free if masks is None else self._put(pack_masks(masks, step, rows, self.limits)),
                     self._put(pack_bias(step, self.limits)) if len(step.sampling.bias) else unbiased,
                 )
