@@ -104,17 +104,24 @@ def scored(step: ScheduleStep, before: NDArray[np.int32]) -> Scored | None:
         fed = int(step.lens[r] - step.drafts[r])  # guesses are no prompt
         begin, following = int(ends[r] - step.lens[r]), int(step.next[r])
         here = np.arange(max(int(first[r]) - 1 - int(before[r]), 0), fed - (following < 0), dtype=np.int32)
-        at.append(begin + here)
+        at.append((begin + here).astype(np.int32))
         token.append(np.append(step.tokens[begin + 1 : begin + fed], np.int32(following))[here])
         counts[r] = len(here)
     return Scored(at=np.concatenate(at), token=np.concatenate(token), counts=counts, asked=asked)
 
 
-def deal(asked: I32, counts: Sequence[int] | I32, own: F32, ids: I32, top: F32) -> tuple[Logprobs | None, ...] | None:
+def deal(
+    asked: I32, counts: Sequence[int] | I32, scores: tuple[F32, I32, F32] | None
+) -> tuple[Logprobs | None, ...] | None:
     """Logprobs of all rows, N tokens in the order of the rows, as StepResult has them. asked int32[R]: alternatives;
-    counts int32[R]; own float32[N], ids int32[N, K], top float32[N, K]."""
-    if asked.max() < 0:
+    counts int32[R]; scores: own float32[N], ids int32[N, K] and top float32[N, K], None = of no token."""
+    most = int(asked.max())
+    if most < 0:
         return None
+    if scores is None:
+        none = np.zeros((0, most), np.float32)
+        scores = np.zeros(0, np.float32), none.astype(np.int32), none
+    own, ids, top = scores
     out: list[Logprobs | None] = []
     end = 0
     for k, n in zip(asked.tolist(), np.asarray(counts).tolist(), strict=True):

@@ -202,7 +202,7 @@ class ReferenceBackend:
                 fed.logits.append((hidden[row.at.stop - 1 - drafts : row.at.stop] @ head.T).astype(np.float32))
             if asked is not None:
                 found = score((hidden[asked.at] @ head.T).astype(np.float32), asked.token, self.limits.max_logprobs)
-                fed.prompts = deal(asked.asked, asked.counts, found.own, found.ids, found.top)
+                fed.prompts = deal(asked.asked, asked.counts, (found.own, found.ids, found.top))
             if "logits" in step.taps:
                 taps["logits"] = hidden @ head.T
         fed.taps.update({name: taps[name].astype(np.float32) for name in step.taps})

@@ -288,22 +288,22 @@ def _logprobs(flight: Flight, rows: NDArray[np.int64], counts: I32) -> tuple[Log
     asked = flight.asked
     if not np.count_nonzero(asked != -1):
         return None
-    own, ids, top = _host(flight.scores, asked)
     told = rows[asked[rows] >= 0]  # as the scores stand
     order = np.argsort(told)
     order = order[counts[told[order]] > 0]
-    return deal(asked, np.where(asked >= 0, counts, 0), own[order], ids[order], top[order])
+    scores = _host(flight.scores)
+    some = None if scores is None else (scores[0][order], scores[1][order], scores[2][order])
+    return deal(asked, np.where(asked >= 0, counts, 0), some)
 
 
 def _prompts(flight: Flight) -> tuple[Logprobs | None, ...] | None:
     """Of the prompts' tokens."""
     wanted = flight.wanted
-    return None if wanted is None else deal(wanted.asked, wanted.counts, *_host(flight.prompts, wanted.asked))
+    return None if wanted is None else deal(wanted.asked, wanted.counts, _host(flight.prompts))
 
 
-def _host(scores: Scores | None, asked: I32) -> tuple[F32, I32, F32]:
-    """Scores as arrays; those of no token where there are none."""
+def _host(scores: Scores | None) -> tuple[F32, I32, F32] | None:
+    """Scores as arrays."""
     if scores is None:
-        none = np.zeros((0, max(int(asked.max()), 0)), np.float32)
-        return none[:, 0:0].reshape(0), none.astype(np.int32), none
+        return None
     return scores.own.numpy(), scores.ids.numpy().astype(np.int32), scores.top.numpy()
