@@ -17,7 +17,7 @@ from backends.api.check import check_masks, check_step
 from backends.api.choice import score
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.seats import Seats, deal, scored
+from backends.api.seats import Asks, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
 from backends.reference.caches import Caches, Row
 from backends.reference.model import forward, logits
@@ -104,7 +104,7 @@ class ReferenceBackend:
         self._open()
         self._may_start(step)
         check_step(step, self.limits)
-        self.seats.check_penalties(step)
+        self.seats.check_penalties(step, Asks.of(step))
         rows, tokens = self._rows(step)
         fed = Fed(step=step, rows=rows, tokens=tokens, version=self.version, doomed=self.fails(step))
         self._run(fed)
@@ -184,7 +184,7 @@ class ReferenceBackend:
         cells = self.caches.prepare(step, rows)
         self.counts.seat(step)
         before = np.array([row.start for row in rows], np.int32)
-        self.seats.take(step, before)
+        self.seats.take(step, before, Asks.of(step))
         asked = scored(step, before)
         for row in rows:
             self.length[row.slot] = row.end
@@ -203,7 +203,7 @@ class ReferenceBackend:
             if asked is not None:
                 given = logits(self.spec, self.weights, hidden[asked.at]).astype(np.float32)
                 found = score(given, asked.token, self.limits.max_logprobs)
-                fed.prompts = deal(asked.asked, asked.counts, found.own, found.ids, found.top)
+                fed.prompts = deal(asked.asked, asked.counts, (found.own, found.ids, found.top))
             if "logits" in step.taps:
                 taps["logits"] = logits(self.spec, self.weights, hidden)
         fed.taps.update({name: taps[name].astype(np.float32) for name in step.taps})
