@@ -9,8 +9,8 @@ from engine.model.spec import Experts
 from models_jax import ops
 
 
-def moe(e: Experts, p: Mapping[str, Any], x: ops.Array) -> ops.Array:
-    """x [T, hidden] -> [T, hidden].
+def moe(e: Experts, p: Mapping[str, Any], x: ops.Array) -> tuple[ops.Array, ops.Array]:
+    """x [T, hidden] -> ([T, hidden], the experts of each token int[T, top_k], the largest share first).
 
     Tokens are sorted by expert, so that each expert multiplies the rows that chose it and no others.
     """
@@ -21,4 +21,4 @@ def moe(e: Experts, p: Mapping[str, Any], x: ops.Array) -> ops.Array:
     up = ops.experts(rows, p["up"], p.get("up_bias"), order)
     h = ops.silu(gate) * up if e.act == "silu" else ops.clamped(gate, up, e.alpha, e.limit)
     y = ops.psum(ops.collect(ops.experts(h, p["down"], None, order), share, order), "ffn")
-    return y + ops.mix(p["down_bias"], share, chosen) if e.bias else y
+    return (y + ops.mix(p["down_bias"], share, chosen) if e.bias else y), chosen

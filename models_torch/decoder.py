@@ -25,7 +25,7 @@ def forward(
 
     Returns the normed hidden state [T, hidden], the cache, and the inner values that `taps` names, each [T, ...]:
     "embed", "layers.i.attention", "layers.i.mlp" (experts too), both as they are before a norm of their own,
-    "layers.i" (the stream after layer i), "final_norm".
+    "layers.i.routing" (int[T, top_k], where a layer has experts), "layers.i" (the stream after layer i), "final_norm".
     """
     x = ops.embed(tokens, params["embed"])
     if spec.embed_scale != 1:
@@ -62,9 +62,13 @@ def block(
     mixed, cache = attention(layer.mixer, norm, p["attention"], h, angles, attend, cache, place)
     x = x + (norm(mixed, p["attention_out_norm"]) if layer.sandwich else mixed)
     h = norm(x, p["mlp_norm"])
-    fed = moe(layer.feed, p["moe"], h) if isinstance(layer.feed, Experts) else mlp(layer.feed, p["mlp"], h)
+    inner = {".attention": mixed}
+    if isinstance(layer.feed, Experts):
+        fed, inner[".routing"] = moe(layer.feed, p["moe"], h)
+    else:
+        fed = mlp(layer.feed, p["mlp"], h)
     x = x + (norm(fed, p["mlp_out_norm"]) if layer.sandwich else fed)
-    return x, cache, {".attention": mixed, ".mlp": fed, "": x}
+    return x, cache, inner | {".mlp": fed, "": x}
 
 
 def logits(spec: ModelSpec, params: Mapping[str, Any], x: ops.Array) -> ops.Array:

@@ -35,7 +35,11 @@ def forward(
         x = x + (rms_norm(spec, mixed, p["attention_out_norm"]) if layer.sandwich else mixed)
         h = rms_norm(spec, x, p["mlp_norm"])
         feed = layer.feed
-        fed = taps[f"layers.{i}.mlp"] = moe(feed, p, h) if isinstance(feed, Experts) else mlp(feed, p, h)
+        if isinstance(feed, Experts):
+            fed, taps[f"layers.{i}.routing"] = moe(feed, p, h)
+        else:
+            fed = mlp(feed, p, h)
+        taps[f"layers.{i}.mlp"] = fed
         x = taps[f"layers.{i}"] = x + (rms_norm(spec, fed, p["mlp_out_norm"]) if layer.sandwich else fed)
     x = taps["final_norm"] = rms_norm(spec, x, params["final_norm"])
     return x
@@ -84,15 +88,14 @@ def mlp(m: Mlp, p: Part, x: Array) -> Array:
     return y + p["mlp.down_bias"] if m.bias else y
 
 
-def moe(e: Experts, p: Part, x: Array) -> Array:
-    """x [T, hidden] -> [T, hidden], token by token and expert by expert."""
+def moe(e: Experts, p: Part, x: Array) -> tuple[Array, Array]:
+    """x [T, hidden] -> ([T, hidden], int[T, top_k]: who was chosen), token by token and expert by expert."""
     scores = x @ p["moe.router"].T + (p["moe.router_bias"] if e.bias else 0)
-    out = np.zeros_like(x)
+    out, chosen = np.zeros_like(x), np.argsort(-scores, axis=-1, kind="stable")[:, : e.top_k]
     for t, row in enumerate(scores):
-        chosen = np.argsort(-row, kind="stable")[: e.top_k]
         share = np.exp(row - row.max())
-        share /= share[chosen].sum() if e.renormalised else share.sum()
-        for i in chosen:
+        share /= share[chosen[t]].sum() if e.renormalised else share.sum()
+        for i in chosen[t]:
             gate, up = p["moe.gate"][i] @ x[t], p["moe.up"][i] @ x[t]
             if e.bias:
                 gate, up = gate + p["moe.gate_bias"][i], up + p["moe.up_bias"][i]
@@ -101,7 +104,7 @@ def moe(e: Experts, p: Part, x: Array) -> Array:
             slope = e.alpha if e.act == "clamped" else 1.0
             y = p["moe.down"][i] @ (gate / (1 + np.exp(-slope * gate)) * up)
             out[t] += share[i] * (y + p["moe.down_bias"][i] if e.bias else y)
-    return out
+    return out, chosen
 
 
 def gelu_tanh(x: Array) -> Array:

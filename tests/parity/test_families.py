@@ -13,12 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from backends import open_backend
+from backends.api.build import Host
 from backends.api.protocol import Backend
 from backends.api.ties import first_difference, margin, near_tie
 from engine.config import load
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
-from engine.model.spec import Attention, ModelSpec, Rope, fit
+from engine.model.spec import Attention, Experts, ModelSpec, Rope, fit
 from engine.model.weights import WeightSource
 from engine.run.start import decide
 from radixmesh import Engine
@@ -42,6 +43,7 @@ BRIEF = (
     "mixtral-window",
 )
 """Shapes that jax, which takes seconds to compile each, runs in every test; the others only where all tests run."""
+EXPERTS = tuple(name for name in SHAPES if name.startswith(("gpt_oss", "qwen3_moe", "mixtral")))
 PAIRS = [
     pytest.param(backend, shape, marks=[pytest.mark.slow] if backend == "jax" and shape not in BRIEF else [])
     for backend in BACKENDS
@@ -149,6 +151,39 @@ def test_a_16_bit_checkpoint_is_computed_in_float32(shape: str, tmp_path: Path) 
     assert verdict.ok, worst(verdict)
 
 
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    [
+        ("jax", "qwen3_moe-some-dense"),
+        *(("torch", name) for name in EXPERTS),
+        *(("reference", name) for name in EXPERTS),
+    ],
+)
+def test_routing_is_that_of_transformers(
+    models: Callable[[str], tuple[Tiny, Reading]], backend: str, shape: str
+) -> None:
+    """Which experts take each token, the largest share first."""
+    model, _ = models(shape)
+    tokens, chosen = prompt(model, PROMPT), {}
+    hooks = [
+        module.register_forward_hook(lambda m, given, out, i=i: chosen.update({f"layers.{i}.routing": out[2].numpy()}))
+        for i, layer in enumerate(model.hf.model.layers)
+        for module in layer.modules()
+        if type(module).__name__.endswith("TopKRouter")
+    ]
+    model.logits(tokens)
+    for hook in hooks:
+        hook.remove()
+    sparse = [i for i, layer in enumerate(spec_of(model).layers) if isinstance(layer.feed, Experts)]
+    assert list(chosen) == [f"layers.{i}.routing" for i in sparse]
+    with opened(model, backend) as device:
+        host = Host(device, taps=tuple(chosen))
+        text = host.open()
+        found = host.run([(text, host.row(text, tokens))]).taps
+    for name, experts in chosen.items():
+        np.testing.assert_array_equal(found[name], experts)
+
+
 @pytest.mark.parametrize("shape", ["llama-rope-dynamic", "phi3-long", "phi3-short"])
 def test_one_length_is_what_transformers_makes_of_it(models: Callable[[str], tuple[Tiny, Reading]], shape: str) -> None:
     """An engine that goes to 160 positions computes each sequence as transformers, left to itself, does one of 160."""
@@ -199,7 +234,7 @@ def wider(a: Attention) -> dict[str, Any]:
     return {"window": a.window + 1 if a.window else None}
 
 
-HEADS, EXPERTS = (".k", ".v", ".k_bias", ".v_bias"), (".gate", ".up", ".down")
+HEADS, MATRICES = (".k", ".v", ".k_bias", ".v_bias"), (".gate", ".up", ".down")
 Slip: TypeAlias = tuple[str, str, Callable[[ModelSpec], ModelSpec], tuple[str, ...]]
 SLIPS: dict[str, Slip] = {
     "rope off by one": ("llama-grouped", ".attention", lambda s: mixers(s, lambda a: {"rope": shifted(a.rope)}), ()),
@@ -214,7 +249,7 @@ SLIPS: dict[str, Slip] = {
         (),
     ),
     "sink dropped": ("gpt_oss-sinks", ".attention", lambda s: mixers(s, lambda a: {"sinks": False}), ()),
-    "wrong expert": ("mixtral-window", ".mlp", lambda s: s, EXPERTS),
+    "wrong expert": ("mixtral-window", ".mlp", lambda s: s, MATRICES),
     # told by torch and the reference alone, but where all tests run
     "soft cap of logits off": ("gemma2-caps", "logits", lambda s: replace(s, logit_cap=None), ()),
     "embeddings not scaled": ("gemma2-caps", "embed", lambda s: replace(s, embed_scale=1.0), ()),

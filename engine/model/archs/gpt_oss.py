@@ -39,20 +39,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     max_len, bias = f.size("max_position_embeddings", 131072), f.flag("attention_bias", True)
     rope = read_rope(f, head_dim, max_len, theta=150000.0)
     f.only("hidden_act", "silu")
-    feed = Experts(
-        count=f.size("num_local_experts", 128),
-        top_k=f.size("num_experts_per_tok", 4),
-        size=f.size("intermediate_size", 2880),
-        renormalised=True,
-        act="clamped",
-        alpha=f.number("swiglu_alpha", 1.702),
-        limit=f.number("swiglu_limit", 7.0),
-        bias=True,
-    )
-    if feed.top_k > feed.count:
-        f.refuse("num_experts_per_tok", feed.top_k, f"must be at most num_local_experts = {feed.count}")
-    f.only("experts_per_token", feed.top_k)
-    f.drop("initial_context_length")  # original_max_position_embeddings of the rope, again
+    feed = _experts(f)
     layers = tuple(
         Layer(
             mixer=Attention(
@@ -85,6 +72,24 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         eos=read_eos(f, vocab),
     )
     f.close()
+    return found
+
+
+def _experts(f: Fields) -> Experts:
+    found = Experts(
+        count=f.size("num_local_experts", 128),
+        top_k=f.size("num_experts_per_tok", 4),
+        size=f.size("intermediate_size", 2880),
+        renormalised=True,
+        act="clamped",
+        alpha=f.number("swiglu_alpha", 1.702),
+        limit=f.number("swiglu_limit", 7.0),
+        bias=True,
+    )
+    if found.top_k > found.count:
+        f.refuse("num_experts_per_tok", found.top_k, f"must be at most num_local_experts = {found.count}")
+    f.only("experts_per_token", found.top_k)
+    f.drop("initial_context_length")  # original_max_position_embeddings of the rope, again
     return found
 
 
