@@ -165,7 +165,8 @@ class RadixTree:
         while at < end:
             child = node.children.get(tokens[at : at + self._width])
             if child is None:
-                child = self._grow(node, tokens[at:], [c[at // self._width :] for c in pages], states, took)
+                rest = [column[at // self._width :] for column in pages]
+                child = self._grow(node, tokens[at:], rest, states, took, priority)
                 if child is None:
                     break
                 self._tell(child, space)
@@ -192,7 +193,13 @@ class RadixTree:
         return root
 
     def _grow(
-        self, node: Node, key: bytes, pages: Sequence[Sequence[int]], states: Sequence[int], took: list[Pages]
+        self,
+        node: Node,
+        key: bytes,
+        pages: Sequence[Sequence[int]],
+        states: Sequence[int],
+        took: list[Pages],
+        priority: int,
     ) -> Node | None:
         """A new leaf below `node`; None when it would own nothing."""
         own = [column if isinstance(column, array) else array("i", column) for column in pages]
@@ -202,7 +209,7 @@ class RadixTree:
         if not self._full and all(s == NONE for s in states) and not any(len(solid(column)) for column in own):
             return None
         leaf = Node(key, own, [NONE] * len(self.groups), node)
-        leaf.fresh, leaf.priority, leaf.serial = node.fresh, node.priority, self._count()
+        leaf.fresh, leaf.priority, leaf.tick, leaf.serial = node.fresh, priority, self._tick, self._count()
         node.children[key[: self._width]] = leaf
         for g, column in enumerate(own):
             self._own(leaf, g, column if g in self._full else solid(column), took)
