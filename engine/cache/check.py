@@ -67,14 +67,17 @@ def _fault(tree: RadixTree, node: Node, head: bytes, parent: Node) -> str | None
             return f"lacks a page of group {g}"
         if group.kind != "state" and node.states[g] != NONE:
             return f"has a state in group {g}"
-        if any(not 0 <= page < tree.pools[g].total for page in _own(node, g)):
+        own = _own(node, g)
+        if ((own < 0) | (own >= tree.pools[g].total)).any():
             return f"has a page of group {g} that is none"
     return None
 
 
-def _own(node: Node, g: int) -> list[int]:
+def _own(node: Node, g: int) -> Counts:
     """The pages of group g that a node really owns, whatever it has counted."""
-    return [page for page in (*node.pages[g], node.states[g]) if page != NONE]
+    pages: Counts = np.array([*node.pages[g], node.states[g]], np.int64)
+    own: Counts = pages[pages != NONE]
+    return own
 
 
 def _shape(tree: RadixTree) -> Iterator[str]:
@@ -92,18 +95,19 @@ def _shape(tree: RadixTree) -> Iterator[str]:
 
 def _claims(tree: RadixTree, g: int) -> Counts:
     """[pages]: how many nodes own each page."""
-    return _tally([page for node in tree.nodes() for page in _own(node, g)], tree.pools[g].total)
+    return _tally([_own(node, g) for node in tree.nodes()], tree.pools[g].total)
 
 
-def _tally(pages: Iterable[int], total: int) -> Counts:
-    """[total]: how often each page occurs; what is no page is left out."""
-    return np.bincount([p for p in pages if 0 <= p < total], minlength=total)
+def _tally(columns: Sequence[Sequence[int] | Counts], total: int) -> Counts:
+    """[total]: how often each page occurs in some columns; what is no page is left out."""
+    pages = np.concatenate([np.array(column, np.int64) for column in (*columns, ())])
+    return np.bincount(pages[(pages >= 0) & (pages < total)], minlength=total)
 
 
 def _pages(tree: RadixTree, owned_by: Sequence[Iterable[int]] | None) -> Iterator[str]:
     for g, pool in enumerate(tree.pools):
-        free, held = _tally(pool.listed().tolist(), pool.total), _claims(tree, g)
-        taken = None if owned_by is None else _tally(owned_by[g], pool.total)
+        free, held = _tally([pool.listed()], pool.total), _claims(tree, g)
+        taken = None if owned_by is None else _tally([[*owned_by[g]]], pool.total)
         for what, pages in {
             "free twice": free > 1,
             "free and counted as taken": (free > 0) == pool.marked(),
@@ -194,15 +198,16 @@ def repair(tree: RadixTree, owned_by: Sequence[Iterable[int]], readers: Iterable
     A sequence whose node is not `alive` afterwards reads pages that may be another's: it must be unseated, and must
     not offer its pages to the tree. A free page that a sequence or a node owns stays theirs.
     """
-    owned_by, readers = [[*pages] for pages in owned_by], None if readers is None else [*readers]
-    found = check(tree, owned_by, readers)
+    listed = [[*pages] for pages in owned_by]
+    readers = None if readers is None else [*readers]
+    found = check(tree, listed, readers)
     if not found:
         return Repair()
     totals = [pool.total for pool in tree.pools]
-    taken = [_tally(pages, total) for pages, total in zip(owned_by, totals, strict=True)]
+    taken = [_tally([pages], total) for pages, total in zip(listed, totals, strict=True)]
     claims = [_claims(tree, g) + t for g, t in enumerate(taken)]
     lost = sum(
-        int(((_tally(pool.listed().tolist(), pool.total) == 0) & (claim == 0)).sum())
+        int(((_tally([pool.listed()], pool.total) == 0) & (claim == 0)).sum())
         for pool, claim in zip(tree.pools, claims, strict=True)
     )
     dropped = 0
@@ -231,7 +236,7 @@ def _cut(tree: RadixTree, claims: Sequence[Counts]) -> int:
         for parent in (root, *below(root)):
             for head, node in [*parent.children.items()]:
                 whole = parent.alive and _fault(tree, node, head, parent) is None
-                if not whole or any(claims[g][p] > 1 for g in range(len(claims)) for p in _own(node, g)):
+                if not whole or any((claim[_own(node, g)] > 1).any() for g, claim in enumerate(claims)):
                     del parent.children[head]
                     gone += 1
                     if node.alive:

@@ -74,9 +74,9 @@ class PagePool:
             raise ValueError(f"page {bad[0]} was given back twice")
         self._outs[pages] = False
 
-    def listed(self) -> npt.NDArray[np.int32]:
+    def listed(self) -> npt.NDArray[np.int64]:
         """A copy of the free list, for `engine.cache.check`."""
-        return np.array(self._free, np.int32)
+        return np.array(self._free, np.int64)
 
     def marked(self) -> npt.NDArray[np.bool_]:
         """[total]: whether a page counts as taken; a copy."""

@@ -66,46 +66,51 @@ class RadixTree:
 
     def match(self, namespace: Hashable, tokens: bytes, limit: int) -> Match:
         """The longest cached prefix of `tokens` (int32 bytes) of at most `limit` tokens. Marks it as used now."""
-        path, count = self._find(namespace, tokens, limit)
-        self._tick += 1
-        rest, used = count, []
+        path, reach, count = self._find(namespace, tokens, limit)
+        while reach > count:
+            node = path.pop()
+            reach -= len(node.key) // self._width
+            if reach < count:
+                path.append(self._split(node, count - reach))
+        tick = self._tick = self._tick + 1
         for node in path:
-            if rest <= 0:
-                break
-            size = len(node.key) // self._width
-            used.append(node if size <= rest else self._split(node, rest))
-            used[-1].tick = self._tick
-            rest -= size
+            node.tick = tick
         first = [self._first(g, count) for g in range(len(self.groups))]
-        end = used[-1] if used else self._void
+        end = path[-1] if path else self._void
         return Match(
             length=count * self.page,
             node=end,
             base=tuple([f * self.page for f in first]),
-            pages=tuple([joined(used, g)[f:] for g, f in enumerate(first)]),
+            pages=tuple([joined(path, g)[f:] for g, f in enumerate(first)]),
             states=tuple(end.states),
             version=self.version,
         )
 
     def cached(self, namespace: Hashable, tokens: bytes, limit: int) -> int:
         """The length that `match` would have; changes nothing."""
-        return self._find(namespace, tokens, limit)[1] * self.page
+        return self._find(namespace, tokens, limit)[2] * self.page
 
-    def _find(self, namespace: Hashable, tokens: bytes, limit: int) -> tuple[list[Node], int]:
-        """The nodes that `tokens` leads through, the last perhaps not to its end, and how many pages are usable."""
-        node: Node | None = self.roots.get((self.version, namespace))
-        path, at, width = list[Node](), 0, self._width
+    def _find(self, namespace: Hashable, tokens: bytes, limit: int) -> tuple[list[Node], int, int]:
+        """The nodes that `tokens` leads through, the last perhaps not to its end, the pages up to the end of the last,
+        and how many of them are usable."""
+        root = self.roots.get((self.version, namespace))
+        if root is None:
+            return [], 0, 0
+        path, at, same, width, children = list[Node](), 0, 0, self._width, root.children
         end = min(len(tokens) // width, limit // self.page) * width
-        while node is not None and at < end:
-            node = node.children.get(tokens[at : at + width])
-            if node is not None:
-                path.append(node)
-                size = len(node.key)
-                if size > end - at or not tokens.startswith(node.key, at):
-                    at += common(node.key, tokens[at : min(end, at + size)], width)
-                    break
-                at += size
-        return path, self._usable(path, at // width) if self.loose and at else at // width
+        while same == at < end:
+            node = children.get(tokens[at : at + width])
+            if node is None:
+                break
+            path.append(node)
+            key, children = node.key, node.children
+            at += len(key)
+            if at <= end and tokens.startswith(key, same):
+                same = at
+            else:
+                same += common(key, tokens[same : min(end, at)], width)
+        count = same // width
+        return path, at // width, self._usable(path, count) if self.loose and count else count
 
     def _usable(self, path: Sequence[Node], count: int) -> int:
         """The most pages, up to `count`, after which every group has what a reader needs."""
@@ -148,7 +153,8 @@ class RadixTree:
         seen: int = 0,
         version: int | None = None,
     ) -> tuple[Node, list[Pages]]:
-        """Offer a prefix of whole pages. pages: per group one a page (-1 = has none; empty for state groups).
+        """Offer a prefix of whole pages. pages: per group one a page (-1 = has none; empty for state groups), which the
+        caller owns; for full groups also those that the tree has there.
         states: per group a checkpoint at the end, or -1. priority: of the request. seen: tokens that it offered before,
         which count as used by it once. version: of the weights that began it; None is that of now.
 
@@ -174,10 +180,13 @@ class RadixTree:
                 if not tokens.startswith(child.key, at):
                     same = common(child.key, tokens[at : at + len(child.key)], self._width)
                     child = self._split(child, same // self._width)
-                self._fill(child, [column[at // self._width :] for column in pages] if self._windows else [], took)
+                if self._windows:
+                    self._fill(child, [column[at // self._width :] for column in pages], took)
             node, at = child, at + len(child.key)
-            node.tick, node.priority = self._tick, max(node.priority, priority)
+            node.tick = self._tick
             node.hits += at > seen * 4
+            if node.priority < priority:
+                node.priority = priority
         if at == end:
             for g in self._states:
                 if states[g] != NONE and node.states[g] == NONE and node is not root:
@@ -267,25 +276,31 @@ class RadixTree:
 
     def hold(self, node: Node, by: int) -> None:
         """Count `by` more locks that end at `node`, in it and above; `lock` and `unlock` without their own count."""
+        if self.loose:
+            self._hold_loose(node, by)
+        at, above = node, node.parent
+        while above is not None:
+            before = at.lock
+            at.lock = now = before + by
+            if not before or not now:  # the first came, or the last went
+                for g in self._full:
+                    self.evictable[g] += at.size[g] if before else -at.size[g]
+                if before and not at.children:
+                    self.offer(at)
+            at, above = above, above.parent
+
+    def _hold_loose(self, node: Node, by: int) -> None:
+        """`hold` of what is not full: only those count that still need a node's pages."""
         away = 0
         for at in upwards(node):
-            before = at.lock
-            at.lock += by
-            if not before or not at.lock:  # the first came, or the last went
-                for g in self._full:
-                    self.evictable[g] -= at.size[g] if by > 0 else -at.size[g]
-            for g in self.loose:
+            for g, queue in self.loose.items():
                 if self._needs(g, away, at is node):
-                    was = at.holds[g]
-                    at.holds[g] += by
-                    if not was:
-                        self.evictable[g] -= at.size[g]
-                    elif not at.holds[g]:
-                        self.evictable[g] += at.size[g]
-                        if at.size[g]:
-                            self.loose[g].push(at)
-            if not at.lock and not at.children:
-                self.offer(at)
+                    before = at.holds[g]
+                    at.holds[g] = before + by
+                    if not before or not at.holds[g]:
+                        self.evictable[g] += at.size[g] if before else -at.size[g]
+                        if before and at.size[g]:
+                            queue.push(at)
             away += len(at.key) // 4
 
     def _needs(self, g: int, away: int, own: bool) -> bool:

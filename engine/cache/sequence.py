@@ -97,7 +97,7 @@ class SequenceCache:
         same content, the table turns to those (rows in flight still read the old ones, which is why they are only
         given out to later steps)."""
         count = len(key) // 4 // self.tree.page
-        offered = [[NONE] * self._skipped(g) + table for g, table in enumerate(self.table)]
+        offered = [[NONE] * self._skipped(g) + self._mine(g) for g in range(len(self.groups))]
         columns = [column[:count] for column in offered]
         node, took = self.tree.insert(
             namespace, key, columns, states, priority=priority, seen=self.seen, version=self.version
@@ -110,6 +110,12 @@ class SequenceCache:
             self.own[g].difference_update(taken)
             if self.own[g].intersection(offered[g][:count]):
                 self._adopt(g, self.tree.column(node, g))
+
+    def _mine(self, g: int) -> list[int]:
+        """The table as it may be offered: a window's pages that were the tree's may have been evicted since."""
+        if self.groups[g].kind != "window":
+            return self.table[g]
+        return [page if page in self.own[g] else NONE for page in self.table[g]]
 
     def _skipped(self, g: int) -> int:
         """Pages before the table's first."""

@@ -224,7 +224,10 @@ class Machine(RuleBasedStateMachine):
 
     def insert(self, seq: Seq, count: int, states: list[int]) -> None:
         version, name = seq.space
-        columns = [table[:count] for table in seq.table]
+        columns = [
+            [page if page in own or group.kind == "full" else NONE for page in table[:count]]
+            for group, own, table in zip(self.groups, seq.own, seq.table, strict=True)
+        ]
         key = as_key(seq.tokens[: count * self.page])
         places = [(seq.space, seq.tokens[: (i + 1) * self.page]) for i in range(count)]
         walked, self.now = self.walk(), self.now + 1
@@ -241,7 +244,7 @@ class Machine(RuleBasedStateMachine):
                     s.pages[g] = column[i]
                     want[g].add(column[i])
             s.tick, s.priority = self.now, max(s.priority, seq.priority)
-            s.hits += (i + 1) * self.page > seq.seen
+            s.hits += (i + 1 if i < stands else count) * self.page > seq.seen  # what is new is one node
         if places and (some or stands == count):
             for g, state in enumerate(states):
                 if state != NONE and self.truth[places[-1]].states[g] == NONE:
@@ -253,7 +256,7 @@ class Machine(RuleBasedStateMachine):
         self.tree.lock(node)
         self.tree.unlock(seq.node)
         reached = count if some else stands
-        seq.node, seq.seen, seq.locked = node, count * self.page, seq.tokens[: reached * self.page]
+        seq.node, seq.seen, seq.locked = node, reached * self.page, seq.tokens[: reached * self.page]
         for g, taken in enumerate(took):
             seq.own[g].difference_update(taken)
             if states[g] in seq.own[g]:
