@@ -319,7 +319,7 @@ class Machine(RuleBasedStateMachine):
         if version is not None:
             self.tree.renew(version)
 
-    @precondition(lambda self: len(self.truth) > 30)
+    @precondition(lambda self: len(self.truth) > 12)
     @rule()
     def flush(self) -> None:
         self.tree.flush()
