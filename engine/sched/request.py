@@ -55,8 +55,8 @@ class Run:
     made, the prompt and, after a preemption, the output so far. fed: tokens of `fill` planned. settled: positions in
     the cache by collected steps; lower and upper: bounds that count the steps in flight. pending: rows in flight;
     flying: those that make tokens; verifying: those with drafts. begun: a row of it was
-    sent to the device. alone_until: after a device failure, run alone up to
-    this position.
+    sent to the device. cold: the pool held it alone only without the prefix cache, which it uses no more. alone_until:
+    after a device failure, run alone up to this position.
     """
 
     request: Request
@@ -76,6 +76,7 @@ class Run:
     verifying: int = 0
     cached: int = 0
     begun: bool = False
+    cold: bool = False
     alone_until: int = 0
     out: list[int] = field(default_factory=list)
     checkpoints: dict[int, dict[int, int]] = field(default_factory=dict)

@@ -36,7 +36,7 @@ class Account:
 class Scheduler:
     """Requests in, steps out; results in, tokens out. Knows the hardware by its Limits alone.
 
-    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound.
+    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound. eviction: the cache's.
     prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache.
     """
 
@@ -48,6 +48,7 @@ class Scheduler:
         radix: bool = True,
         queue: int | None = None,
         queue_tokens: int | None = None,
+        eviction: str = "lru",
     ) -> None:
         for name, built in (("shards", limits.shards == 1), ("whole_rows", not limits.whole_rows)):
             if not built:
@@ -55,7 +56,7 @@ class Scheduler:
         self.limits, self.policy, self.radix = limits, policy, radix
         self.room = capacity(limits)
         self.pools = [PagePool(n) for n in limits.pages]
-        self.tree = RadixTree(limits.groups, self.pools)
+        self.tree = RadixTree(limits.groups, self.pools, eviction=eviction)
         self.waiting: list[Run] = []
         self.running: list[Run] = []
         self.queue, self.queue_tokens = queue, queue_tokens
@@ -214,7 +215,7 @@ class Scheduler:
         room.take(n, cache.edits, len(history), run.request.grammar is not None and makes)
         cache.sent()
         run.start = -1
-        if filling and k == 0 and self.radix:
+        if filling and k == 0 and self.radix and not run.cold:
             self._checkpoint(run)
 
     def _checkpoint(self, run: Run) -> None:
@@ -273,7 +274,7 @@ class Scheduler:
         return fits
 
     def _match(self, run: Run) -> Match:
-        limit = len(run.fill) - 1 if self.radix else 0
+        limit = len(run.fill) - 1 if self.radix and not run.cold else 0
         return self.tree.match(run.request.namespace, as_key(run.fill), limit)
 
     def _cached(self, run: Run) -> int:
@@ -307,6 +308,8 @@ class Scheduler:
         while not self.tree.evict(cache.need(upto)):
             victims = [r for r in self.running if id(r) not in planned]
             victim = max(victims, key=lambda r: (-r.request.priority, r.order))
+            # Alone, it lacks just what is locked for it in the tree, where a node's window pages stay as one.
+            run.cold |= len(self.running) == 1
             self._preempt(victim)
             if victim is run:
                 return False
@@ -388,11 +391,11 @@ class Scheduler:
     def _share(self, run: Run, tokens: Sequence[int], length: int, states: dict[int, int] | None = None) -> None:
         """Offer the first `length` positions to the tree; models with recurrent state only where a checkpoint is."""
         cache = run.cache
-        if cache is None or not self.radix or (self._stateful and states is None):
+        if cache is None or not self.radix or run.cold or (self._stateful and states is None):
             return
         whole = min(length, len(tokens)) // self.tree.page * self.tree.page
         given = [(states or {}).get(g, NONE) for g in range(len(self.pools))]
-        cache.share(run.request.namespace, as_key(tokens[:whole]), given)
+        cache.share(run.request.namespace, as_key(tokens[:whole]), given, run.request.priority)
         for g, page in (states or {}).items():
             if page in cache.own[g]:  # the tree had one already
                 cache.give(g, page)

@@ -11,6 +11,8 @@ import numpy as np
 
 from backends.api.limits import Limits
 from backends.api.step import U32
+from engine.cache.check import check
+from engine.config import EVICTIONS
 from engine.model.groups import CacheGroup
 from engine.run.loop import Loop
 from engine.run.messages import Abort, Submit
@@ -171,7 +173,12 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     truth = Truth(kinds=tuple(g.kind for g in limits.groups), window=window)
     chaos, flaky = rng.random() < 0.5, rng.random() < 0.2
     cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}
-    scheduler = Scheduler(limits, policy=rng.choice(["lpm", "fcfs"]), radix=rng.random() < 0.75)
+    scheduler = Scheduler(
+        limits,
+        policy=rng.choice(["lpm", "fcfs"]),
+        radix=rng.random() < 0.75,
+        eviction=EVICTIONS[seed % len(EVICTIONS)],
+    )
 
     def guess(slot: int, length: int) -> list[int]:
         run = next((r for r in scheduler.running if r.slot == slot), None)
@@ -224,6 +231,11 @@ def balance(scheduler: Scheduler, seed: int) -> None:
         parts = a.free + a.evictable + a.locked + a.owned
         assert parts == a.total, f"seed {seed}: group {g} has {a}"
         assert min(a.free, a.evictable, a.locked, a.owned) >= 0, f"seed {seed}: group {g} has {a}"
+    if seed % 5 == 0:  # it walks the whole cache
+        caches = [run.cache for run in scheduler.running if run.cache is not None]
+        owned = [[page for cache in caches for page in cache.own[g]] for g in range(len(scheduler.pools))]
+        wrong = check(scheduler.tree, owned, [cache.node for cache in caches])
+        assert wrong == [], f"seed {seed}: {wrong}"
 
 
 def judge(case: Case, seed: int, lone: bool) -> None:
