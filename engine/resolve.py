@@ -90,6 +90,8 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="page", value=config.cache.page, why="cache.page"),
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
         Decision(field="policy", value=config.sched.policy, why="sched.policy"),
+        Decision(field="priority_preemption", value=config.sched.priority_preemption, why="sched.priority_preemption"),
+        Decision(field="ageing", value=config.sched.ageing, why="sched.ageing"),
         _stack(config, device),
         _programs(config),
     ]
