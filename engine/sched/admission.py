@@ -11,7 +11,7 @@ from backends.api.limits import Limits
 from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.sched.request import Request, Run
 
-HIGH, LOW, RISE, FALL = 0.7, 0.1, 0.2, 0.001
+HIGH, LOW, RISE, FALL = 0.7, 0.1, 0.1, 0.001
 FORESEEN = 4096
 """Tokens still to be made that are counted of one request at most: many could, few do."""
 

@@ -63,7 +63,7 @@ class Scheduler:
         self.preemptions = self.prompt_tokens = self.cached_tokens = self.repairs = 0
         self.estimate = Estimate()
         self._order = Order(policy if radix else "fcfs", ageing, lambda run: self.store.match(run).length)
-        self._sharing = Sharing(self.store.page, any(g.kind != "full" for g in limits.groups), least)
+        self._sharing = Sharing(limits.groups, self.store.page, least)
         self._runs: dict[str, Run] = {}
         self._suspects: dict[Run, None] = {}
         self._deadlines: list[tuple[float, int, Run]] = []
@@ -333,7 +333,10 @@ class Scheduler:
         match = self.store.match(run)
         run.hint = match.length
         if (found := self._leader(run, match)) is not None:
-            self._follow(run, *found)
+            leader, upto = found
+            self.waiting.follow(run, leader, upto)
+            if self._sharing.exact(leader):
+                leader.stops.add(upto)
             return True
         if not self._fits(run, match):
             return False
@@ -349,19 +352,11 @@ class Scheduler:
         self.running[run] = self._lowest = None
         self.estimate.add(run)
         self._sharing.begin(run)
-        if run.request.group and self._sharing.exact:
-            last = len(run.request.tokens) - 1
-            run.stops |= {last // self.store.page * self.store.page, last}
+        run.stops = self._sharing.stops(run, self.waiting.first(WINDOW)) if self.radix else set()
         return True
 
     def _leader(self, run: Run, match: Match) -> tuple[Run, int] | None:
         return self._sharing.leader(run, match.length) if self.radix else None
-
-    def _follow(self, run: Run, leader: Run, upto: int) -> None:
-        """Let a run wait for what another computes."""
-        self.waiting.follow(run, leader, upto)
-        if self._sharing.exact:
-            leader.stops.add(upto)
 
     def _branch(self, run: Run, length: int, draft: Draft) -> int:
         """Where a run that has `length` matched tokens goes on: in the middle of the next page, when one of its group

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice
 
+from engine.cache.sequence import MOST
+from engine.model.groups import CacheGroup
 from engine.sched.request import KEY_BYTES, Run
 
 LEAST, GAIN = 32, 16
@@ -19,13 +21,15 @@ PATIENCE = 4
 class Sharing:
     """The runs that compute their prompts now, by how these begin, and one seated run of each group.
 
-    page, least: tokens. exact: a prefix can be taken over only where a chunk ended (windows, recurrent state).
+    least: tokens. Behind a window that doesn't hold the whole prompt, and behind recurrent state, a prefix can be taken
+    over only where a chunk ended (`stops`).
     """
 
-    __slots__ = ("_groups", "_open", "exact", "least", "page")
+    __slots__ = ("_groups", "_open", "_whole", "least", "page")
 
-    def __init__(self, page: int, exact: bool, least: int) -> None:
-        self.page, self.exact, self.least = page, exact, least
+    def __init__(self, groups: Sequence[CacheGroup], page: int, least: int) -> None:
+        self.page, self.least = page, least
+        self._whole = min([MOST, *(0 if g.kind == "state" else g.window for g in groups if g.kind != "full")])
         self._open: dict[Hashable, dict[Run, None]] = {}
         self._groups: dict[str, Run] = {}
 
@@ -62,13 +66,32 @@ class Sharing:
         best: tuple[Run, int] | None = None
         for other in islice(reversed(self._open.get(self._mark(run), {})), LOOKED_AT):
             same = min(alike(other.key, run.key) // KEY_BYTES, run.length - 1) // self.page * self.page
-            if same < self.least or same - cached < gain or other.settled >= same or (self.exact and other.fed > same):
+            if same < self.least or same - cached < gain or other.settled >= same:
+                continue
+            if self.exact(other) and other.fed > same:
                 continue
             if other.rank[0] >= run.rank[0] + 1:
                 continue
             if best is None or same > best[1]:
                 best = other, same
         return best
+
+    def stops(self, run: Run, waiting: Iterable[Run]) -> set[int]:
+        """Where chunks of a run that was just seated must end, so that its group and those that wait can go on."""
+        if not self.exact(run):
+            return set()
+        last, ends = len(run.request.tokens) - 1, set()
+        if run.request.group:
+            ends = {last // self.page * self.page, last}
+        space, mark = run.request.namespace, run.key[: self.least * KEY_BYTES]
+        for other in waiting:
+            if other.request.namespace == space and other.key.startswith(mark):
+                ends.add(min(alike(other.key, run.key) // KEY_BYTES, other.length - 1) // self.page * self.page)
+        return {end for end in ends if end > run.fed}
+
+    def exact(self, run: Run) -> bool:
+        """Whether what a run has computed can be taken over only where a chunk of it ended."""
+        return run.length + self.page > self._whole
 
     def parent(self, run: Run) -> Run | None:
         """A seated run of the same group, whose prompt really is the same."""

@@ -111,15 +111,14 @@ def scheduler(
         if name not in POLICIES:
             raise ConfigError(f"policies: unknown {name!r}; there are {', '.join(POLICIES)}", field="policies")
     figures: list[dict[str, Any]] = []
-    print(
-        f"{'case':8} {'policy':10} {'running':>7} {'waiting':>7} {'plan':>6} {'commit':>6} {'median':>6} {'cpu':>6} us"
-    )
+    heads = " ".join(f"{head:>7}" for head in ("running", "waiting", "plan", "commit", "least", "median"))
+    print(f"{'case':8} {'policy':10} {heads} us")
     for name in names:
         for case, queued in (("decode", 0), *((case, waiting) for case in bench.CASES)):
             c = bench.measure(case, name, running, queued, steps)
             figures.append(asdict(c))
-            took = " ".join(f"{us:6.0f}" for us in (c.plan, c.commit, c.median, c.cpu))
-            print(f"{case:8} {name:10} {c.running:7} {c.waiting:7} {took}")
+            told = (c.running, c.waiting, c.plan, c.commit, c.least, c.median)
+            print(f"{case:8} {name:10} " + " ".join(f"{x:7.0f}" for x in told))
     print(f"{'order':12} {'policy':10} {'shared':>8} {'cached':>8} {'fed':>8}")
     for name in names:
         for order in bench.ORDERS:

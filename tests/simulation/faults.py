@@ -120,13 +120,14 @@ FAULTS = [
     ),
     *_faults(
         "engine.sched.waiting",
-        ("called back too soon", "settled >= upto", "settled >= 0"),
+        ("called back only when all is over", "settled >= upto", "settled < 0"),
         ("who waited for what is forgotten", "self._insert(run)\n\n    def _insert", "pass\n\n    def _insert"),
     ),
     *_faults(
         "engine.sched.sharing",
+        ("chunks end for nobody", "return {end for end in ends if end > run.fed}", "return set()"),
+        ("chunks end where nothing needs it", "return run.length + self.page > self._whole", "return True"),
         ("nobody is waited for", "if same < self.least or", "if True or"),
-        ("a run waits for what it has", "same - cached < gain or", ""),
         ("what is computed is not waited for once it is planned", "other.settled >= same or", "other.fed >= same or"),
         (
             "a group's prompt is taken on trust",

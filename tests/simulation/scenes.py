@@ -116,6 +116,18 @@ def shared_prefixes_are_computed_once() -> None:
                 assert stage.toy.fed <= fed + len(order), f"{about}: fed {stage.toy.fed}, not {fed}"
 
 
+def prefixes_behind_a_window_or_a_state_are_computed_once() -> None:
+    """Where a chunk must end for others to go on, it does, if they wait when it is planned."""
+    rng = random.Random(15)
+    start = prompt(rng, 48)
+    for kinds in (("full", "window"), ("full", "state"), ("full", "window", "state")):
+        stage = Stage(kinds=kinds, page=16)
+        for i in range(5):
+            stage.ask(f"{i}", [*start, i, *prompt(rng, 9)], made=3)
+        stage.run()
+        assert stage.scheduler.cached_tokens == 4 * 48, f"{kinds}: {stage.scheduler.cached_tokens}"
+
+
 def prompts_that_differ_wait_for_nobody() -> None:
     """A workload with nothing to share takes the same steps as if sharing did not exist."""
     steps = []
@@ -127,6 +139,30 @@ def prompts_that_differ_wait_for_nobody() -> None:
         stage.run()
         steps.append(stage.loop.steps)
     assert steps[0] == steps[1], steps
+
+
+def a_long_prefix_is_waited_for() -> None:
+    """To its end, over many chunks; what comes meanwhile and shares nothing is not held up."""
+    rng = random.Random(14)
+    start = prompt(rng, 96)
+    stage = Stage(max_tokens=16)
+    for i in range(4):
+        stage.ask(f"{i}", [*start, i], made=20 if i == 0 else 2)
+    stage.ask("other", prompt(rng, 10), made=1)
+    stage.run()
+    assert stage.scheduler.cached_tokens == 3 * 96, stage.scheduler.cached_tokens
+    assert (stage.order[0], stage.order[-1]) == ("other", "0"), stage.order
+
+
+def the_lowest_makes_room() -> None:
+    """Where pages run short the lowest priority is preempted, though it came first."""
+    stage = Stage(pages=40, ageing=0.0)
+    stage.scheduler.estimate.share = 0.0
+    for rid, priority in (("low", 0), ("high", 2), ("middle", 1)):
+        stage.ask(rid, prompt(random.Random(priority), 20), made=80, priority=priority)
+    stage.run()
+    assert stage.scheduler.preemptions > 0
+    assert stage.order == ["high", "middle", "low"], stage.order
 
 
 def who_computes_may_go() -> None:
@@ -158,6 +194,7 @@ def answers_share_a_prompt() -> None:
             about = f"{kinds}, page {page}, {length} tokens"
             assert stage.toy.fed == length + 3 + 4 * 2, f"{about}: fed {stage.toy.fed}"
             assert stage.scheduler.cached_tokens == 3 * (length - 1), f"{about}: {stage.scheduler.cached_tokens} cached"
+            assert kinds != ("full",) or stage.loop.steps <= 5, f"{about}: {stage.loop.steps} steps"
             copied = 0 if (length - 1) % page == 0 else 3
             assert stage.toy.copied["full"] == copied, f"{about}: {stage.toy.copied}"
     stage = Stage(max_copies=0)
@@ -262,18 +299,16 @@ def deadlines_are_kept() -> None:
 
 
 def the_estimate_adapts() -> None:
-    """Short of pages, with all that may be made made: few preemptions, after which none. With answers that end early
-    the share falls, and more run together."""
+    """Short of pages, with all made that may be made: few preemptions. With steps that go well the share falls."""
     stage = Stage(pages=64, slots=32, max_len=128, radix=False)
     stage.scheduler.estimate.share = LOW
     for i in range(60):
         stage.ask(f"{i}", prompt(random.Random(i), 8), made=56)
-    early = []
-    stage.run(until=lambda: early.append(stage.scheduler.preemptions) or len(stage.ended) >= 30, turns=4000)
+    stage.run(until=lambda: len(stage.ended) >= 30, turns=4000)
     before = stage.scheduler.preemptions
     assert stage.scheduler.estimate.share > 2 * LOW, stage.scheduler.estimate.share
     stage.run(turns=4000)
-    assert before < 60, f"{before} preemptions for 30 requests"
+    assert 0 < before < 20, f"{before} preemptions for 30 requests"
     stage = Stage(pages=64, slots=32)
     for i in range(400):
         stage.ask(f"{i}", [i % 90, i // 90, 3], made=3)
@@ -330,6 +365,9 @@ def lost_pages_are_found() -> None:
 
 
 SCENES = (
+    prefixes_behind_a_window_or_a_state_are_computed_once,
+    a_long_prefix_is_waited_for,
+    the_lowest_makes_room,
     shared_prefixes_are_computed_once,
     prompts_that_differ_wait_for_nobody,
     who_computes_may_go,

@@ -138,7 +138,7 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
         prompt = rng.choice(pool)[: rng.randrange(1, 13)] + [
             rng.randrange(ORDINARY) for _ in range(rng.randrange(1, 9))
         ]
-        poison = rng.choice([REFUSED, NAN, DEADLY]) if chaos and rng.random() < 0.15 else None
+        poison = rng.choice([REFUSED, REFUSED, NAN, DEADLY]) if chaos and rng.random() < 0.2 else None
         if poison is not None:
             prompt[rng.randrange(len(prompt))] = poison
         masked = rng.random() < 0.25
@@ -189,7 +189,7 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
         radix=rng.random() < 0.75,
         priority_preemption=rng.choice([0, 1, 3]),
         ageing=rng.choice([0.0, 5.0, 50.0]),
-        least=rng.choice([1, 1, 4]),
+        least=rng.choice([1, 4, 1000]),
     )
     scheduler.estimate.share = rng.choice([0.0, 0.7])
 
@@ -214,11 +214,11 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
 
     turn = 0
     loop = Loop(scheduler, toy, emit, clock=lambda: float(turn))
-    todo = list(cases.values())
+    todo, rush = list(cases.values()), rng.choice([0.5, 0.9])
     while todo or loop.busy:
         turn += 1
         assert turn < turns, f"seed {seed}: stuck, {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
-        while todo and rng.random() < 0.5:
+        while todo and rng.random() < rush:
             loop.take([Submit(request=todo.pop(0).request)])
         loop.take([Abort(rid=c.request.rid) for c in cases.values() if c.abort_at == turn and c not in todo])
         loop.turn()
