@@ -66,7 +66,7 @@ class Scheduler:
         self._sharing = Sharing(limits.groups, self.store.page, least)
         self._runs: dict[str, Run] = {}
         self._suspects: dict[Run, None] = {}
-        self._deadlines: list[tuple[float, int, Run]] = []
+        self._deadlines: list[tuple[float, int, str]] = []
         self._slots = list(range(limits.slots - 1, -1, -1))
         self._flying: deque[Plan] = deque()
         self._last: Plan | None = None
@@ -101,7 +101,7 @@ class Scheduler:
         self._again = 0
         self.waiting.add(run)
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, run.order, run))
+            heapq.heappush(self._deadlines, (request.deadline, run.order, request.rid))
 
     def _bound(self, request: Request) -> None:
         """Raise Overloaded where a request would wait in a queue that is full."""
@@ -128,8 +128,9 @@ class Scheduler:
         """End the requests whose deadline has passed, waiting or running."""
         outputs = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, run = heapq.heappop(self._deadlines)
-            if run.state != "ended":
+            _, order, rid = heapq.heappop(self._deadlines)
+            run = self._runs.get(rid)
+            if run is not None and run.order == order:
                 error = DeadlineExceeded(f"deadline: it passed after {len(run.out)} tokens", field="deadline")
                 outputs.append(self._end(run, (), Finish(kind="abort"), error))
         return outputs
@@ -302,12 +303,11 @@ class Scheduler:
                 return
             if before is not None and run.rank[0] > before:
                 return
-            if run.leader is None and self._seat(run, draft):
-                self._prefill(run, draft)
-            elif run.leader is None:
+            if not self._seat(run, draft):
                 self._again = self._steps + RETRY
                 self.store.spare(self.running)
                 return
+            self._prefill(run, draft)
 
     def _estimate(self, run: Run, match: Match) -> list[int]:
         """Pages that seating a run needs now: what it feeds, a page for each run that decodes beside it, and a share of
@@ -551,8 +551,8 @@ class Scheduler:
         return [self._fail(run, RequestFailed(f"the device failed on this request: {error}")) for run in suspects]
 
     def audit(self) -> bool:
-        """Whether every page is somewhere. Where one is lost, which is a fault in this program, all runs are requeued
-        from their committed tokens and begin with an empty cache."""
+        """Whether every page is somewhere. Where one is lost, which is a fault in this program, the cache begins anew:
+        all runs are requeued from their committed tokens."""
         sound = all(account.sound for account in self.accounts())
         if not sound:
             self.repairs += 1

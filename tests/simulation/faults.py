@@ -102,7 +102,7 @@ FAULTS = [
         ),
         # Waiting for what another computes, and who is next.
         ("those that wait for a run that is gone wait for ever", "self.waiting.call(run)\n", "pass\n"),
-        ("a deadline is only kept by those that wait", 'if run.state != "ended":', 'if run.state == "waiting":'),
+        ("a deadline is only kept by those that wait", "run.order == order:", 'run.state == "waiting":'),
         ("deadlines are ignored", "self._deadlines[0][0] <= now", "self._deadlines[0][0] < 0"),
         ("the estimate never rises", "self.estimate.rise()", "pass"),
         ("the estimate never falls", "self.estimate.fall()", "pass"),
