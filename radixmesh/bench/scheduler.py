@@ -122,7 +122,7 @@ def measure(case: str, policy: str, running: int, waiting: int, steps: int) -> C
     """One case. "decode": some run and others wait for their slots. "pages": there are slots, but no pages for more.
     "flow": each that ends, after 1 to 511 tokens, makes room for one that waits."""
     flows = case == "flow"
-    made = range(1, 512, 2) if flows else [2900]
+    made = random.Random(0).sample(range(1, 512, 2), 256) if flows else [2900]
     scheduler = Scheduler(
         limits_of(running * 2 if case == "pages" else running, running * (1560 if case == "pages" else 4096)),
         policy=policy,

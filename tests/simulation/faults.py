@@ -128,7 +128,7 @@ FAULTS = [
         ("chunks end for nobody", "return {end for end in ends if end > run.fed}", "return set()"),
         ("chunks end where nothing needs it", "return run.length + self.page > self._whole", "return True"),
         ("nobody is waited for", "if same < self.least or", "if True or"),
-        ("what is computed is not waited for once it is planned", "other.settled >= same or", "other.fed >= same or"),
+        ("what is computed is not waited for once it is planned", "other.settled >= same:", "other.fed >= same:"),
         (
             "a group's prompt is taken on trust",
             "parent if parent.request.tokens == run.request.tokens else None",
