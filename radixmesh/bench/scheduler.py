@@ -44,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """32 groups of 8 requests, 2,048 tokens that a group shares and 128 of their own, arriving in some order: tokens
+    """32 groups of 8 requests, 2,048 tokens that a group shares, 128 of their own and 128 made, in some order: tokens
     that were shared and might come from the cache, those that did, all tokens that were fed, and the steps."""
 
     order: str
@@ -169,7 +169,7 @@ def share(order: str, policy: str, groups: int = 32, per: int = 8, prefix: int =
     elif order == "shuffled":
         random.Random(1).shuffle(places)
     scheduler = Scheduler(limits_of(groups * per, groups * (prefix + per * 2 * own)), policy=policy)
-    null, params = Null(scheduler), SamplingParams(temperature=0.0, max_new_tokens=128, ignore_eos=True)
+    null, params = Null(scheduler), SamplingParams(temperature=0.0, max_new_tokens=own, ignore_eos=True)
     for g, k in places:
         scheduler.submit(Request(rid=f"{g}.{k}", tokens=tuple(prompts[g][k]), params=params), 0.0)
     while scheduler.busy:
