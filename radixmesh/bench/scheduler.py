@@ -168,7 +168,7 @@ def share(order: str, policy: str, groups: int = 32, per: int = 8, prefix: int =
         places.sort(key=lambda place: place[::-1])
     elif order == "shuffled":
         random.Random(1).shuffle(places)
-    scheduler = Scheduler(limits_of(groups * per, groups * (prefix + per * 2 * own)), policy=policy)
+    scheduler = Scheduler(limits_of(groups * per, 2 * groups * (prefix + per * 2 * own)), policy=policy)
     null, params = Null(scheduler), SamplingParams(temperature=0.0, max_new_tokens=own, ignore_eos=True)
     for g, k in places:
         scheduler.submit(Request(rid=f"{g}.{k}", tokens=tuple(prompts[g][k]), params=params), 0.0)
