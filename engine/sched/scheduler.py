@@ -454,6 +454,8 @@ class Scheduler:
             if row is run.row and status == OK:  # one token; as below and as `ending` says, which takes longer
                 token = tokens[0]
                 run.settled += 1
+                if run.alone_until:
+                    self._passed(run)
                 if token not in run.ends and len(run.out) + 1 < run.most and not run.watched:
                     run.out.append(token)
                     outputs.append(Output(rid=run.request.rid, tokens=(token,), cached_tokens=run.cached))
@@ -472,12 +474,16 @@ class Scheduler:
             run.lower += moved - (fed - row.drafts)
             if row.end:
                 self._fed(run, row.end)
-            if run.alone_until and run.settled >= run.alone_until:
-                run.alone_until = 0
-                del self._suspects[run]
+            self._passed(run)
             if row.makes:
                 outputs.append(self._take(run, tokens[:count]))
         return outputs
+
+    def _passed(self, run: Run) -> None:
+        """A run that had to go on alone need not any more, once it is past where it stood."""
+        if run.alone_until and run.settled >= run.alone_until:
+            run.alone_until = 0
+            del self._suspects[run]
 
     def _fed(self, run: Run, end: int) -> None:
         """A chunk is committed: share it, and call back those that waited for it."""

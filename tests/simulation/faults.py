@@ -95,6 +95,7 @@ FAULTS = [
         # Failure.
         ("tree survives a device failure", "self.store.tree.flush()\n        for run", "for run"),
         ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
+        ("suspects stay alone to their end", "if run.alone_until:\n                    self._passed(run)", "pass"),
         (
             "suspects run together",
             "suspect = min(self._suspects, key=lambda r: r.order, default=None)",
