@@ -33,7 +33,7 @@ class Scheduler:
     policy: order of those that wait (engine.sched.policy). radix: keep prefixes. priority_preemption: by how much a
     request's priority must be above another's to take its seat, 0 = never. ageing: seconds of waiting that count as one
     priority, 0 = never. least: tokens of an uncached prefix that are worth waiting for when another computes them.
-    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound.
+    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound. eviction: the cache's.
     prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache or from
     the run that computed them. repairs: how often `audit` found pages lost.
     """
@@ -49,6 +49,7 @@ class Scheduler:
         least: int = LEAST,
         queue: int | None = None,
         queue_tokens: int | None = None,
+        eviction: str = "lru",
     ) -> None:
         for name, built in (("shards", limits.shards == 1), ("whole_rows", not limits.whole_rows)):
             if not built:
@@ -56,7 +57,7 @@ class Scheduler:
         self.limits, self.radix = limits, radix
         self.priority_preemption, self.ageing = priority_preemption, ageing
         self.room = capacity(limits)
-        self.store = Store(limits, radix)
+        self.store = Store(limits, radix, eviction)
         self.waiting = Waiting()
         self.running: dict[Run, None] = {}
         self.queue, self.queue_tokens = queue, queue_tokens
@@ -351,18 +352,21 @@ class Scheduler:
         run.state = "seated"
         self.running[run] = self._lowest = None
         self.estimate.add(run)
-        self._sharing.begin(run)
-        run.stops = self._sharing.stops(run, self.waiting.first(WINDOW)) if self.radix else set()
+        if self.store.keeps(run):
+            self._sharing.begin(run)
+            run.stops = self._sharing.stops(run, self.waiting.first(WINDOW))
         return True
 
     def _leader(self, run: Run, match: Match) -> tuple[Run, int] | None:
-        return self._sharing.leader(run, match.length) if self.radix else None
+        return self._sharing.leader(run, match.length) if self.store.keeps(run) else None
 
     def _branch(self, run: Run, length: int, draft: Draft) -> int:
         """Where a run that has `length` matched tokens goes on: in the middle of the next page, when one of its group
         has computed that and it can be copied."""
         parent, last = self._sharing.parent(run), len(run.request.tokens) - 1
-        if not self.radix or parent is None or parent.settled < last or not 0 < last - length < self.store.page:
+        if not self.store.keeps(run) or parent is None or parent.settled < last:
+            return length
+        if not 0 < last - length < self.store.page:
             return length
         return last if self.store.branch(run, parent, last, draft.copies) else length
 
@@ -394,6 +398,8 @@ class Scheduler:
             planned = {row.run for row in draft.rows}
             victim = max((r for r in self.running if r not in planned), key=lambda r: r.rank)
             self.estimate.rise()
+            # Alone, it lacks just what is locked for it in the tree, where a node's window pages stay as one.
+            run.cold |= len(self.running) == 1
             self._preempt(victim)
             if victim is run:
                 return False
@@ -557,15 +563,14 @@ class Scheduler:
         return [self._fail(run, RequestFailed(f"the device failed on this request: {error}")) for run in suspects]
 
     def audit(self) -> bool:
-        """Whether every page is somewhere. Where one is lost, which is a fault in this program, the cache begins anew:
-        all runs are requeued from their committed tokens."""
-        sound = all(account.sound for account in self.accounts())
-        if not sound:
-            self.repairs += 1
-            for run in list(self.running):
-                self._requeue(run)
-            self.store.empty()
-        return sound
+        """Whether every page is somewhere. Where one is lost, which is a fault in this program, that is mended, and the
+        runs that read what is gone are requeued from what is committed."""
+        if all(account.sound for account in self.accounts()):
+            return True
+        self.repairs += 1
+        for run in self.store.mend(self.running):
+            self._requeue(run)
+        return False
 
     def lost(self, error: RadixmeshError) -> list[Output]:
         """The backend is gone: end every request and say why."""
