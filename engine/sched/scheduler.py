@@ -393,7 +393,8 @@ class Scheduler:
         assert cache is not None
         if upto <= cache.end and run.lower < cache.due:
             return True
-        cache.trim(run.lower)
+        if run.lower >= cache.due:
+            cache.trim(run.lower)
         while not self.store.tree.evict(cache.need(upto)):
             planned = {row.run for row in draft.rows}
             victim = max((r for r in self.running if r not in planned), key=lambda r: r.rank)
@@ -454,12 +455,10 @@ class Scheduler:
         made = zip(plan.rows, result.tokens.tolist(), result.counts.tolist(), result.status.tolist(), strict=True)
         for row, tokens, count, status in made:
             run = row.run
-            if run.state != "seated" or run.epoch != row.epoch:
-                continue
-            run.flying -= row.makes
             if row is run.row and status == OK:  # one token; as below and as `ending` says, which takes longer
                 token = tokens[0]
                 run.settled += 1
+                run.flying -= 1
                 if run.alone_until:
                     self._passed(run)
                 if token not in run.ends and len(run.out) + 1 < run.most and not run.watched:
@@ -468,6 +467,9 @@ class Scheduler:
                 else:
                     outputs.append(self._take(run, tokens[:1]))
                 continue
+            if run.state != "seated" or run.epoch != row.epoch:
+                continue
+            run.flying -= row.makes
             run.pending -= 1
             run.verifying -= row.drafts > 0
             if status != OK:
