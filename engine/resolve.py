@@ -94,6 +94,8 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="deterministic", value=config.backend.deterministic, why="backend.deterministic"),
         Decision(field="penalties", value=config.sched.penalties, why="sched.penalties"),
         Decision(field="max_logprobs", value=min(config.sched.max_logprobs, spec.vocab), why="sched.max_logprobs"),
+        Decision(field="priority_preemption", value=config.sched.priority_preemption, why="sched.priority_preemption"),
+        Decision(field="ageing", value=config.sched.ageing, why="sched.ageing"),
         _stack(config, device),
         _programs(config),
     ]

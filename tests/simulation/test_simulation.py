@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
+from engine.run import loop
 from tests.simulation.faults import FAULTS, ROOT
-from tests.simulation.trial import trial
+from tests.simulation.scenes import SCENES, Stage
+from tests.simulation.trial import balance, trial
 
 
 def run(seeds: range) -> Counter[str]:
@@ -21,7 +24,7 @@ def run(seeds: range) -> Counter[str]:
 
 def test_equals_sequential_decoding() -> None:
     seen = run(range(400))
-    for rare in ("cached", "preempted", "failed", "aborted", "errors"):
+    for rare in ("cached", "preempted", "failed", "aborted", "errors", "followed", "branched", "late"):
         assert seen[rare] > 20, f"the trials hardly reach {rare!r}: {seen}"
 
 
@@ -31,9 +34,29 @@ def test_equals_sequential_decoding_long() -> None:
     run(range(400, 8000))
 
 
+def test_the_loop_counts_pages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Now and then; what is lost is repaired, counted and said."""
+    monkeypatch.setattr(loop, "AUDIT_STEPS", 8)
+    stage = Stage()
+    stage.ask("long", [1, 2, 3], made=40)
+    stage.to(10)
+    stage.scheduler.store.pools[0].take(1)
+    while stage.loop.busy:
+        stage.loop.turn()
+    assert len(stage.outputs["long"]) == 40
+    assert stage.loop.stats().repairs == 1
+    assert capsys.readouterr().err.count("pages were lost") == 1
+    balance(stage.scheduler, 0)
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_scene(scene: Callable[[], None]) -> None:
+    scene()
+
+
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f.name for f in FAULTS])
 def test_fault_is_noticed(number: int) -> None:
     command = [sys.executable, "-m", "tests.simulation.faults", str(number)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, f"{FAULTS[number].name}: {done.stdout}{done.stderr}"
-    assert done.stdout.startswith("trial "), done.stdout + done.stderr
+    assert done.stdout.startswith(("trial ", "scene ")), done.stdout + done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from backends.api.limits import Limits
 from backends.api.step import U32
 from engine.cache.check import check
 from engine.config import EVICTIONS
+from engine.errors import DeadlineExceeded
 from engine.model.groups import CacheGroup
 from engine.run.loop import Loop
 from engine.run.messages import Abort, Submit
@@ -139,7 +140,7 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
         prompt = rng.choice(pool)[: rng.randrange(1, 13)] + [
             rng.randrange(ORDINARY) for _ in range(rng.randrange(1, 9))
         ]
-        poison = rng.choice([REFUSED, NAN, DEADLY]) if chaos and rng.random() < 0.15 else None
+        poison = rng.choice([REFUSED, REFUSED, NAN, DEADLY]) if chaos and rng.random() < 0.2 else None
         if poison is not None:
             prompt[rng.randrange(len(prompt))] = poison
         masked = rng.random() < 0.25
@@ -157,12 +158,23 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
             eos=EOS,
             stopper=Pair() if rng.random() < 0.3 else None,
             grammar=Alternate(prompt[-1]) if masked else None,
-            priority=rng.choice([0, 0, 1]),
+            priority=rng.choice([0, 0, 1, 3]),
             namespace=rng.choice(["", "", "other"]),
+            deadline=rng.uniform(1, 60) if chaos and rng.random() < 0.15 else None,
+            group=f"g{i}" if rng.random() < 0.3 else "",
         )
-        expected = [] if poison is not None else truth_of(request, truth, masked, max_len)
-        abort_at = rng.randrange(30) if chaos and rng.random() < 0.15 else None
-        cases.append(Case(request=request, truth=expected, poison=poison, masked=masked, abort_at=abort_at))
+        answers = rng.randrange(2, 5) if request.group else 1
+        for j in range(answers):
+            answer = replace(
+                request,
+                rid=f"r{i}.{j}",
+                seed=request.seed + j,
+                stopper=Pair() if request.stopper else None,
+                grammar=Alternate(prompt[-1]) if masked else None,
+            )
+            expected = [] if poison is not None else truth_of(answer, truth, masked, max_len)
+            abort_at = rng.randrange(30) if chaos and rng.random() < 0.15 else None
+            cases.append(Case(request=answer, truth=expected, poison=poison, masked=masked, abort_at=abort_at))
     return cases
 
 
@@ -175,10 +187,14 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}
     scheduler = Scheduler(
         limits,
-        policy=rng.choice(["lpm", "fcfs"]),
+        policy=rng.choice(["lpm", "fcfs", "dfs-weight"]),
         radix=rng.random() < 0.75,
+        priority_preemption=rng.choice([0, 1, 3]),
+        ageing=rng.choice([0.0, 5.0, 50.0]),
+        least=rng.choice([1, 4, 1000]),
         eviction=EVICTIONS[seed % len(EVICTIONS)],
     )
+    scheduler.estimate.share = rng.choice([0.0, 0.7])
 
     def guess(slot: int, length: int) -> list[int]:
         run = next((r for r in scheduler.running if r.slot == slot), None)
@@ -199,24 +215,34 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
             case.end = output if output.finish else None
             seen["cached"] += output.cached_tokens > 0 and output.finish is not None
 
-    loop = Loop(scheduler, toy, emit)
-    todo, turn = list(cases.values()), 0
+    turn = 0
+    loop = Loop(scheduler, toy, emit, clock=lambda: float(turn))
+    todo, rush = list(cases.values()), rng.choice([0.5, 0.9])
     while todo or loop.busy:
         turn += 1
         assert turn < turns, f"seed {seed}: stuck, {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
-        while todo and rng.random() < 0.5:
+        while todo and rng.random() < rush:
             loop.take([Submit(request=todo.pop(0).request)])
         loop.take([Abort(rid=c.request.rid) for c in cases.values() if c.abort_at == turn and c not in todo])
         loop.turn()
         balance(scheduler, seed)
+        for case in cases.values():
+            late = case.request.deadline is not None and case.request.deadline <= turn and case not in todo
+            assert case.end or not late, f"seed {seed}: {case.request.rid} goes on past its deadline"
+        for run in scheduler.waiting:
+            if run.leader is not None:
+                seen["followed"] += 1
+                assert run.leader.state == "seated", f"seed {seed}: {run.request.rid} waits for what isn't computed"
     for case in cases.values():
         judge(case, seed, lone=flaky and toy.failures > 0)
-    scheduler.tree.flush()
-    assert [p.free for p in scheduler.pools] == list(limits.pages), f"seed {seed}: pages were lost"
+    scheduler.store.tree.flush()
+    assert [p.free for p in scheduler.store.pools] == list(limits.pages), f"seed {seed}: pages were lost"
     seen.update(
         {
             "preempted": scheduler.preemptions,
             "failed": toy.failures,
+            "branched": toy.copied["full"],
+            "late": sum(isinstance(c.end.error, DeadlineExceeded) for c in cases.values() if c.end),
             "aborted": sum(c.end.finish.kind == "abort" for c in cases.values() if c.end),
             "errors": sum(c.end.error is not None for c in cases.values() if c.end),
             f"depth {limits.depth}, drafts {limits.max_draft > 0}": 1,
@@ -233,8 +259,8 @@ def balance(scheduler: Scheduler, seed: int) -> None:
         assert min(a.free, a.evictable, a.locked, a.owned) >= 0, f"seed {seed}: group {g} has {a}"
     if seed % 5 == 0:  # it walks the whole cache
         caches = [run.cache for run in scheduler.running if run.cache is not None]
-        owned = [[page for cache in caches for page in cache.own[g]] for g in range(len(scheduler.pools))]
-        wrong = check(scheduler.tree, owned, [cache.node for cache in caches])
+        owned = [[page for cache in caches for page in cache.own[g]] for g in range(len(scheduler.store.pools))]
+        wrong = check(scheduler.store.tree, owned, [cache.node for cache in caches])
         assert wrong == [], f"seed {seed}: {wrong}"
 
 
@@ -245,7 +271,7 @@ def judge(case: Case, seed: int, lone: bool) -> None:
     assert end.finish is not None
     kind, about = end.finish.kind, f"seed {seed}: {rid} {end} got {case.got} truth {case.truth}"
     if kind == "abort":
-        assert case.abort_at is not None, about
+        assert case.abort_at is not None or isinstance(end.error, DeadlineExceeded), about
         assert case.got == case.truth[: len(case.got)] or case.poison is not None, about
     elif case.poison is not None:
         assert kind == "error", about
