@@ -8,17 +8,18 @@ import numpy as np
 
 from backends.api.limits import Limits
 from engine.errors import ConfigError, ContextOverflow, InvalidRequest
+from engine.sched.features import check_features
 from engine.sched.request import Request, Run
 
 
 class Room:
     """What is left of the step being planned."""
 
-    __slots__ = ("edits", "history", "masks", "rows", "tokens")
+    __slots__ = ("bias", "edits", "history", "masks", "rows", "tokens")
 
     def __init__(self, limits: Limits) -> None:
         self.rows, self.tokens = limits.max_rows, limits.max_tokens
-        self.history, self.masks = limits.max_history, limits.max_masks
+        self.history, self.masks, self.bias = limits.max_history, limits.max_masks, limits.max_bias
         self.edits = [limits.max_edits] * len(limits.groups)
 
     def fits(self, tokens: int) -> bool:
@@ -29,12 +30,17 @@ class Room:
         """Whether the history that seating this run sends fits."""
         return run.start < 0 or not run.request.params.penalised or len(run.fill) <= self.history
 
+    def bias_fits(self, run: Run) -> bool:
+        """Whether the logit bias of one more row fits."""
+        return len(run.request.params.logit_bias) <= self.bias
+
     def edits_fit(self, edits: Sequence[Sequence[object]]) -> bool:
         """Whether a row's page-table edits fit, per group."""
         return all(len(e) <= left for e, left in zip(edits, self.edits, strict=True))
 
-    def take(self, tokens: int, edits: Sequence[Sequence[object]], history: int, masked: bool) -> None:
+    def take(self, tokens: int, edits: Sequence[Sequence[object]], history: int, masked: bool, bias: int) -> None:
         """Take one row out of the room."""
+        self.bias -= bias
         self.rows -= 1
         self.tokens -= tokens
         self.history -= history
@@ -60,7 +66,7 @@ def capacity(limits: Limits) -> int:
 
 def check_request(request: Request, limits: Limits, room: int, taken: Container[str]) -> None:
     """Raise InvalidRequest or ContextOverflow for what can't be honoured. room: positions a request may reach."""
-    tokens, params = np.asarray(request.tokens), request.params
+    tokens = np.asarray(request.tokens)
     if request.rid in taken:
         raise InvalidRequest(f"rid: {request.rid!r} is in use", field="rid")
     if tokens.size == 0:
@@ -75,15 +81,4 @@ def check_request(request: Request, limits: Limits, room: int, taken: Container[
             f"prompt: {tokens.size} tokens, and the context holds {room} with at least one for the answer",
             field="prompt",
         )
-    for token in params.stop_token_ids:
-        if token >= limits.vocab:
-            raise InvalidRequest(f"stop_token_ids: {token} is not in the vocabulary", field="stop_token_ids")
-    if params.penalised and limits.max_history < limits.max_len:
-        name = next(
-            n
-            for n, off in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0))
-            if getattr(params, n) != off
-        )
-        raise InvalidRequest(f"{name}: this backend has no penalties yet", field=name)
-    if request.grammar is not None and not limits.max_masks:
-        raise InvalidRequest("grammar: this backend has no vocabulary masks yet", field="grammar")
+    check_features(request, limits)

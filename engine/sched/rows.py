@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from backends.api.limits import Limits
 from backends.api.step import I32, TOKEN, PageTable, Sampling, ScheduleStep, StateTable, empty
-from engine.sched.request import Row, Run
+from engine.sched.request import Row
 
 N = TypeVar("N", np.int32, np.float32)
 
@@ -51,11 +51,11 @@ def build(number: int, drafts: Sequence[Draft], copies: Sequence[tuple[int, int,
         tokens=_ints([t for d in drafts for t in d.tokens]),
         next=_ints([d.following for d in drafts]),
         output=np.array([TOKEN if r.makes else 0 for r in rows], np.uint8),
-        masked=np.array([r.makes and r.run.request.grammar is not None for r in rows], bool),
+        masked=np.array([r.makes and r.run.masks is not None and r.run.masks.binds(r.made) for r in rows], bool),
         adapters=empty(len(rows)),
         tables=tuple(_table(g, drafts, limits) for g in range(len(limits.groups))),
         copies=_ints(copies).reshape(-1, 4),
-        sampling=_sampling(runs, drafts),
+        sampling=_sampling(rows, drafts),
     )
     return Plan(step=step, rows=tuple(rows))
 
@@ -84,9 +84,10 @@ def _table(g: int, drafts: Sequence[Draft], limits: Limits) -> PageTable | State
     )
 
 
-def _sampling(runs: Sequence[Run], drafts: Sequence[Draft]) -> Sampling:
+def _sampling(rows: Sequence[Row], drafts: Sequence[Draft]) -> Sampling:
+    runs = [row.run for row in rows]
     p = [run.request.params for run in runs]
-    off = np.full(len(runs), -1, np.int32)
+    of = list(zip(rows, p, strict=True))
     history = [(i, token, made) for i, d in enumerate(drafts) for token, made in d.history]
     return Sampling(
         temperature=np.array([x.temperature for x in p], np.float32),
@@ -95,8 +96,11 @@ def _sampling(runs: Sequence[Run], drafts: Sequence[Draft]) -> Sampling:
         min_p=np.array([x.min_p for x in p], np.float32),
         seed=np.array([run.request.seed for run in runs], np.uint64),
         penalty=np.array([(x.repetition_penalty, x.presence_penalty, x.frequency_penalty) for x in p], np.float32),
-        logprobs=off,
-        prompt_logprobs=np.stack([off, off], axis=1),
+        logprobs=_ints([x.logprobs if row.makes and x.logprobs is not None else -1 for row, x in of]),
+        prompt_logprobs=_ints([(row.score, x.prompt_logprobs) if row.score >= 0 else (-1, -1) for row, x in of]),
+        bias=np.array(
+            [(i, *pair) for i, (row, x) in enumerate(of) if row.makes for pair in x.logit_bias], np.float32
+        ).reshape(-1, 3),
         history=np.array(history, np.int32).reshape(-1, 3),
     )
 

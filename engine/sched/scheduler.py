@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from backends.api.limits import Limits
-from backends.api.step import OK, U32, StepResult
+from backends.api.step import OK, U32, Logprobs, StepResult
 from engine.cache.pages import PagePool
 from engine.cache.radix import NONE, Match, RadixTree, as_key
 from engine.cache.sequence import SequenceCache
 from engine.errors import ConfigError, Overloaded, RadixmeshError, RequestFailed, StepRefused
 from engine.sched.admission import Room, capacity, check_request
 from engine.sched.drafts import guesses
+from engine.sched.masks import masks_of
 from engine.sched.policy import order
 from engine.sched.request import Output, Request, Row, Run
 from engine.sched.rows import Draft, Plan, build, without
+from engine.sched.scores import Scores
 from engine.sched.stop import Finish, ending
 
 
@@ -78,7 +80,8 @@ class Scheduler:
         self.check(request)
         self._bound(request)
         self._orders += 1
-        run = Run(request=request, order=self._orders, fill=request.tokens)
+        masks = masks_of(request, self.limits.vocab)
+        run = Run(request=request, order=self._orders, fill=request.tokens, masks=masks)
         self._runs[request.rid] = run
         self.waiting.append(run)
 
@@ -159,7 +162,9 @@ class Scheduler:
         if not self._mask_in_time(run, room):
             return
         k = guesses(run, self.limits)
-        if k is None or not room.fits(1 + k) or not self._reserve(run, run.upper + 1 + k, drafts):
+        if k is None or not (room.fits(1 + k) and room.bias_fits(run)):
+            return
+        if not self._reserve(run, run.upper + 1 + k, drafts):
             return
         self._add(run, [-1, *(-2 - j for j in range(k))], k, room, drafts)
 
@@ -172,10 +177,12 @@ class Scheduler:
             # Chunks end on the page grid, where the tree can share them and state can be checkpointed.
             aligned = (run.fed + n) // self.tree.page * self.tree.page
             n = aligned - run.fed if aligned > run.fed else n
-        makes = run.fed + n == len(run.fill)
+        makes = run.fed + n == len(run.fill) and self._most(run) > 0
         if n <= 0 or (makes and not self._mask_in_time(run, room)):
             return
-        if not room.fits(n) or not room.history_fits(run) or not self._reserve(run, run.upper + n, drafts):
+        if not room.fits(n) or not room.history_fits(run) or (makes and not room.bias_fits(run)):
+            return
+        if not self._reserve(run, run.upper + n, drafts):
             return
         self._add(run, run.fill[run.fed : run.fed + n], 0, room, drafts)
 
@@ -186,12 +193,15 @@ class Scheduler:
         if not room.edits_fit(cache.edits):
             return
         n, filling = len(tokens), not run.decoding
+        prompt = len(run.request.tokens)
+        score = max(run.unscored, run.fed + 1) if filling else prompt
         if filling:
             run.fed += n
-        makes = run.decoding
-        following = run.fill[run.fed] if filling and not makes else NONE
+        makes = run.decoding and self._most(run) > 0
+        following = NONE if run.decoding else run.fill[run.fed]
+        score = score if score <= min(run.fed, prompt - 1) else NONE
+        made, masked = run.made, run.masked and makes
         seated = run.start >= 0
-        prompt = len(run.request.tokens)
         wanted = seated and run.request.params.penalised
         history = [(t, i >= prompt) for i, t in enumerate(run.fill)] if wanted else []
         run.upper += n
@@ -199,7 +209,8 @@ class Scheduler:
         run.pending += 1
         run.flying += makes
         run.verifying += k > 0
-        row = Row(run=run, epoch=run.epoch, fed=n, drafts=k, makes=makes, end=run.fed if filling else 0)
+        row = Row(run=run, epoch=run.epoch, fed=n, drafts=k, makes=makes, end=run.fed if filling else 0,
+                  made=made, score=score)  # fmt: skip
         drafts.append(
             Draft(
                 row=row,
@@ -211,7 +222,7 @@ class Scheduler:
                 history=history,
             )
         )
-        room.take(n, cache.edits, len(history), run.request.grammar is not None and makes)
+        room.take(n, cache.edits, len(history), masked, len(run.request.params.logit_bias) if makes else 0)
         cache.sent()
         run.start = -1
         if filling and k == 0 and self.radix:
@@ -273,7 +284,8 @@ class Scheduler:
         return fits
 
     def _match(self, run: Run) -> Match:
-        limit = len(run.fill) - 1 if self.radix else 0
+        # What feeds the token before one that must be scored can't come from the cache.
+        limit = min(len(run.fill), run.unscored) - 1 if self.radix else 0
         return self.tree.match(run.request.namespace, as_key(run.fill), limit)
 
     def _cached(self, run: Run) -> int:
@@ -290,10 +302,12 @@ class Scheduler:
     def _mask_in_time(self, run: Run, room: Room) -> bool:
         """Whether every token that a mask depends on is collected before sample() needs the mask: nothing of the run
         that makes tokens is out, or it is in the oldest step, which the loop collects first when depth is reached."""
-        if run.request.grammar is None:
+        if run.masks is None or not run.masked:
             return True
         if not room.masks:
             return False
+        if not run.masks.late:
+            return True
         out = [i for i, plan in enumerate(self._flying) for row in plan.rows if row.run is run and live(row)]
         return not run.flying or (out == [0] and len(self._flying) + 1 >= self.limits.depth)
 
@@ -342,8 +356,8 @@ class Scheduler:
             return None
         out = np.full((len(rows), 1 + self.limits.max_draft, -(-self.limits.vocab // 32)), 0xFFFFFFFF, np.uint32)
         for mask, row in zip(out, rows, strict=True):
-            if live(row) and row.run.request.grammar is not None:
-                mask[:] = row.run.request.grammar.mask()
+            if live(row) and row.run.masks is not None:
+                mask[:] = row.run.masks.mask(row.made)
         return out
 
     def commit(self, plan: Plan, result: StepResult) -> list[Output]:
@@ -370,20 +384,33 @@ class Scheduler:
                 self._share(run, run.fill, run.settled, run.checkpoints.pop(row.end, None))
             if run.settled >= run.alone_until:
                 run.alone_until = 0
+            told = None if row.score < 0 or result.prompt_logprobs is None else result.prompt_logprobs[i]
+            if told is not None:
+                run.scores += Scores.of(told, min(row.end, len(run.request.tokens) - 1) - row.score + 1)
             if row.makes:
-                outputs.append(self._extend(run, result.tokens[i, :count].tolist()))
+                scores = None if result.logprobs is None else result.logprobs[i]
+                outputs.append(self._extend(run, result.tokens[i, :count].tolist(), scores))
+            elif row.end == len(run.fill) and not self._most(run):
+                outputs.append(self._extend(run, ()))
         return outputs
 
-    def _extend(self, run: Run, new: Sequence[int]) -> Output:
+    def _extend(self, run: Run, new: Sequence[int], scores: Logprobs | None = None) -> Output:
+        """Take tokens that were made; none of them for a request that only reads its prompt."""
         q = run.request
         keep, finish = ending(new, len(run.out), self._most(run), q.params, q.eos, q.stopper)
         kept = tuple(new[:keep])
+        first = not run.out
         run.out += kept
+        if finish is None and run.masks is not None:
+            run.masks.accept(kept)
+        news = Output(rid=q.rid, tokens=kept, cached_tokens=run.cached)
         if finish is not None:
-            return self._end(run, kept, finish)
-        if q.grammar is not None:
-            q.grammar.accept(kept)
-        return Output(rid=q.rid, tokens=kept, cached_tokens=run.cached)
+            news = self._end(run, kept, finish)
+        if scores is not None:
+            news = replace(news, logprobs=Scores.of(scores, keep))
+        if first and q.params.prompt_logprobs is not None:
+            news = replace(news, prompt_logprobs=run.scores)
+        return news
 
     def _share(self, run: Run, tokens: Sequence[int], length: int, states: dict[int, int] | None = None) -> None:
         """Offer the first `length` positions to the tree; models with recurrent state only where a checkpoint is."""

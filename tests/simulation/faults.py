@@ -49,7 +49,7 @@ FAULTS = [
             "[(g, 0, cache.write[g], page)",
         ),
         ("seated row sent as continuing", "start=run.start,", "start=-1,"),
-        ("mask one token stale", "q.grammar.accept(kept)", "q.grammar.accept(kept[:-1])"),
+        ("mask one token stale", "run.masks.accept(kept)", "run.masks.accept(kept[:-1])"),
         ("pages sized without drafts", "run.upper + 1 + k, drafts", "run.upper + 1, drafts"),
         ("lower bound forgets rejections", "run.lower += n - k", "run.lower += n"),
         ("copies never cleared", "copies, self._copies = self._copies, []", "copies = list(self._copies)"),
