@@ -25,9 +25,11 @@ from engine.sched.admission import check_request
 from engine.sched.request import Output, Request
 from engine.sched.scores import Score
 from engine.sched.stop import Finish
+from engine.serve.reading import renamed
 from engine.text.chat import render
 from engine.text.tokenizer import Tokenizer
 
+MAX_SALT = 1024
 INLINE = 4096
 """Characters up to which a prompt is tokenized between two turns of the event loop; longer ones take a thread."""
 
@@ -55,7 +57,8 @@ class Ask:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """What a turn added to one answer of a Call. index: of the answer; finish: None until the last piece. scores: of
-    the tokens; prompt_scores: of the prompt, with the first piece; both empty where they weren't asked for."""
+    the tokens; prompt_scores: of the prompt, with the first piece; both empty where they weren't asked for. first:
+    whether it is an answer's first."""
 
     index: int
     text: str
@@ -63,6 +66,7 @@ class Piece:
     finish: Finish | None
     scores: tuple[Score, ...] = ()
     prompt_scores: tuple[Score, ...] = ()
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,13 @@ class Timing:
     arrival: float
     begun: float = 0.0
     first: float = 0.0
+
+
+def salted(salt: str | None) -> tuple[str, ...]:
+    """The namespace of a cache_salt, which keeps its client's prefix cache apart. Raises InvalidRequest."""
+    if salt is not None and len(salt) > MAX_SALT:
+        raise InvalidRequest(f"cache_salt: at most {MAX_SALT} characters, got {len(salt)}", field="cache_salt")
+    return (salt,) if salt else ()
 
 
 class Service:
@@ -144,13 +155,12 @@ class Service:
             ids = await self._ids(ask)
             for request in self._requests(ask, ids, opened.id if len(asks) == 1 else f"{opened.id}-{i}", arrival):
                 try:
-                    check_request(request, self.info.limits, self.info.room, self._calls)
+                    with renamed(ask.names):
+                        check_request(request, self.info.limits, self.info.room, self._calls)
                 except InvalidRequest as error:
-                    prompt = error.field in ("prompt", "token_ids")
-                    named = ask.field if prompt else ask.names.get(error.field or "", error.field)
-                    says = str(error) if prompt or named is None else str(error).replace(error.field or "", named, 1)
+                    name = ask.field if error.field in ("prompt", "token_ids") else error.field
                     where = f" (prompt {i} of the list)" if len(asks) > 1 else ""
-                    raise type(error)(f"{says}{where}", field=named) from error
+                    raise type(error)(f"{error}{where}", field=name) from error
                 opened.add(request)
         self._admit()  # making the ids took its time
         for answer in opened.answers:
@@ -399,7 +409,7 @@ class Call:
                     if output.error is not None:
                         raise output.error
                     answer = self.answers[index]
-                    before, first = len(answer.scores), len(answer.prompt_scores)
+                    before, told, first = len(answer.scores), len(answer.prompt_scores), not answer.ids
                     text = answer.take(output)
                     piece = Piece(
                         index=index,
@@ -407,7 +417,8 @@ class Call:
                         tokens=output.tokens,
                         finish=output.finish,
                         scores=tuple(answer.scores[before:]),
-                        prompt_scores=tuple(answer.prompt_scores[first:]),
+                        prompt_scores=tuple(answer.prompt_scores[told:]),
+                        first=first,
                     )
                     batch.append(piece)
                 yield batch
