@@ -133,6 +133,27 @@ class SamplingParams:
         return cls(**values)
 
 
+def scoring(
+    return_logprob: bool | None, logprob_start_len: int | None = None, top_logprobs_num: int | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """SGLang's fields of logprobs as parameters, and the parameters' names as those fields. logprob_start_len: -1 or
+    None is nothing of the prompt. Raises InvalidRequest."""
+    start, top = logprob_start_len, top_logprobs_num
+    if not return_logprob:
+        for name, given in (("logprob_start_len", start not in (None, -1)), ("top_logprobs_num", bool(top))):
+            if given:
+                raise InvalidRequest(f"{name}: needs return_logprob: true", field=name)
+        return {}, {}
+    name = "top_logprobs_num" if top else "return_logprob"
+    names = {"logprobs": name, "prompt_logprobs": name}
+    if top is not None:
+        _integer("top_logprobs_num", top, 0, MAX_LOGPROBS)
+    if start is None or start == -1:
+        return {"logprobs": top or 0}, names
+    _integer("logprob_start_len", start, -1, 2**31 - 1)
+    return {"logprobs": top or 0, "prompt_logprobs": top or 0, "logprob_start_len": start}, names
+
+
 def biases(given: Any) -> tuple[tuple[int, float], ...]:
     """A logit bias as SamplingParams has it. given: a mapping of ids, or of strings of them as JSON has it, to values,
     or pairs. Raises InvalidRequest."""

@@ -19,6 +19,8 @@ def check_features(request: Request, limits: Limits) -> None:
     _known("stop_token_ids", params.stop_token_ids, limits)
     _known("logit_bias", (token for token, _ in params.logit_bias), limits)
     _known("allowed_token_ids", params.allowed_token_ids or (), limits)
+    if params.bad_words and not request.bad_words:
+        raise InvalidRequest("bad_words: there is no tokenizer (skip_tokenizer) to read them with", field="bad_words")
     _known("bad_words", (token for word in request.bad_words for token in word), limits)
     if params.penalised and limits.max_history < limits.max_len:
         name = next(n for n, off in PENALTIES if getattr(params, n) != off)

@@ -13,9 +13,9 @@ from typing import Any
 from engine.config import show
 from engine.errors import InvalidRequest
 from engine.run.answer import Answer
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, scoring
 from engine.serve.exchange import ENCODER, Exchange
-from engine.serve.reading import HARMLESS, check, renamed
+from engine.serve.reading import HARMLESS, check
 from engine.serve.schemas import GENERATE, NATIVE, Abort, Detokenize, Generate, Nothing, Tokenize, prompts
 from engine.serve.service import INLINE, Ask, Call, salted
 from engine.text.tokenizer import Tokenizer
@@ -34,9 +34,11 @@ async def generate(x: Exchange) -> None:
     given, many = prompts(what, name)
     if isinstance(given[0], str) != (name == "text"):
         raise InvalidRequest(f"{name}: must be {'texts' if name == 'text' else 'token ids'}", field=name)
-    scoring, names = _scoring(form)
+    scores, names = scoring(form.return_logprob, form.logprob_start_len, form.top_logprobs_num)
+    if form.return_text_in_logprobs and not scores:
+        raise InvalidRequest("return_text_in_logprobs: needs return_logprob: true", field="return_text_in_logprobs")
     asks = []
-    for i, (prompt, (params, n)) in enumerate(zip(given, _params(form, len(given), many, scoring), strict=True)):
+    for i, (prompt, (params, n)) in enumerate(zip(given, _params(form, len(given), many, scores), strict=True)):
         field = f"{name}[{i}]" if many else name
         text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         asks.append(
@@ -71,43 +73,19 @@ def _result(answer: Answer, words: Tokenizer | None) -> dict[str, Any]:
     return answer.result(None if words is None else lambda token: words.piece(token)[0])
 
 
-def _scoring(form: Generate) -> tuple[dict[str, Any], dict[str, str]]:
-    """SGLang's fields of logprobs as parameters of the engine, and the engine's names as this request has them."""
-    start, top = form.logprob_start_len, form.top_logprobs_num
-    if not form.return_logprob:
-        for name, given in (
-            ("logprob_start_len", start not in (None, -1)),
-            ("top_logprobs_num", bool(top)),
-            ("return_text_in_logprobs", bool(form.return_text_in_logprobs)),
-        ):
-            if given:
-                raise InvalidRequest(f"{name}: needs return_logprob: true", field=name)
-        return {}, {}
-    if start is not None and start < -1:
-        raise InvalidRequest(f"logprob_start_len: must be at least -1, not {start}", field="logprob_start_len")
-    name = "top_logprobs_num" if top else "return_logprob"
-    scoring: dict[str, Any] = {"logprobs": top or 0}
-    if start is not None and start >= 0:
-        scoring |= {"prompt_logprobs": top or 0, "logprob_start_len": start}
-    names = {"logprobs": name, "prompt_logprobs": name, "logprob_start_len": "logprob_start_len"}
-    with renamed(names):
-        SamplingParams.of(scoring)
-    return scoring, names
-
-
-def _params(form: Generate, count: int, many: bool, scoring: Mapping[str, Any]) -> list[tuple[SamplingParams, int]]:
+def _params(form: Generate, count: int, many: bool, scores: Mapping[str, Any]) -> list[tuple[SamplingParams, int]]:
     """The parameters of each prompt, and how many answers it wants."""
     given = form.sampling_params
     if not isinstance(given, list):
-        return [_param(given or {}, "sampling_params", scoring)] * count
+        return [_param(given or {}, "sampling_params", scores)] * count
     if not many or len(given) != count:
         raise InvalidRequest(
             f"sampling_params: a list of {len(given)} for {count} prompts; give one each", field="sampling_params"
         )
-    return [_param(p, f"sampling_params[{i}]", scoring) for i, p in enumerate(given)]
+    return [_param(p, f"sampling_params[{i}]", scores) for i, p in enumerate(given)]
 
 
-def _param(given: Any, where: str, scoring: Mapping[str, Any]) -> tuple[SamplingParams, int]:
+def _param(given: Any, where: str, scores: Mapping[str, Any]) -> tuple[SamplingParams, int]:
     if not isinstance(given, dict):
         raise InvalidRequest(f"{where}: must be an object", field=where)
     values = {k: v for k, v in given.items() if v is not None and k not in HARMLESS}
@@ -120,7 +98,7 @@ def _param(given: Any, where: str, scoring: Mapping[str, Any]) -> tuple[Sampling
             raise InvalidRequest(f"{where}.{name}: stands beside sampling_params", field=f"{where}.{name}")
     check(beside, (), f"{where}.", GENERATE, lambda name: None)
     try:
-        return SamplingParams.of({**values, **scoring}), n
+        return SamplingParams.of({**values, **scores}), n
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}.{error}", field=f"{where}.{error.field}") from error
 
