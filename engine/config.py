@@ -33,6 +33,7 @@ class Resolved:
     cache_dtype: of keys and values ("float32" or "bfloat16"). page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
+    penalties: counts for penalties are kept on the device. max_logprobs: alternatives that a token may be asked for.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
     """
 
@@ -50,6 +51,8 @@ class Resolved:
     depth: int = 2
     radix: bool = True
     policy: str = "lpm"
+    penalties: bool = True
+    max_logprobs: int = 20
     mesh: MeshSpec = field(default_factory=MeshSpec)
     deterministic: bool = False
     stack: str = "list"
@@ -157,7 +160,9 @@ class Cache:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sched:
     """slots: requests on the device at once. max_rows, max_tokens: of one step. token_buckets: the sizes that steps are
-    padded to. depth: steps in flight. policy: order of waiting requests, longest cached prefix or arrival."""
+    padded to. depth: steps in flight. policy: order of waiting requests, longest cached prefix or arrival. penalties:
+    keep their counts, one number a slot and token, on the device. max_logprobs: alternatives that a token may be asked
+    for; 0: logprobs are refused."""
 
     slots: int | None = _key(_or_auto(_whole(1, 65536)), None)
     max_rows: int | None = _key(_or_auto(_whole(1, 65536)), None)
@@ -165,6 +170,8 @@ class Sched:
     token_buckets: tuple[int, ...] | None = _key(_or_auto(_ladder), None)
     depth: int | None = _key(_or_auto(_whole(1, 8)), None)
     policy: str = _key(_one_of(POLICIES), "lpm")
+    penalties: bool = _key(_flag, True)
+    max_logprobs: int = _key(_whole(0, 1024), 20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

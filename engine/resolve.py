@@ -90,6 +90,8 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="page", value=config.cache.page, why="cache.page"),
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
         Decision(field="policy", value=config.sched.policy, why="sched.policy"),
+        Decision(field="penalties", value=config.sched.penalties, why="sched.penalties"),
+        Decision(field="max_logprobs", value=min(config.sched.max_logprobs, spec.vocab), why="sched.max_logprobs"),
         _stack(config, device),
         _programs(config),
     ]

@@ -37,6 +37,8 @@ class Row:
     penalty: tuple[float, float, float] = (1.0, 0.0, 0.0)
     bias: Sequence[tuple[int, float]] = ()
     history: Sequence[tuple[int, int]] = ()
+    logprobs: int = -1
+    prompt_logprobs: tuple[int, int] = (-1, -1)
 
 
 def build(
@@ -81,8 +83,8 @@ def build(
             min_p=floats("min_p"),
             seed=np.array([r.seed for r in rows], np.uint64),
             penalty=floats("penalty"),
-            logprobs=np.full(len(rows), -1, np.int32),
-            prompt_logprobs=np.full((len(rows), 2), -1, np.int32),
+            logprobs=ints("logprobs"),
+            prompt_logprobs=ints("prompt_logprobs"),
             bias=np.array([(i, *b) for i, r in enumerate(rows) for b in r.bias], np.float32).reshape(-1, 3),
             history=np.array([(i, *h) for i, r in enumerate(rows) for h in r.history], np.int32).reshape(-1, 3),
         ),

@@ -201,8 +201,8 @@ def _bounds(limits: Limits) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
         (0, limits.adapters),
         (0, 2**31 - 1),
         (-1, limits.max_logprobs or -1),
-        (-1, -1),
-        (-1, -1),
+        (-1, limits.max_len - 1 if limits.max_logprobs else -1),
+        (-1, limits.max_logprobs or -1),
     )
     low, high = np.array(bounds, np.int64).T[:, :, None]
     return low.astype(np.int32), (high - low).astype(np.uint32)
@@ -244,6 +244,12 @@ def _rows(step: ScheduleStep, limits: Limits) -> None:
         _unless(~step.masked | (step.output != 0), "masked", "a mask needs a row that returns a token")
         if masked > limits.max_masks:
             _refuse("masked", f"{masked} rows, the limit is {limits.max_masks}", np.flatnonzero(step.masked))
+    first, count = step.sampling.prompt_logprobs.T
+    if first.max() > -1 or count.max() > -1:
+        field = "sampling.prompt_logprobs"
+        _unless((first < 0) == (count < 0), field, "a first position and how many alternatives, or neither")
+        _unless(first != 0, field, "nothing comes before position 0 that could score it")
+        _unless((first < 0) | (starts < first), field, "the slot is seated behind what scores the first position")
 
 
 def _choices(step: ScheduleStep, limits: Limits) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from backends.api.random import gumbel
-from backends.api.step import F32, I32, U32, Bool, Sampling
+from backends.api.step import F32, I32, U32, Bool, Logprobs, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,3 +131,14 @@ def unpack(mask: U32, vocab: int) -> Bool:
     """A vocabulary mask uint32[ceil(V/32)] -> bool[V]; bit v % 32 of word v // 32 allows v."""
     words = np.asarray(mask, "<u4")
     return np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab].astype(bool)
+
+
+def score(logits: F32, tokens: I32, alternatives: int) -> Logprobs:
+    """Logprobs of tokens int32[N] by logits float32[N, V], and of the likeliest."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :alternatives]
+    rows = np.arange(len(tokens))
+    own, top = x[rows, tokens], x[rows[:, None], ids]
+    return Logprobs(own=own.astype(np.float32), ids=ids.astype(np.int32), top=top.astype(np.float32))

@@ -9,6 +9,9 @@ from engine.config import Resolved
 from engine.model.groups import CacheGroup, cache_groups
 from engine.model.spec import ModelSpec
 
+MOST_BIAS, MOST_COPIES, MOST_HISTORY = 4096, 256, 1 << 16
+"""Entries of a step. What has a length of its own is padded to it, or cut into calls, only in steps that have any."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -72,3 +75,14 @@ class Limits:
             depth=config.depth,
             **built,
         )
+
+
+def choosing(config: Resolved) -> dict[str, int]:
+    """The limits of a backend that has all of sampling: what was configured, and at least one whole request."""
+    return {
+        "max_masks": config.max_rows,
+        "max_bias": MOST_BIAS,
+        "max_history": max(MOST_HISTORY, config.max_len) if config.penalties else 0,
+        "max_copies": MOST_COPIES,
+        "max_logprobs": config.max_logprobs,
+    }

@@ -61,11 +61,12 @@ class Sampling:
     """How each row chooses (DESIGN: sampling is normative). Arrays have one entry a row unless said otherwise.
 
     temperature float32: 0 = greedy. top_k int32: 0 = off. top_p float32: 1 = off. min_p float32: 0 = off. seed uint64.
-    penalty float32[R, 3]: repetition, presence, frequency; neutral (1, 0, 0).
+    penalty float32[R, 3]: repetition, presence, frequency; neutral (1, 0, 0). A slot has them from its seat on, or not
+    at all: for others nothing is counted.
     logprobs int32: alternatives beside the token's own logprob, -1 = none. prompt_logprobs int32[R, 2]: (first position
     whose token is scored, alternatives), (-1, -1) = none: each token of the prompt from there on is scored by the row
-    that feeds the one before it, the last of a chunk through ScheduleStep.next. bias float32[B, 3]: (row, token, added
-    value).
+    that feeds the one before it, the last of a chunk through ScheduleStep.next; so the slot is seated before that
+    position. bias float32[B, 3]: (row, token, added value).
     history int32[H, 3]: (row, token, is_output), whole when a slot is seated. label_ids int32: tokens to be scored.
     """
 

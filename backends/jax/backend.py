@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from backends.api.check import check_masks, check_step
-from backends.api.limits import Limits
+from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.step import NONFINITE, TOKEN, U8, U32, ScheduleStep, StepResult, Ticket
+from backends.api.seats import Scored, Seats, deal, scored
+from backends.api.step import I32, NONFINITE, TOKEN, U8, U32, ScheduleStep, StepResult, Ticket
 from backends.jax import params
 from backends.jax.buckets import make_shape, pick
-from backends.jax.inputs import pack
+from backends.jax.choosing import (
+    Scores,
+    pack_bias,
+    pack_counts,
+    pack_masks,
+    pack_scored,
+    pack_wishes,
+    special,
+)
+from backends.jax.inputs import pack, pack_copies
 from backends.jax.mesh import open_mesh, replicated
 from backends.jax.step import Plan
-from backends.jax.warmup import EDIT, EMPTY, Program, Programs
+from backends.jax.warmup import COPY, COUNT, EDIT, EMPTY, SCORE, Program, Programs
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
@@ -28,13 +38,27 @@ from engine.model.weights import WeightSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flight:
-    """A step that is out. made: int32[R, 2] on the device, on its way to the host; taps likewise."""
+    """A step that is out. made: int32[R, 2] on the device, on its way to the host; taps likewise.
+
+    logits float32[R, V]: kept until `sample` chooses from them, for steps whose own program doesn't choose. asked
+    int32[R]: logprobs of the tokens; scores: theirs. prompts: what is scored of prompts, and how.
+    """
 
     version: int
     output: U8
     tokens: int
     made: jax.Array
     taps: dict[str, jax.Array]
+    asked: I32
+    logits: jax.Array | None = None
+    scores: Scores | None = None
+    prompts: tuple[Scored, Scores] | None = None
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """What comes back to the host."""
+        prompts = () if self.prompts is None else self.prompts[1]
+        return [self.made, *self.taps.values(), *(self.scores or ()), *prompts]
 
 
 class JaxBackend:
@@ -46,13 +70,16 @@ class JaxBackend:
         for key in config.options:
             raise ConfigError(f"backend.jax.{key}: unknown key; the jax backend has none", field=f"backend.jax.{key}")
         mesh = open_mesh(config)
-        self.limits = Limits.of(spec, config, taps=True)
+        self.limits = Limits.of(spec, config, taps=True, **choosing(config))
         self.plan = Plan(spec=spec, config=config, limits=self.limits, mesh=mesh)
         self.programs = Programs(self.plan)
         self.sharding = replicated(mesh)
         self.weights: Any = None
         self.caches: Any = None
         self.state: Any = None
+        self.counts: Any = None
+        self.seats = Seats(self.limits.slots)
+        self.neutral: dict[int, tuple[jax.Array, jax.Array]] = {}
         self.memory = {"weights": 0, "cache": 0}
         self.version = 0
         self.closed = False
@@ -86,33 +113,97 @@ class JaxBackend:
         if step.step in self.flights:
             raise StepRefused(f"step: step {step.step} is out already", field="step")
         check_step(step, self.limits)
-        shape = make_shape(pick(len(step.tokens), self.limits), self.limits)
+        before = self.seats.before(step)
+        asked, late = scored(step, before), special(step)
+        tokens = len(step.tokens) if asked is None else self.limits.max_tokens
+        shape = make_shape(pick(tokens, self.limits), self.limits)
         program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed, ahead = pack(step, shape, self.limits)
-        edit = self.programs.take(EDIT) if ahead else None
+        packed, edits = pack(step, shape, self.limits, chosen=not late)
+        ahead = [(EDIT, part) for part in edits] + [(COUNT, part) for part in pack_counts(step, self.limits)]
+        if len(step.copies):
+            ahead.append((COPY, pack_copies(step, self.limits)))
+        for name in {name for name, _ in ahead} | ({SCORE} if asked is not None else set()):
+            self.programs.take(name)
         try:
-            for edits in ahead:
-                assert edit is not None
-                self.state = edit(self.state, jax.device_put(edits, self.sharding))
-            buffer = jax.device_put(packed, self.sharding)
-            self.caches, self.state, made, taps = program(self.weights, self.caches, self.state, buffer)
-            for array in (made, *taps.values()):
-                array.copy_to_host_async()
+            for name, part in ahead:
+                self._ahead(name, part)
+            self.caches, self.state, made, kept, taps = program(
+                self.weights, self.caches, self.state, self._put(packed)
+            )
+            prompts = None
+            if asked is not None:
+                score = self.programs.take(SCORE)
+                prompts = asked, score(self.weights, kept.hidden, self._put(pack_scored(asked, self.limits)))
+            flight = Flight(
+                version=self.version,
+                output=step.output.copy(),
+                tokens=len(step.tokens),
+                made=made,
+                taps=taps,
+                asked=step.sampling.logprobs,
+                logits=kept.logits if late else None,
+                prompts=prompts,
+            )
+            if not late:
+                _send(flight)
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)
-        self.flights[step.step] = Flight(
-            version=self.version, output=step.output.copy(), tokens=len(step.tokens), made=made, taps=taps
-        )
-        self.unsampled = step
+        self.seats.take(step, before)
+        self.flights[step.step], self.unsampled = flight, step
         return step.step
 
+    def _put(self, value: Any) -> jax.Array:
+        return jax.device_put(value, self.sharding)
+
+    def _ahead(self, name: Program, packed: I32) -> None:
+        """Run a program that changes what the step's program finds."""
+        program, given = self.programs.take(name), self._put(packed)
+        if name == EDIT:
+            self.state = program(self.state, given)
+        elif name == COPY:
+            self.caches = program(self.caches, given)
+        else:
+            self.counts = program(self.counts, given)
+
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
-        """Nothing to do but to keep the order: the step's program sampled."""
+        """Choose, where the step's own program could not; otherwise nothing but to keep the order."""
         self._open()
-        if self.unsampled is None or self.unsampled.step != ticket:
+        step = self.unsampled
+        if step is None or step.step != ticket:
             raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
-        check_masks(masks, self.unsampled, self.limits)
+        check_masks(masks, step, self.limits)
+        flight = self.flights[ticket]
+        if flight.logits is not None:
+            rows = flight.made.shape[0]
+            program = self.programs.take(Program("choose", rows))
+            free, unbiased = self._neutral(rows)
+            try:
+                self.state, self.counts, made, scores = program(
+                    self.state,
+                    self.counts,
+                    flight.logits,
+                    flight.made,
+                    self._put(pack_wishes(step, rows, self.limits)),
+                    free if masks is None else self._put(pack_masks(masks, step, rows, self.limits)),
+                    self._put(pack_bias(step, self.limits)) if len(step.sampling.bias) else unbiased,
+                )
+                if flight.asked.max() < 0:
+                    scores = None
+                flight = replace(flight, logits=None, made=made, scores=scores)
+                _send(flight)
+            except jax.errors.JaxRuntimeError as error:
+                self._fail(error)
+            self.flights[ticket] = flight
         self.unsampled = None
+
+    def _neutral(self, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Masks that allow everything and no bias, which stay on the device."""
+        if rows not in self.neutral:
+            self.neutral[rows] = (
+                self._put(pack_masks(None, None, rows, self.limits)),
+                self._put(pack_bias(None, self.limits)),
+            )
+        return self.neutral[rows]
 
     def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
         """Wait for the oldest step. timeout: seconds."""
@@ -122,25 +213,13 @@ class JaxBackend:
         if self.unsampled is not None and self.unsampled.step == ticket:
             raise StepRefused(f"ticket: {ticket} was not sampled yet", field="ticket")
         flight = self.flights[ticket]
-        arrays = [flight.made, *flight.taps.values()]
         try:
-            _wait(arrays, timeout)
-            made, *taps = (np.asarray(array) for array in arrays)
+            _wait(flight.arrays, timeout)
+            result = _result(ticket, flight)
         except (jax.errors.JaxRuntimeError, TimeoutError) as error:
             self._fail(error)
         del self.flights[ticket]
-        rows = len(flight.output)
-        status = made[:rows, 1].astype(np.uint8)
-        asked = (flight.output & TOKEN) > 0
-        given = asked & (status != NONFINITE)
-        return StepResult(
-            step=ticket,
-            version=flight.version,
-            tokens=np.where(given, made[:rows, 0], -1).astype(np.int32)[:, None],
-            counts=given.astype(np.int32),
-            status=np.where(asked, status, 0).astype(np.uint8),
-            taps={name: value[: flight.tokens] for name, value in zip(flight.taps, taps, strict=True)},
-        )
+        return result
 
     def status(self) -> Status:
         """How the backend stands; bytes are of the first device. Any thread may ask: a step donates none of this."""
@@ -159,7 +238,8 @@ class JaxBackend:
         self.closed = True
         self.flights.clear()
         self.unsampled = None
-        self.weights = self.caches = self.state = None
+        self.weights = self.caches = self.state = self.counts = None
+        self.neutral.clear()
         self.memory = {"weights": 0, "cache": 0}
         self.programs.made.clear()
 
@@ -168,9 +248,11 @@ class JaxBackend:
             raise BackendLost("the jax backend is closed")
 
     def _empty(self) -> None:
-        """New caches and state."""
-        self.caches = self.state = None
-        self.caches, self.state = self.programs.take(EMPTY)()
+        """New caches, state and counts; no slot is seated."""
+        self.caches = self.state = self.counts = None
+        self.neutral.clear()
+        self.seats.clear()
+        self.caches, self.state, self.counts = self.programs.take(EMPTY)()
         self.memory["cache"] = _held(self.caches)
 
     def _fail(self, error: Exception) -> NoReturn:
@@ -183,6 +265,37 @@ class JaxBackend:
             self.closed = True
             raise BackendLost(f"the device failed and could not be used again: {again}") from error
         raise DeviceFailed(f"the device failed: {error}") from error
+
+
+def _send(flight: Flight) -> None:
+    """Start the copies to the host."""
+    for array in flight.arrays:
+        array.copy_to_host_async()
+
+
+def _result(ticket: Ticket, flight: Flight) -> StepResult:
+    """What came of a step, all of it on the host."""
+    rows, made = len(flight.output), np.asarray(flight.made)
+    status = made[:rows, 1].astype(np.uint8)
+    asked = (flight.output & TOKEN) > 0
+    given = asked & (status != NONFINITE)
+    logprobs = prompts = None
+    if flight.scores is not None:
+        own, ids, top = (np.asarray(array)[:rows][given] for array in flight.scores)
+        logprobs = deal(flight.asked, given, own, ids, top)
+    if flight.prompts is not None:
+        wanted, scores = flight.prompts
+        prompts = deal(wanted.asked, wanted.counts, *(np.asarray(array) for array in scores))
+    return StepResult(
+        step=ticket,
+        version=flight.version,
+        tokens=np.where(given, made[:rows, 0], -1).astype(np.int32)[:, None],
+        counts=given.astype(np.int32),
+        status=np.where(asked, status, 0).astype(np.uint8),
+        logprobs=logprobs,
+        prompt_logprobs=prompts,
+        taps={name: np.asarray(value)[: flight.tokens] for name, value in flight.taps.items()},
+    )
 
 
 def _wait(arrays: list[jax.Array], timeout: float) -> None:

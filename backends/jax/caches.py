@@ -36,6 +36,12 @@ def state_shapes(limits: Limits, mesh: Mesh) -> State:
     return State(one, one, tables)
 
 
+def count_shape(limits: Limits, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """What penalties look at, int32[slots+1, V] as backends.api.seats.tally has it; one number where there are none."""
+    shape = (limits.slots + 1, limits.vocab) if limits.max_history else (1, 1)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
+
+
 def cache_shapes(limits: Limits, config: Resolved, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of the caches, one flat array a group: [layers * pages, page, kv_heads * 2 * head_dim], 2 = key and value.
 
@@ -59,8 +65,33 @@ def specs(limits: Limits) -> tuple[tuple[PartitionSpec, ...], State]:
 
 
 def lower_empty(limits: Limits, config: Resolved, mesh: Mesh) -> Any:
-    """The program that makes empty caches and state on the device: () -> (caches, state)."""
-    want = cache_shapes(limits, config, mesh), state_shapes(limits, mesh)
+    """The program that makes empty caches, state and counts on the device: () -> (caches, state, counts)."""
+    want = cache_shapes(limits, config, mesh), state_shapes(limits, mesh), count_shape(limits, mesh)
     shardings = jax.tree.map(lambda s: s.sharding, want)
     make = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), want)  # noqa: E731
     return jax.jit(make, out_shardings=shardings).lower()
+
+
+def lower_copy(limits: Limits, config: Resolved, mesh: Mesh) -> Any:
+    """The program ahead of a step with page copies: (caches, int32[1 + max_copies, 3]) -> caches, which are donated.
+
+    The first entry is (how many, 0, 0), the rest (group, source, target), done in order.
+    """
+    want = cache_shapes(limits, config, mesh)
+
+    def copy(given: tuple[Any, ...], copies: jax.Array) -> tuple[Any, ...]:
+        def one(i: Any, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+            group, source, target = copies[i]
+            out = []
+            for g, (cache, pages) in enumerate(zip(caches, limits.pages, strict=True)):
+                mine = group == g  # for the others page 0 stays what it is
+                at, to = jnp.where(mine, source, 0), jnp.where(mine, target, 0)
+                layers = cache.reshape(-1, pages, *cache.shape[1:])
+                page = jax.lax.dynamic_slice_in_dim(layers, at, 1, axis=1)
+                out.append(jax.lax.dynamic_update_slice_in_dim(layers, page, to, axis=1).reshape(cache.shape))
+            return tuple(out)
+
+        return jax.lax.fori_loop(1, copies[0, 0] + 1, one, given)
+
+    shape = jax.ShapeDtypeStruct((1 + limits.max_copies, 3), jnp.int32, sharding=replicated(mesh))
+    return jax.jit(copy, donate_argnums=0, out_shardings=jax.tree.map(lambda s: s.sharding, want)).lower(want, shape)

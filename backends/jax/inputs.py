@@ -45,8 +45,11 @@ class Batch(NamedTuple):
     tile_count: Any
 
 
-def pack(step: ScheduleStep, shape: Shape, limits: Limits) -> tuple[I32, list[I32]]:
-    """int32[shape.size], and the edits that go ahead of the step, int32[EDITS, 3] each, where it has too many."""
+def pack(step: ScheduleStep, shape: Shape, limits: Limits, *, chosen: bool = True) -> tuple[I32, list[I32]]:
+    """int32[shape.size], and the edits that go ahead of the step, int32[EDITS, 3] each, where it has too many.
+
+    chosen: by the step itself; otherwise it only finds its best tokens, and another program chooses.
+    """
     buffer = np.zeros(shape.size, np.int32)
     at, rows, s = shape.split(buffer), len(step.slots), step.sampling
     first = np.cumsum(step.lens, dtype=np.int32) - step.lens
@@ -63,7 +66,7 @@ def pack(step: ScheduleStep, shape: Shape, limits: Limits) -> tuple[I32, list[I3
         "top_k": s.top_k,
         "seed_high": (s.seed >> np.uint64(32)).astype(np.uint32).view(np.int32),
         "seed_low": s.seed.astype(np.uint32).view(np.int32),
-        "temperature": s.temperature.view(np.int32),
+        "temperature": s.temperature.view(np.int32) if chosen else 0,
         "top_p": s.top_p.view(np.int32),
         "min_p": s.min_p.view(np.int32),
     }.items():
@@ -91,6 +94,13 @@ def _cut(edits: I32, room: int, limits: Limits) -> tuple[I32, list[I32]]:
 
     rest = edits[room:]
     return padded(edits[:room], room), [padded(rest[i : i + EDITS], EDITS) for i in range(0, len(rest), EDITS)]
+
+
+def pack_copies(step: ScheduleStep, limits: Limits) -> I32:
+    """int32[1 + max_copies, 3], as backends.jax.caches.lower_copy has it."""
+    out = np.zeros((1 + limits.max_copies, 3), np.int32)
+    out[0, 0], out[1 : 1 + len(step.copies)] = len(step.copies), step.copies[:, [0, 2, 3]]
+    return out
 
 
 def plan_tiles(lens: I32, first: I32, tile: int) -> I32:

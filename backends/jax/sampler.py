@@ -26,16 +26,22 @@ def sample(logits: Array, batch: Batch, position: Array) -> tuple[Array, Array]:
     # a vocabulary of 128k it would take more than a minute
     logits = jax.lax.optimization_barrier(logits)
     finite = count(~jnp.isfinite(logits)) == 0
+    return pick(logits, batch, position), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
+
+
+def pick(logits: Array, batch: Any, position: Array) -> Array:
+    """Tokens int32[R] of logits float32[R, V] that are as the row wants them, but for the temperature. batch: has
+    temperature, top_k, top_p, min_p, seed_high and seed_low, one entry a row."""
     drawn = batch.temperature > 0
     scores = jax.lax.cond(
         drawn.any(),
         lambda: jnp.where(drawn[:, None], draw(logits, batch, position), logits),
         lambda: logits,
     )
-    return jnp.argmax(scores, -1).astype(jnp.int32), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
+    return jnp.argmax(scores, -1).astype(jnp.int32)
 
 
-def draw(logits: Array, batch: Batch, position: Array) -> Array:
+def draw(logits: Array, batch: Any, position: Array) -> Array:
     """float32[R, V] whose largest is the draw: noise included, -inf for what a filter took out."""
     temperature = jnp.where(batch.temperature > 0, batch.temperature, 1)[:, None]
     distance = (logits.max(-1, keepdims=True) - logits) / temperature
@@ -111,7 +117,7 @@ def threefry(key: tuple[Array, Array], count: tuple[Array, Array]) -> tuple[Arra
     return x0, x1
 
 
-def gumbel(batch: Batch, position: Array, vocab: int) -> Array:
+def gumbel(batch: Any, position: Array, vocab: int) -> Array:
     """Noise float32[R, vocab] of each row's seed at `position`: backends.api.random.gumbel on the device."""
     zero = jnp.zeros((1, 1), jnp.uint32)
     seed = batch.seed_high[:, None], batch.seed_low[:, None]

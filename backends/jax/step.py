@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,14 @@ class Plan:
         return params.tree(self.spec, self.config.stack)
 
 
+class Kept(NamedTuple):
+    """What a step leaves on the device for the programs after it (backends.jax.choosing): logits float32[R, V] that the
+    rows choose from, and normed hidden states [T, hidden]."""
+
+    logits: Any
+    hidden: Any
+
+
 def edit(state: State, edits: jax.Array) -> State:
     """Write entries int32[E, 3], (slot, column, page), to the page tables."""
     return state._replace(tables=state.tables.at[edits[:, 0], edits[:, 1]].set(edits[:, 2]))
@@ -46,8 +54,9 @@ def edit(state: State, edits: jax.Array) -> State:
 
 def run(
     plan: Plan, shape: Shape, taps: Sequence[str], weights: Any, cache: Any, state: State, packed: jax.Array
-) -> tuple[Any, State, jax.Array, dict[str, jax.Array]]:
-    """One step in local view. Returns the caches, the state, int32[R, 2] of (token, status) and the taps, float32."""
+) -> tuple[Any, State, jax.Array, Kept, dict[str, jax.Array]]:
+    """One step in local view. Returns the caches, the state, int32[R, 2] of (token, status), what is kept for the
+    programs after it, and the taps, float32."""
     batch = unpack(packed, shape)
     state = edit(state, batch.edits)
     before = jnp.where(batch.start >= 0, batch.start, state.length[batch.slot])
@@ -60,28 +69,31 @@ def run(
     hidden, cache, found = decoder.forward(plan.spec, weights, tokens, position, attend, cache, taps)
     ends = jnp.maximum(batch.first + batch.length - 1, 0)
     if "logits" in taps:
-        found["logits"] = _logits(plan, weights, hidden)
+        found["logits"] = logits(plan, weights, hidden)
         scores = found["logits"][ends]
     else:
-        scores = _logits(plan, weights, hidden[ends])
+        scores = logits(plan, weights, hidden[ends])
     after = before + batch.length
     made, status = sample(scores, batch, after)
     state = _advance(state, batch, after, made)
-    return cache, state, jnp.stack([made, status], 1), {k: v.astype(jnp.float32) for k, v in found.items()}
+    inner = {k: v.astype(jnp.float32) for k, v in found.items()}
+    return cache, state, jnp.stack([made, status], 1), Kept(scores, hidden), inner
 
 
-def _logits(plan: Plan, weights: Any, x: jax.Array) -> jax.Array:
+def logits(plan: Plan, weights: Any, x: jax.Array) -> jax.Array:
     """Normed hidden states [R, hidden] -> float32[R, V] on every device."""
     return ops.gather(decoder.logits(plan.spec, weights, x), "vocab", 1)
 
 
 def _advance(state: State, batch: Batch, after: jax.Array, made: jax.Array) -> State:
     """The slots after the step: their lengths, and the last token of rows that return one."""
-    last = jnp.where((batch.output & TOKEN) > 0, made, state.last[batch.slot])
-    return state._replace(
-        length=state.length.at[batch.slot].set(after),
-        last=state.last.at[batch.slot].set(last),
-    )
+    return keep(state._replace(length=state.length.at[batch.slot].set(after)), batch, made)
+
+
+def keep(state: State, rows: Any, made: jax.Array) -> State:
+    """The state with the last tokens made int32[R] of rows that return one. rows: slot and output, int32[R] each."""
+    last = jnp.where((rows.output & TOKEN) > 0, made, state.last[rows.slot])
+    return state._replace(last=state.last.at[rows.slot].set(last))
 
 
 def lower_step(plan: Plan, tokens: int, taps: tuple[str, ...] = ()) -> jax.stages.Lowered:
@@ -97,7 +109,7 @@ def lower_step(plan: Plan, tokens: int, taps: tuple[str, ...] = ()) -> jax.stage
         step,
         mesh=plan.mesh,
         in_specs=(weight_specs, cache_specs, state_specs, whole),
-        out_specs=(cache_specs, state_specs, whole, whole),
+        out_specs=(cache_specs, state_specs, whole, whole, whole),
         check_vma=False,
     )
     return jax.jit(local, donate_argnums=(1, 2)).lower(

@@ -11,24 +11,25 @@ from typing import NamedTuple
 
 import jax
 
-from backends.jax import caches, step
-from backends.jax.buckets import ladder
+from backends.jax import caches, choosing, step
+from backends.jax.buckets import ladder, make_shape
 from backends.jax.step import Plan
 from engine.errors import StepRefused
 
 
 class Program(NamedTuple):
-    """Which program. kind: "step", "edit" (page tables ahead of a step) or "empty" (new caches and state)."""
+    """Which program. kind: "step" of a bucket of `size` tokens; "choose" for `size` rows; ahead of a step "edit" (page
+    tables), "copy" (pages) and "count" (histories); behind it "score" (prompts); "empty" (new caches and state)."""
 
     kind: str
-    tokens: int = 0
+    size: int = 0
     taps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.tokens} tokens" + (f" with taps {', '.join(self.taps)}" if self.taps else "")
+        return f"{self.kind} of size {self.size}" + (f" with taps {', '.join(self.taps)}" if self.taps else "")
 
 
-EMPTY, EDIT = Program("empty"), Program("edit")
+EMPTY, EDIT, COPY, COUNT, SCORE = (Program(kind) for kind in ("empty", "edit", "copy", "count", "score"))
 OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
 compiled side by side."""
@@ -65,7 +66,13 @@ class Programs:
 
     def planned(self) -> list[Program]:
         """What steps without taps may need."""
-        return [EMPTY, EDIT, *(Program("step", tokens) for tokens in ladder(self.plan.limits))]
+        limits = self.plan.limits
+        shapes = [make_shape(tokens, limits) for tokens in ladder(limits)]
+        some = [EMPTY, EDIT, COPY]
+        some += [COUNT] if limits.max_history else []
+        some += [SCORE] if limits.max_logprobs else []
+        some += [Program("choose", rows) for rows in sorted({shape.rows for shape in shapes})]
+        return [*(Program("step", shape.tokens) for shape in reversed(shapes)), *some]
 
     def take(self, program: Program) -> jax.stages.Compiled:
         """The executable; compiled now if it is new. Raises StepRefused where that would be after ready."""
@@ -92,8 +99,18 @@ class Programs:
         self.late += self.ready
 
     def _lower(self, program: Program) -> jax.stages.Lowered:
-        if program.kind == "empty":
-            return caches.lower_empty(self.plan.limits, self.plan.config, self.plan.mesh)
-        if program.kind == "edit":
-            return step.lower_edit(self.plan)
-        return step.lower_step(self.plan, program.tokens, program.taps)
+        plan = self.plan
+        match program.kind:
+            case "empty":
+                return caches.lower_empty(plan.limits, plan.config, plan.mesh)
+            case "copy":
+                return caches.lower_copy(plan.limits, plan.config, plan.mesh)
+            case "edit":
+                return step.lower_edit(plan)
+            case "count":
+                return choosing.lower_count(plan)
+            case "score":
+                return choosing.lower_score(plan)
+            case "choose":
+                return choosing.lower_choose(plan, program.size)
+        return step.lower_step(plan, program.size, program.taps)

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.api.check import check_masks, check_step
-from backends.api.limits import Limits
+from backends.api.choice import score
+from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.step import I32, NONFINITE, OK, TOKEN, U32, ScheduleStep, StepResult, Ticket
+from backends.api.seats import Seats, deal, scored
+from backends.api.step import I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
 from backends.reference.caches import Caches, Row
 from backends.reference.model import forward
 from backends.reference.sampler import Counts, sample
@@ -28,12 +30,12 @@ from engine.model.spec import Attention, ModelSpec
 from engine.model.weights import WeightSource
 
 UNKNOWN = -1
-MOST_BIAS, MOST_HISTORY, MOST_COPIES = 1024, 1 << 20, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fed:
-    """A step between forward and sample. tokens int32[T]: all literal. logits: of each row, float32[1 + drafts, V]."""
+    """A step between forward and sample. tokens int32[T]: all literal. logits: of each row, float32[1 + drafts, V].
+    prompts: as in StepResult."""
 
     step: ScheduleStep
     rows: list[Row]
@@ -42,6 +44,7 @@ class Fed:
     doomed: bool
     logits: list[NDArray[Any]] = field(default_factory=list)
     taps: dict[str, NDArray[Any]] = field(default_factory=dict)
+    prompts: tuple[Logprobs | None, ...] | None = None
 
 
 class ReferenceBackend:
@@ -67,11 +70,8 @@ class ReferenceBackend:
             config,
             max_draft=draft,
             run_ahead=config.depth if draft else 0,
-            max_masks=config.max_rows,
-            max_bias=MOST_BIAS,
-            max_history=MOST_HISTORY,
-            max_copies=MOST_COPIES,
             taps=True,
+            **choosing(config),
         )
         self._reset()
 
@@ -79,7 +79,7 @@ class ReferenceBackend:
         """A device with nothing on it: dirty caches, no slot seated, no ticket out."""
         slots = self.limits.slots
         self.caches = Caches(self.limits, self.config.cache_dtype)
-        self.counts = Counts(slots, self.limits.vocab)
+        self.counts, self.seats = Counts(slots, self.limits.vocab), Seats(slots)
         self.length, self.last = np.full((2, slots), UNKNOWN, np.int32)
         self.fed: Fed | None = None
         self.out: dict[Ticket, StepResult | None] = {}
@@ -104,6 +104,7 @@ class ReferenceBackend:
         self._open()
         self._may_start(step)
         check_step(step, self.limits)
+        self.seats.check_penalties(step)
         rows, tokens = self._rows(step)
         fed = Fed(step=step, rows=rows, tokens=tokens, version=self.version, doomed=self.fails(step))
         self._run(fed)
@@ -182,6 +183,9 @@ class ReferenceBackend:
         step, rows = fed.step, fed.rows
         cells = self.caches.prepare(step, rows)
         self.counts.seat(step)
+        before = np.array([row.start for row in rows], np.int32)
+        self.seats.take(step, before)
+        asked = scored(step, before)
         for row in rows:
             self.length[row.slot] = row.end
             self.last[row.slot] = UNKNOWN
@@ -196,6 +200,9 @@ class ReferenceBackend:
             hidden = forward(self.spec, self.weights, fed.tokens, positions, attend, taps)
             for row, drafts in zip(rows, step.drafts.tolist(), strict=True):
                 fed.logits.append((hidden[row.at.stop - 1 - drafts : row.at.stop] @ head.T).astype(np.float32))
+            if asked is not None:
+                found = score((hidden[asked.at] @ head.T).astype(np.float32), asked.token, self.limits.max_logprobs)
+                fed.prompts = deal(asked.asked, asked.counts, found.own, found.ids, found.top)
             if "logits" in step.taps:
                 taps["logits"] = hidden @ head.T
         fed.taps.update({name: taps[name].astype(np.float32) for name in step.taps})
@@ -220,8 +227,26 @@ class ReferenceBackend:
                 status[r] = NONFINITE
             self.length[row.slot], self.last[row.slot] = made + len(found) - 1, found[-1]
         return StepResult(
-            step=step.step, version=fed.version, tokens=tokens, counts=counts, status=status, taps=fed.taps
+            step=step.step,
+            version=fed.version,
+            tokens=tokens,
+            counts=counts,
+            status=status,
+            logprobs=_logprobs(fed, tokens, counts),
+            prompt_logprobs=fed.prompts,
+            taps=fed.taps,
         )
+
+
+def _logprobs(fed: Fed, tokens: I32, counts: I32) -> tuple[Logprobs | None, ...] | None:
+    """Of the tokens accepted, for the rows that ask."""
+    asked = fed.step.sampling.logprobs
+    if asked.max() < 0:
+        return None
+    return tuple(
+        None if k < 0 else score(logits[:n], made[:n], k)
+        for logits, made, n, k in zip(fed.logits, tokens, counts.tolist(), asked.tolist(), strict=True)
+    )
 
 
 def _refuse(bad: NDArray[np.bool_], field: str, what: str) -> None:

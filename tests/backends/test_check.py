@@ -84,6 +84,10 @@ def test_good_steps_pass() -> None:
         replace(step, shared=np.array([[0, 1, 0, 3]], np.int32), adapters=np.array([0, 1, 2, 0], np.int32)), BUILT
     )
     check_step(change(step, sampling_logprobs=np.array([-1, 0, 5, 3], np.int32)), BUILT)
+    scores = np.array([[1, 0], [3, 5], [59, 0], [-1, -1]], np.int32)
+    assert refusal(change(step, sampling_prompt_logprobs=scores), BUILT).rows == (2,)  # the slot holds 59 positions
+    scores[2] = -1
+    check_step(change(step, sampling_prompt_logprobs=scores), BUILT)
 
 
 def test_the_limits_are_inclusive() -> None:

@@ -32,6 +32,7 @@ def violations(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
     yield from _tokens(good, limits)
     yield from _tables(good, limits)
     yield from _sampling(good)
+    yield from _logprobs(good, limits)
     yield from _unbuilt(good, limits)
 
 
@@ -214,6 +215,30 @@ def _sampling(good: ScheduleStep) -> Iterator[Violation]:
             yield Violation(step=step, field="sampling.penalty", what=f"{column}: {value}", rows=(1,))
 
 
+def _logprobs(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
+    """More alternatives than there may be; prompts whose first position no row can score."""
+    s, most = good.sampling, limits.max_logprobs
+    if not most:
+        return
+    yield Violation(
+        step=change(good, sampling_logprobs=put(s.logprobs, 1, most + 1)), field="sampling.logprobs", what="too many"
+    )
+    for pair, what in (
+        ((0, 1), "position 0"),
+        ((-1, 0), "no position"),
+        ((3, -1), "no alternatives"),
+        ((-2, -2), "below -1"),
+        ((limits.max_len, 0), "past the last position"),
+        ((1, most + 1), "too many"),
+    ):
+        step = change(good, sampling_prompt_logprobs=put(s.prompt_logprobs, 1, pair))
+        yield Violation(step=step, field="sampling.prompt_logprobs", what=what, rows=(1,))
+    tokens, upper = put(good.tokens, 1, 0), put(good.upper, 1, 6)
+    seated = change(good, starts=put(good.starts, 1, 5), tokens=tokens, upper=upper)
+    late = change(seated, sampling_prompt_logprobs=put(s.prompt_logprobs, 1, (5, 0)))
+    yield Violation(step=late, field="sampling.prompt_logprobs", what="seated behind it", rows=(1,))
+
+
 def _unbuilt(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
     """Features that these limits leave out, each by its name."""
     s, tokens, label = good.sampling, len(good.tokens), np.zeros(1, np.int32)
@@ -223,10 +248,6 @@ def _unbuilt(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
         ("embeds", replace(good, embeds=np.zeros((1, 4), np.int32))),
         ("positions", replace(good, positions=np.zeros((tokens, 3), np.int32))),
         ("sampling.label_ids", change(good, sampling_label_ids=label)),
-        *(
-            ("sampling.prompt_logprobs", change(good, sampling_prompt_logprobs=put(s.prompt_logprobs, (1, i), 0)))
-            for i in range(2)
-        ),
         *(("output", replace(good, output=put(good.output, 1, TOKEN | bit))) for bit in (POOLED, HIDDEN, SCORES)),
         ("taps", replace(good, taps=("layers.99",) if limits.taps else ("logits",))),
     ]
@@ -244,6 +265,8 @@ def _unbuilt(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
             penalty = put(good.sampling.penalty, (1, column), 0.5)
             always.append(("sampling.penalty", change(good, sampling_penalty=penalty)))
     if not limits.max_logprobs:
-        always.append(("sampling.logprobs", change(good, sampling_logprobs=put(good.sampling.logprobs, 1, 0))))
+        always.append(("sampling.logprobs", change(good, sampling_logprobs=put(s.logprobs, 1, 0))))
+        scores = change(good, sampling_prompt_logprobs=put(s.prompt_logprobs, 1, (1, 0)))
+        always.append(("sampling.prompt_logprobs", scores))
     for field, step in always:
         yield Violation(step=step, field=field, what="a feature that is not built")

@@ -1,0 +1,112 @@
+"""What a backend's host side knows of its slots, and what it works out of a step for its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.api.check import NEUTRAL
+from backends.api.step import F32, I32, Bool, Logprobs, Sampling, ScheduleStep
+from engine.errors import StepRefused
+
+UNSEATED = -1
+
+
+class Seats:
+    """length int32[slots]: cached positions, exact as long as no row carries drafts; UNSEATED. counted bool[slots]: the
+    slot's request has penalties, so that the device counts its tokens."""
+
+    def __init__(self, slots: int) -> None:
+        self.length: I32 = np.zeros(slots, np.int32)
+        self.counted: Bool = np.zeros(slots, np.bool_)
+        self.clear()
+
+    def clear(self) -> None:
+        """No slot is seated."""
+        self.length.fill(UNSEATED)
+        self.counted.fill(False)
+
+    def before(self, step: ScheduleStep) -> I32:
+        """Lengths before the step, int32[R]. Raises StepRefused for what a slot can't do."""
+        before = np.where(step.starts < 0, self.length[step.slots], step.starts)
+        _refuse(before == UNSEATED, "starts", "the slot was never seated")
+        _refuse(before + step.lens > step.upper, "upper", "below the slot's own length")
+        self.check_penalties(step)
+        return before
+
+    def check_penalties(self, step: ScheduleStep) -> None:
+        """Refuse penalties that begin in mid-text."""
+        late = penalised(step.sampling) & (step.starts < 0) & ~self.counted[step.slots]
+        _refuse(late, "sampling.penalty", "the slot was seated without penalties, so nothing was counted")
+
+    def take(self, step: ScheduleStep, before: I32) -> None:
+        """The step is on its way."""
+        self.length[step.slots] = before + step.lens
+        seated = step.starts >= 0
+        if seated.any():
+            self.counted[step.slots[seated]] = penalised(step.sampling)[seated]
+
+
+def penalised(sampling: Sampling) -> Bool:
+    """bool[R]: rows with penalties."""
+    apart: Bool = np.any(sampling.penalty != NEUTRAL, axis=1)
+    return apart
+
+
+def tally(step: ScheduleStep) -> I32:
+    """A step's history as what the device keeps: int32[N, 3], (slot, token, twice the times it was put out, and one if
+    it stood in the prompt), each slot and token once."""
+    row, token, is_output = step.sampling.history.T
+    keys, at = np.unique(row.astype(np.int64) << 32 | token, return_inverse=True)
+    made = np.bincount(at, is_output, len(keys)).astype(np.int32)
+    seen = np.bincount(at, 1 - is_output, len(keys)) > 0
+    return np.stack([step.slots[keys >> 32], (keys & 0xFFFFFFFF).astype(np.int32), 2 * made + seen], 1).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Tokens of prompts to be scored, N in the order of the rows. at int32[N]: fed token whose logits score; token
+    int32[N]: what is scored. counts int32[R]: of each row; asked int32[R]: alternatives, -1 = none."""
+
+    at: I32
+    token: I32
+    counts: I32
+    asked: I32
+
+
+def scored(step: ScheduleStep, before: NDArray[np.int32]) -> Scored | None:
+    """What a step scores of its prompts, where any row asks. before int32[R]: lengths before the step."""
+    first, asked = step.sampling.prompt_logprobs.T
+    if asked.max() < 0:
+        return None
+    ends, at, token = np.cumsum(step.lens), list[I32](), list[I32]()
+    counts = np.zeros(len(asked), np.int32)
+    for r in np.flatnonzero(asked >= 0).tolist():
+        fed = int(step.lens[r] - step.drafts[r])  # guesses are no prompt
+        begin, following = int(ends[r] - step.lens[r]), int(step.next[r])
+        here = np.arange(max(int(first[r]) - 1 - int(before[r]), 0), fed - (following < 0), dtype=np.int32)
+        at.append(begin + here)
+        token.append(np.append(step.tokens[begin + 1 : begin + fed], np.int32(following))[here])
+        counts[r] = len(here)
+    return Scored(at=np.concatenate(at), token=np.concatenate(token), counts=counts, asked=asked)
+
+
+def deal(asked: I32, counts: Sequence[int] | I32, own: F32, ids: I32, top: F32) -> tuple[Logprobs | None, ...] | None:
+    """Logprobs of all rows, N tokens in the order of the rows, as StepResult has them. asked int32[R]: alternatives;
+    counts int32[R]; own float32[N], ids int32[N, K], top float32[N, K]."""
+    if asked.max() < 0:
+        return None
+    out: list[Logprobs | None] = []
+    end = 0
+    for k, n in zip(asked.tolist(), np.asarray(counts).tolist(), strict=True):
+        part, end = slice(end, end + n), end + n
+        out.append(None if k < 0 else Logprobs(own=own[part], ids=ids[part, :k], top=top[part, :k]))
+    return tuple(out)
+
+
+def _refuse(bad: Bool, field: str, what: str) -> None:
+    if bad.any():
+        raise StepRefused(f"{field}: {what}", rows=np.flatnonzero(bad).tolist(), field=field)
