@@ -32,7 +32,7 @@ from engine.model.weights import WeightSource
 UNKNOWN = -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Fed:
     """A step between forward and sample. tokens int32[T]: all literal. logits: of each row, float32[1 + drafts, V].
     prompts: as in StepResult."""

@@ -24,16 +24,17 @@ def check_features(request: Request, limits: Limits) -> None:
     _known("bad_words", (token for word in request.bad_words for token in word), limits)
     if params.penalised and limits.max_history < limits.max_len:
         name = next(n for n, off in PENALTIES if getattr(params, n) != off)
-        raise InvalidRequest(f"{name}: this backend has no penalties yet", field=name)
+        raise InvalidRequest(f"{name}: penalties are not built or switched off here (sched.penalties)", field=name)
     if len(params.logit_bias) > limits.max_bias:
         says = f"this backend takes at most {limits.max_bias} ids" if limits.max_bias else "this backend has none yet"
         raise InvalidRequest(f"logit_bias: {says}", field="logit_bias")
     for name in ("logprobs", "prompt_logprobs"):
         wanted = getattr(params, name)
         if wanted is not None and not limits.max_logprobs:
-            raise InvalidRequest(f"{name}: this backend has no logprobs yet", field=name)
+            raise InvalidRequest(f"{name}: not built or switched off here (sched.max_logprobs)", field=name)
         if wanted is not None and wanted > limits.max_logprobs:
-            raise InvalidRequest(f"{name}: at most {limits.max_logprobs} alternatives, not {wanted}", field=name)
+            most = f"at most {limits.max_logprobs} alternatives (sched.max_logprobs)"
+            raise InvalidRequest(f"{name}: {most}, not {wanted}", field=name)
     if params.logprob_start_len >= len(request.tokens):
         raise InvalidRequest(
             f"logprob_start_len: {params.logprob_start_len} is past the prompt of {len(request.tokens)} tokens",

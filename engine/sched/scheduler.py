@@ -386,7 +386,7 @@ class Scheduler:
                 run.alone_until = 0
             told = None if row.score < 0 or result.prompt_logprobs is None else result.prompt_logprobs[i]
             if told is not None:
-                run.scores += Scores.of(told, min(row.end, len(run.request.tokens) - 1) - row.score + 1)
+                run.scores += Scores.of(told, len(told.own))
             if row.makes:
                 scores = None if result.logprobs is None else result.logprobs[i]
                 outputs.append(self._extend(run, result.tokens[i, :count].tolist(), scores))

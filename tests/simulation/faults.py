@@ -68,6 +68,11 @@ FAULTS = [
             "for i, t in enumerate(run.fill)] if",
             "for i, t in enumerate(run.request.tokens)] if",
         ),
+        # Scores and masks.
+        ("a scored prompt comes from the cache", "min(len(run.fill), run.unscored) - 1", "len(run.fill) - 1"),
+        ("scores of tokens past the end", "Scores.of(scores, keep)", "Scores.of(scores, len(new))"),
+        ("masks forget the tokens in flight", "made, masked = run.made,", "made, masked = len(run.out),"),
+        ("nothing ends a request that only reads", "elif row.end == len(run.fill) and", "elif False and"),
         # Failure.
         ("tree survives a device failure", "self.tree.flush()\n        for key", "for key"),
         ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
@@ -82,6 +87,15 @@ FAULTS = [
         ("refused rows leave their tokens behind", "[i] for i in keep]", "[i] for i in range(len(keep))]"),
         ("one seed for all", "[run.request.seed for run in runs]", "[runs[0].request.seed for run in runs]"),
         ("history of refused rows keeps its row numbers", "(moved[r], *rest)", "(r, *rest)"),
+    ),
+    *_faults("engine.sched.request", ("scored again after a preemption", " + 1 + len(self.scores)", " + 1")),
+    *_faults("engine.sched.admission", ("bias is not counted", "self.bias -= bias", "pass")),
+    *_faults(
+        "engine.sched.masks",
+        ("a late mask is not waited for", "self.late = any(s.late for s in sources)", "self.late = False"),
+        ("one token too many before it may stop", "made < self._until", "made <= self._until"),
+        ("a bad word by its last token alone", " if tuple(self._made[1 - len(w) :]) == w[:-1]]", "]"),
+        ("the longest bad word is forgotten", "max(len(w) for w in words) - 1", "min(len(w) for w in words) - 1"),
     ),
     *_faults(
         "engine.cache.radix",
