@@ -102,7 +102,7 @@ class Answer:
         params = self.request.params
         out: dict[str, Any] = {}
         lists: tuple[tuple[str, int | None, Sequence[int], Sequence[Score | None]], ...] = (
-            ("input", params.prompt_logprobs, self.prompt_ids, [None, *self.prompt_scores]),
+            ("input", params.prompt_logprobs or params.logprobs, self.prompt_ids, [None, *self.prompt_scores]),
             ("output", params.logprobs, self.ids, self.scores),
         )
         if params.logprobs is None and params.prompt_logprobs is None:
