@@ -15,29 +15,36 @@ from numpy.typing import NDArray
 
 from backends.api.build import Host
 from backends.api.check import check_masks, check_step
-from backends.api.limits import Limits
+from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.step import NONFINITE, OK, U32, ScheduleStep, StepResult, Ticket
+from backends.api.seats import Scored, Seats, deal, scored
+from backends.api.step import F32, I32, NONFINITE, OK, U32, Logprobs, ScheduleStep, StepResult, Ticket
 from backends.torch import caches, mesh, params, step
+from backends.torch.choosing import Scores, send_masks
 from backends.torch.inputs import Order, pack
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
 from engine.model.weights import WeightSource
 
-UNSEATED = -1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flight:
-    """A step that is out. made: int64[2, O] on the host once `done` has happened; taps likewise. rows: of the step."""
+    """A step that is out. made: int64[2, O] on the host once `done` has happened; taps likewise.
+
+    asked int32[R]: logprobs of the tokens; scores: those of the rows that ask. wanted: what is scored of prompts;
+    prompts: how.
+    """
 
     version: int
-    rows: int
+    asked: I32
     order: Order
     started: Any
     made: torch.Tensor
     taps: dict[str, torch.Tensor]
+    scores: Scores | None
+    wanted: Scored | None
+    prompts: Scores | None
     done: Any
 
 
@@ -47,6 +54,7 @@ class Waiting:
 
     step: ScheduleStep
     fed: step.Fed
+    asked: Scored | None
     version: int
     started: Any
 
@@ -68,11 +76,11 @@ class TorchBackend:
                 raise ConfigError(f"{field}: torch knows {names}, not {getattr(config, field)}", field=field)
         self.spec, self.config = spec, config
         self.device = mesh.open_device(config)
-        self.limits = Limits.of(spec, config, taps=True)
+        self.limits = Limits.of(spec, config, taps=True, **choosing(config))
         self.weights: dict[str, Any] = {}
         self.version, self.ready, self.closed = 0, False, False
         self.caches: Any = None
-        self.length: NDArray[np.int32] = np.zeros(self.limits.slots, np.int32)
+        self.seats = Seats(self.limits.slots)
         self.waiting: Waiting | None = None
         self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
         self._empty()
@@ -104,15 +112,16 @@ class TorchBackend:
         self._open()
         self._may_start(step_)
         check_step(step_, self.limits)
-        before = np.where(step_.starts < 0, self.length[step_.slots], step_.starts)
-        _refuse(before == UNSEATED, "starts", "the slot was never seated")
-        _refuse(before + step_.lens > step_.upper, "upper", "below the slot's own length")
+        before = self.seats.before(step_)
+        asked = scored(step_, before)
+        most = 0 if asked is None else int(asked.asked.max())
         with self._device():
             started = self._mark()
-            batch = pack(step_, self.limits, self.device)
-            fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, step_.taps)
-        self.length[step_.slots] = before + step_.lens
-        self.waiting = Waiting(step=step_, fed=fed, version=self.version, started=started)
+            batch = pack(step_, self.limits, self.device, asked)
+            self.caches.copy(self.limits, step_.copies)
+            fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, step_.taps, most)
+        self.seats.take(step_, before)
+        self.waiting = Waiting(step=step_, fed=fed, asked=asked, version=self.version, started=started)
         return step_.step
 
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
@@ -123,16 +132,22 @@ class TorchBackend:
             raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
         check_masks(masks, now.step, self.limits)
         self.waiting = None
+        most = int(now.step.sampling.logprobs.max(initial=0))
         with self._device():
-            made = self._bring(step.sample(now.fed, self.caches))
+            sent = None if masks is None else send_masks(masks, self.device)
+            made, scores = step.sample(now.fed, self.caches, sent, most)
+            made = self._bring(made)
             taps = {name: self._bring(value) for name, value in now.fed.taps.items()}
             self.flights[ticket] = Flight(
                 version=now.version,
-                rows=len(now.step.slots),
+                asked=now.step.sampling.logprobs,
                 order=now.fed.batch.order,
                 started=now.started,
                 made=made,
                 taps=taps,
+                scores=self._bring_scores(scores),
+                wanted=now.asked,
+                prompts=self._bring_scores(now.fed.prompts),
                 done=self._mark(),
             )
 
@@ -183,10 +198,10 @@ class TorchBackend:
             raise StepRefused(f"step: step {step_.step} is out already", field="step")
 
     def _empty(self) -> None:
-        """Empty caches, no slot seated, no ticket out. length: of each slot, as the device will know it."""
+        """Empty caches, no slot seated, no ticket out."""
         self.waiting = None
         self.flights.clear()
-        self.length.fill(UNSEATED)
+        self.seats.clear()
         self.caches = None  # the old ones must not stand beside the new
         self.caches = caches.make(self.limits, self.config.cache_dtype, self.device)
 
@@ -223,6 +238,9 @@ class TorchBackend:
             return value
         return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
 
+    def _bring_scores(self, scores: Scores | None) -> Scores | None:
+        return None if scores is None else Scores(*(self._bring(value) for value in scores))
+
 
 def _wait(done: Any, timeout: float) -> bool:
     """Whether an event happened before `timeout` seconds were over. torch can't wait with a deadline, so this looks
@@ -241,17 +259,12 @@ def _micros(started: Any, done: Any) -> int:
     return int(1e6 * (done - started)) if isinstance(done, float) else int(1e3 * started.elapsed_time(done))
 
 
-def _refuse(bad: NDArray[np.bool_], field: str, what: str) -> None:
-    if bad.any():
-        raise StepRefused(f"{field}: {what}", rows=np.flatnonzero(bad).tolist(), field=field)
-
-
 def _result(ticket: Ticket, flight: Flight, micros: int) -> StepResult:
     """A step's result in the order of its rows and tokens. A row with non-finite logits has no token."""
     order, (made, finite) = flight.order, flight.made.numpy()
     rows = order.rows[order.chosen]
-    tokens, counts = np.full((flight.rows, 1), -1, np.int32), np.zeros(flight.rows, np.int32)
-    status = np.full(flight.rows, OK, np.uint8)
+    count = len(flight.asked)
+    tokens, counts, status = np.full((count, 1), -1, np.int32), np.zeros(count, np.int32), np.full(count, OK, np.uint8)
     tokens[rows, 0] = np.where(finite, made, -1)
     counts[rows], status[rows] = finite, np.where(finite, OK, NONFINITE)
     back = np.argsort(order.tokens)
@@ -261,6 +274,32 @@ def _result(ticket: Ticket, flight: Flight, micros: int) -> StepResult:
         tokens=tokens,
         counts=counts,
         status=status,
+        logprobs=_logprobs(flight, rows, counts),
+        prompt_logprobs=_prompts(flight),
         taps={name: value.numpy()[back] for name, value in flight.taps.items()},
         device_us=micros,
     )
+
+
+def _logprobs(flight: Flight, rows: NDArray[np.int64], counts: I32) -> tuple[Logprobs | None, ...] | None:
+    """Of the tokens made. rows int64[O]: that return one; counts int32[R]: tokens of each."""
+    asked = flight.asked
+    own, ids, top = _host(flight.scores, asked)
+    told = rows[asked[rows] >= 0]  # as the scores stand
+    order = np.argsort(told)
+    order = order[counts[told[order]] > 0]
+    return deal(asked, np.where(asked >= 0, counts, 0), own[order], ids[order], top[order])
+
+
+def _prompts(flight: Flight) -> tuple[Logprobs | None, ...] | None:
+    """Of the prompts' tokens."""
+    wanted = flight.wanted
+    return None if wanted is None else deal(wanted.asked, wanted.counts, *_host(flight.prompts, wanted.asked))
+
+
+def _host(scores: Scores | None, asked: I32) -> tuple[F32, I32, F32]:
+    """Scores as arrays; those of no token where there are none."""
+    if scores is None:
+        none = np.zeros((0, max(int(asked.max()), 0)), np.float32)
+        return none[:, 0:0].reshape(0), none.astype(np.int32), none
+    return scores.own.numpy(), scores.ids.numpy().astype(np.int32), scores.top.numpy()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from backends.api.limits import Limits
+from backends.api.step import I32
 from backends.torch.params import DTYPES
 
 
@@ -18,12 +19,20 @@ class Caches:
     lies at p*page + t. The last entry is zero and never written: what a row must not see is read there, so that
     whatever stands in unused parts of the cache, NaN too, reaches nobody.
     length [slots]: cached positions. last [slots]: last accepted token. tables: of each group [slots, max_row_pages].
+    counts int32[slots, V]: what penalties look at, as backends.api.seats.tally has it; [0, V] where there are none.
     """
 
     groups: tuple[torch.Tensor, ...]
     length: torch.Tensor
     last: torch.Tensor
     tables: tuple[torch.Tensor, ...]
+    counts: torch.Tensor
+
+    def copy(self, limits: Limits, copies: I32) -> None:
+        """Page to page int32[C, 4], (group, shard, source, target), in order, in every layer."""
+        for g, _, source, target in copies.tolist():
+            page, store = limits.groups[g].page, self.groups[g]
+            store[:, target * page : (target + 1) * page] = store[:, source * page : (source + 1) * page]
 
 
 def make(limits: Limits, dtype: str, device: torch.device) -> Caches:
@@ -39,4 +48,5 @@ def make(limits: Limits, dtype: str, device: torch.device) -> Caches:
         length=slot(),
         last=slot(),
         tables=tuple(slot(width) for width in limits.max_row_pages),
+        counts=torch.zeros((limits.slots if limits.max_history else 0, limits.vocab), dtype=torch.int32, device=device),
     )

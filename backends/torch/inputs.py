@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from backends.api.limits import Limits
+from backends.api.seats import Scored
 from backends.api.step import TOKEN, PageTable, Sampling, ScheduleStep
+from backends.torch.choosing import Wishes, lay_out, read
 
 I64: TypeAlias = NDArray[np.int64]
 SLACK = 128
@@ -67,6 +69,7 @@ class Batch:
 
     slots, starts, lens [R]; tokens, row, offset [T]: token, its row, its place in it. base [R] and edits (flat entry,
     page) for each group. ends [O]: last token of each chosen row; chosen [O]: its row. draws: None = all are greedy.
+    wishes: None = no row asks for more.
     """
 
     order: Order
@@ -81,6 +84,7 @@ class Batch:
     base: tuple[torch.Tensor, ...]
     edits: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     draws: Draws | None
+    wishes: Wishes | None
 
 
 def arrange(step: ScheduleStep, limits: Limits) -> Order:
@@ -117,7 +121,7 @@ def _bunch(lens: list[int], upper: list[int], reaches: list[NDArray[Any]]) -> tu
     return tuple(reversed(out))
 
 
-def pack(step: ScheduleStep, limits: Limits, device: torch.device) -> Batch:
+def pack(step: ScheduleStep, limits: Limits, device: torch.device, asked: Scored | None = None) -> Batch:
     """Bring a step to the device: everything in one int64 buffer, floats as bits of float64. Doesn't wait."""
     order = arrange(step, limits)
     rows, n = order.rows, step.lens[order.rows]
@@ -133,8 +137,11 @@ def pack(step: ScheduleStep, limits: Limits, device: torch.device) -> Batch:
     noisy = picked[drawn]
     if len(drawn):
         parts += [drawn, *_choices(sampling, noisy, limits.vocab)]
+    more = lay_out(step, picked, order.tokens, limits.vocab, asked) or []
+    parts += more
     slots, starts, lens, tokens, row, offset, last, chosen, *rest = _send(parts, device)
     groups, rest = rest[: 3 * len(step.tables)], rest[3 * len(step.tables) :]
+    rest, wishes = rest[: len(rest) - len(more)], rest[len(rest) - len(more) :]
     return Batch(
         order=order,
         slots=slots,
@@ -148,6 +155,7 @@ def pack(step: ScheduleStep, limits: Limits, device: torch.device) -> Batch:
         base=tuple(groups[::3]),
         edits=tuple(zip(groups[1::3], groups[2::3], strict=True)),
         draws=_draws(rest, sampling, noisy, limits.vocab) if len(drawn) else None,
+        wishes=read(wishes) if more else None,
     )
 
 

@@ -16,19 +16,23 @@ DIGITS = ((20, 2048), (10, 1024), (0, 1024))
 """31 bits as three digits: shift, values."""
 
 
-def choose(logits: Array, draws: Draws | None, position: Array) -> Array:
-    """Choose a token for each row. logits float32[O, V]; position int64[O]: of the token made.
+def choose(logits: Array, draws: Draws | None, position: Array, raw: Array | None = None) -> Array:
+    """Choose a token for each row. logits float32[O, V]; position int64[O]: of the token made. raw: the logits as the
+    model gave them, where they were changed since.
 
     Returns int64[2, O]: tokens, and 1 where all logits are finite. Greedy rows cost an argmax and the check.
     """
-    low, high = logits.aminmax(dim=-1)
+    low, high = (logits if raw is None else raw).aminmax(dim=-1)
+    finite = low.isfinite() & high.isfinite()
+    if raw is not None and draws is not None:
+        high = logits.amax(-1)
     tokens = logits.argmax(-1)
     if draws is not None:
         whole = len(draws.at) == len(logits)
         some = logits if whole else logits.index_select(0, draws.at)
         drawn = draw(some, high if whole else high[draws.at], draws, position[draws.at])
         tokens = drawn if whole else tokens.index_copy_(0, draws.at, drawn)
-    return torch.stack([tokens, (low.isfinite() & high.isfinite()).long()])
+    return torch.stack([tokens, finite.long()])
 
 
 def draw(logits: Array, highest: Array, draws: Draws, position: Array) -> Array:

@@ -11,6 +11,7 @@ import torch
 from backends.api.limits import Limits
 from backends.torch.attend import Attend, locate
 from backends.torch.caches import Caches
+from backends.torch.choosing import Scores, adjust, count, score, score_prompts, seat
 from backends.torch.inputs import Batch
 from backends.torch.params import DTYPES
 from backends.torch.sampler import choose
@@ -22,12 +23,13 @@ from models_torch import decoder
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fed:
     """A step between forward and sample. after int64[O]: length of each row that returns a token. logits float32[O, V].
-    taps: float32[T, ...], in the device's order."""
+    taps: float32[T, ...], in the device's order. prompts: scores of prompts' tokens, in the order of Wishes.at."""
 
     batch: Batch
     after: torch.Tensor
     logits: torch.Tensor | None
     taps: dict[str, torch.Tensor]
+    prompts: Scores | None
 
 
 def forward(
@@ -38,11 +40,15 @@ def forward(
     caches: Caches,
     batch: Batch,
     taps: Sequence[str],
+    alternatives: int = 0,
 ) -> Fed:
-    """Run the model; nothing here waits for the device. Changes caches."""
+    """Run the model; nothing here waits for the device. Changes caches. alternatives: beside a prompt's token."""
     for table, (entry, page) in zip(caches.tables, batch.edits, strict=True):
         if len(entry):
             table.view(-1).index_copy_(0, entry, page)
+    wishes = batch.wishes
+    if wishes is not None:
+        seat(caches.counts, wishes)
     before = torch.where(batch.starts >= 0, batch.starts, caches.length[batch.slots])
     after = before + batch.lens
     caches.length.index_copy_(0, batch.slots, after)
@@ -60,14 +66,31 @@ def forward(
     elif len(batch.ends):
         last = hidden if len(batch.ends) == len(hidden) else hidden.index_select(0, batch.ends)
         logits = decoder.logits(spec, weights, last)
+    prompts = None
+    if wishes is not None and len(wishes.at):
+        prompts = score_prompts(hidden, wishes, alternatives, lambda x: decoder.logits(spec, weights, x))
     inner = {name: value.float() for name, value in found.items()}
-    return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner)
+    return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner, prompts=prompts)
 
 
-def sample(fed: Fed, caches: Caches) -> torch.Tensor:
-    """Choose tokens and keep them as the slots' last. Returns int64[2, O]: tokens, and where logits are finite."""
-    if fed.logits is None or not len(fed.batch.ends):
-        return torch.zeros((2, 0), dtype=torch.int64)
-    made = choose(fed.logits, fed.batch.draws, fed.after)
+def sample(
+    fed: Fed, caches: Caches, masks: torch.Tensor | None = None, alternatives: int = 0
+) -> tuple[torch.Tensor, Scores | None]:
+    """Choose tokens and keep them as the slots' last. masks int32[M, W]. alternatives: beside a token that is told.
+
+    Returns int64[2, O]: tokens, and where logits are finite; and the logprobs of those told.
+    """
+    raw, wishes = fed.logits, fed.batch.wishes
+    if raw is None or not len(fed.batch.ends):
+        return torch.zeros((2, 0), dtype=torch.int64), None
+    scores = None
+    if wishes is None:
+        made = choose(raw, fed.batch.draws, fed.after)
+    else:
+        made = choose(adjust(raw, wishes, caches.counts, masks), fed.batch.draws, fed.after, raw)
+        count(caches.counts, wishes, made[0])
+        if len(wishes.told):
+            at = wishes.told
+            scores = score(raw.index_select(0, at), made[0].index_select(0, at), alternatives)
     caches.last.index_copy_(0, fed.batch.slots[fed.batch.chosen], made[0])
-    return made
+    return made, scores

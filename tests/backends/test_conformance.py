@@ -9,7 +9,7 @@ import torch
 
 from backends import open_backend
 from backends.api.conformance import CHECKS, Opener, config
-from backends.api.conformance.bench import ASKS, compare, generate
+from backends.api.conformance.bench import ASKS, FULL, compare, generate
 
 NAMES = ("reference", "jax", "torch")
 OPTIONS = {"reference": {"max_draft": 3}}
@@ -44,4 +44,5 @@ def test_conforms(openers: dict[str, Opener], name: str, check: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "reference"])
 def test_agrees_with_reference(openers: dict[str, Opener], name: str) -> None:
     host, reference = openers[name](), openers["reference"]()
-    compare(generate(reference, ASKS), generate(host, ASKS), ASKS)
+    for asks in (ASKS, FULL):
+        compare(generate(reference, asks), generate(host, asks), asks)

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from backends.api.build import Host, Row, build
 from backends.api.choice import Choice, kept
-from backends.api.conformance.bench import SPEC, Ask, Weights, alike, config, generate, one, prompt, refused
+from backends.api.conformance.bench import FULL, SPEC, Ask, Weights, alike, config, generate, one, prompt, refused
 from backends.api.limits import Limits
 from backends.jax import sampler
 from backends.jax.backend import JaxBackend
 from backends.jax.buckets import make_shape
 from backends.jax.inputs import Batch, pack, unpack
-from backends.jax.warmup import Program
+from backends.jax.warmup import COPY, COUNT, Program
 from backends.reference.backend import ReferenceBackend
 from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError
 from engine.mesh import MeshSpec
@@ -67,6 +67,19 @@ def test_step_copies_neither_caches_nor_state(warm: Host) -> None:
     assert addresses() == before
 
 
+def test_what_stands_beside_a_step_is_changed_in_place(warm: Host) -> None:
+    """Page copies and counts copy neither the caches nor the counts; choosing copies no counts."""
+    backend: Any = warm.backend
+    caches, state, counts = (sum(a.nbytes for a in tree) for tree in (backend.caches, backend.state, [backend.counts]))
+    for name, held in ((COPY, caches), (COUNT, counts), (Program("choose", 6), state + counts)):
+        memory = backend.programs.take(name).memory_analysis()
+        assert memory.alias_size_in_bytes == held, f"{name}: a donation is lost"
+    wide = JaxBackend(SPEC, replace(backend.plan.config, pages=(4096, 4096), slots=4096))
+    for name in (COPY, COUNT, Program("choose", 6)):
+        sizes = [p.take(name).memory_analysis().temp_size_in_bytes for p in (backend.programs, wide.programs)]
+        assert sizes[0] == sizes[1], f"{name}: a temporary grows with what it changes"
+
+
 def test_temporaries_do_not_grow_with_the_cache(warm: Host) -> None:
     """A copy of the cache, or of a layer of it, would show here."""
     backend: Any = warm.backend
@@ -77,7 +90,8 @@ def test_temporaries_do_not_grow_with_the_cache(warm: Host) -> None:
 
 
 def test_nothing_compiles_after_warmup(warm: Host) -> None:
-    """By jax's own count, whatever the steps: sampled, filtered, chunked, seated on a prefix, loaded anew."""
+    """By jax's own count, whatever the steps: sampled, filtered, chunked, seated on a prefix, loaded anew; penalised,
+    biased, masked, told and scored, with pages copied."""
     events: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: events.append(name) if "compile" in name or "trace" in name else None
@@ -87,9 +101,14 @@ def test_nothing_compiles_after_warmup(warm: Host) -> None:
     events.clear()
     values = {"temperature": 0.8, "seed": 5, "top_k": 7, "top_p": 0.9, "min_p": 0.02}
     asks = [Ask(prompt=prompt(n), make=3, chunk=40, values=values if n % 2 else {}) for n in (1, 2, 9, 39)]
-    made = generate(warm, asks)
+    made = generate(warm, asks) + generate(warm, FULL)
+    only = np.full((1, 1, 4), 1 << 9, np.uint32)
+    text = warm.open()
+    assert warm.run([(text, warm.row(text, prompt(9), masked=True))], only).tokens.tolist() == [[9]]
+    warm.run([(text, warm.row(text, [-1]))], copies=[(0, 0, 50, 51), (1, 0, 51, 50)])
+    warm.close(text)
     warm.backend.load(Weights(), version=1)
-    again = [one(warm, ask) for ask in asks]
+    again = [one(warm, ask) for ask in (*asks, *FULL)]
     tapped = warm.step([(text := warm.open(), warm.row(text, prompt(3)))])
     refused(lambda: warm.backend.forward(replace(tapped, taps=("logits",))), "taps")
     warm.close(text)
@@ -372,6 +391,28 @@ def test_an_error_of_the_runtime_empties_the_caches(warm: Host) -> None:
     assert not any(np.asarray(array).any() for array in (*backend.caches, *backend.state))
     assert one(warm, ask).tokens == want
     assert backend.status().compiles_after_ready == 0
+
+
+def test_a_failure_while_choosing_voids_what_is_out(warm: Host) -> None:
+    """Counts go with the caches: a text that is seated again has its own history alone."""
+    backend: Any = warm.backend
+    ask, key = FULL[1], Program("choose", 6)
+    want, good = one(warm, ask).tokens, backend.programs.take(key)
+
+    def bad(*args: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device fell off the bus")
+
+    text = warm.open()
+    ticket = backend.forward(warm.step([(text, warm.row(text, prompt(9), bias=[(1, 0.5)]))]))
+    backend.programs.made[key] = bad
+    with pytest.raises(DeviceFailed, match="fell off the bus"):
+        backend.sample(ticket)
+    backend.programs.made[key] = good
+    lost = warm.step([(text, warm.row(text, [-1]))])
+    refused(lambda: backend.forward(lost), "starts")
+    warm.close(text)
+    assert not np.asarray(backend.counts).any()
+    assert one(warm, ask).tokens == want
 
 
 def test_close_frees_the_device() -> None:

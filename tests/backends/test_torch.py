@@ -249,6 +249,18 @@ def test_a_step_never_waits_for_the_device() -> None:
         host.enqueue(rows)
     assert watch.seen > 100
     assert watch.found == []
+    host.close(texts.pop())
+    text = host.open()
+    history = [(t, 0) for t in prompt(6)]
+    rows = [
+        (texts[0], host.row(texts[0], [-1], temperature=0.7, seed=3, bias=[(4, 1.0)], logprobs=3, masked=True)),
+        (texts[1], host.row(texts[1], [-1], masked=True)),
+        (text, host.row(text, prompt(6), penalty=(1.1, 0.2, 0.3), history=history, prompt_logprobs=(1, 2))),
+    ]
+    with Watch() as watch:
+        host.enqueue(rows, np.full((2, 1, 4), 2**32 - 1, np.uint32), copies=[(0, 0, 60, 61)])
+    assert watch.seen > 150
+    assert watch.found == []
 
 
 def test_rows_are_put_in_an_order_that_batches_well() -> None:

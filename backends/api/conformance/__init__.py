@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from backends.api.conformance import batching, choosing, memory, rules
+from backends.api.conformance import batching, choosing, memory, rules, telling
 from backends.api.conformance.bench import Opener, config
 
 CHECKS: dict[str, Callable[[Opener], None]] = {
@@ -36,8 +36,13 @@ CHECKS: dict[str, Callable[[Opener], None]] = {
         choosing.noise,
         choosing.filters,
         choosing.penalties,
+        choosing.counts,
+        choosing.bias,
         choosing.masks,
+        choosing.together,
         choosing.drafts,
+        telling.logprobs,
+        telling.prompts,
         rules.order,
         rules.refusals,
         rules.nonfinite,

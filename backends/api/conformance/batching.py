@@ -7,6 +7,7 @@ import numpy as np
 from backends.api.check import tap_names
 from backends.api.conformance.bench import (
     ASKS,
+    FULL,
     PAGE,
     SPEC,
     TOLERANCE,
@@ -90,10 +91,11 @@ def warm(open: Opener) -> None:
     """After warmup nothing compiles, whatever the sizes of the steps, and the tokens stay the same."""
     cold, host = open(), open(warm=True)
     asks = [*ASKS, Ask(prompt=prompt(40), make=3), Ask(prompt=prompt(7), values={"temperature": 1.0, "seed": 3})]
-    want = generate(cold, asks)
-    made = generate(host, asks)
+    full = FULL if host.limits.max_history and host.limits.max_bias and host.limits.max_logprobs else []
+    want = generate(cold, asks) + generate(cold, full)
+    made = generate(host, asks) + generate(host, full)
     host.backend.load(Weights(), version=8)
-    again = [one(host, ask) for ask in asks]
+    again = [one(host, ask) for ask in (*asks, *full)]
     assert [m.tokens for m in made] == [m.tokens for m in again] == [m.tokens for m in want]
     status = host.backend.status()
     assert (status.ready, status.version, status.compiles_after_ready) == (True, 8, 0)

@@ -153,7 +153,8 @@ def generate(host: Host, asks: Sequence[Ask], *, reverse: bool = False) -> list[
             room -= len(tokens)
             fed[i] += len(rest)
             ends = fed[i] >= len(ask.prompt)
-            rows.append((texts[i], host.row(texts[i], tokens, output=int(ends), **ask.values)))
+            more = {"history": [(t, 0) for t in ask.prompt]} if fed[i] == len(rest) and "penalty" in ask.values else {}
+            rows.append((texts[i], host.row(texts[i], tokens, output=int(ends), **more, **ask.values)))
             who.append((i, ends))
         if not rows:
             break
@@ -173,10 +174,22 @@ def generate(host: Host, asks: Sequence[Ask], *, reverse: bool = False) -> list[
     return made
 
 
-def alike(a: Made, b: Made, values: dict[str, Any] | None = None, start: int = 0) -> None:
+def choice_of(values: dict[str, Any], ids: Sequence[int], made: Sequence[int]) -> Choice:
+    """What the normative sampler is told of a row. values: of Row; ids: the prompt; made: put out so far."""
+    known = {name: value for name, value in values.items() if name in Choice.__dataclass_fields__ and name != "bias"}
+    counts, bias = np.zeros(SPEC.vocab, np.int32), np.zeros(SPEC.vocab, np.float32)
+    np.add.at(counts, list(made), 1)
+    seen = counts > 0
+    seen[list(ids)] = True
+    for token, value in values.get("bias", ()):
+        bias[token] += value
+    return Choice(**known, seen=seen, made=counts, bias=bias)
+
+
+def alike(a: Made, b: Made, values: dict[str, Any] | None = None, ids: Sequence[int] = ()) -> None:
     """Assert that two runs of one request agree: logits within tolerance, tokens up to near-ties.
 
-    values: how it was sampled; start: position of the first token made.
+    values: how it was sampled; ids: its prompt.
     """
     at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
     upto = None if at is None else at + 1
@@ -187,15 +200,15 @@ def alike(a: Made, b: Made, values: dict[str, Any] | None = None, start: int = 0
     if at is None:
         return
     assert a.logits, f"token {at} differs: {a.tokens[at]} and {b.tokens[at]}"
-    choice = Choice(**(values or {}))
-    gap = margin(scores(a.logits[at], choice, start + at)) * (choice.temperature or 1.0)
+    choice = choice_of(values or {}, ids, a.tokens[:at])
+    gap = margin(scores(a.logits[at], choice, len(ids) + at)) * (choice.temperature or 1.0)
     assert near_tie(gap, difference), f"token {at} differs, margin {gap:g}, logit difference {difference:g}"
 
 
 def compare(a: Sequence[Made], b: Sequence[Made], asks: Sequence[Ask]) -> None:
     """`alike` for each request."""
     for x, y, ask in zip(a, b, asks, strict=True):
-        alike(x, y, ask.values, len(ask.prompt))
+        alike(x, y, ask.values, ask.prompt)
 
 
 def one(host: Host, ask: Ask, **more: Any) -> Made:
@@ -232,3 +245,12 @@ ASKS = [
     Ask(prompt=prompt(14), chunk=7),
     Ask(prompt=prompt(1), make=9),
 ]
+
+FULL = [
+    Ask(prompt=prompt(6), make=9, values={"penalty": (1.4, 0.0, 0.0)}),
+    Ask(prompt=prompt(5), make=9, values={"penalty": (0.8, 0.6, 0.3), "temperature": 0.9, "seed": 5, "top_p": 0.9}),
+    Ask(prompt=prompt(9), make=9, chunk=4, values={"bias": [(3, 2.0), (70, -9.0), (90, 1.5)]}),
+    Ask(prompt=prompt(7), make=9, chunk=3, values={"logprobs": 5, "prompt_logprobs": (2, 3), "temperature": 1.2}),
+    Ask(prompt=prompt(4), make=9, values={"bias": [(8, 4.0)], "penalty": (1.0, 0.0, 1.5), "logprobs": 0, "top_k": 9}),
+]
+"""Requests that ask for all of sampling but masks, which `generate` has none of."""

@@ -146,7 +146,8 @@ def garbage(open: Opener) -> None:
 
 
 def copies(open: Opener) -> None:
-    """A fork: full pages shared, the last one copied before the forward, in every group."""
+    """A fork: full pages shared, the last one copied before the forward, in every group; and in order, as a page may be
+    copied on, and over."""
     host, ids = open(), prompt(2 * PAGE + 2, seed=3)
     if not host.limits.max_copies:
         return
@@ -156,7 +157,10 @@ def copies(open: Opener) -> None:
     child = host.open(root, 2 * PAGE)
     child.start = child.upper = len(ids) - 1
     row = host.row(child, ids[-1:])
-    pairs = [(g, 0, root.pages[g][2], child.pages[g][2]) for g in range(len(host.limits.groups))]
+    pairs = []
+    for g in range(len(host.limits.groups)):
+        spare, last, mine = host.free[g][-1], root.pages[g][2], child.pages[g][2]
+        pairs += [(g, 0, root.pages[g][0], mine), (g, 0, last, spare), (g, 0, spare, mine), (g, 0, mine, spare)]
     take(host.run([(child, row)], copies=pairs), made[1:])
     for _ in range(4):
         take(host.run([(text, host.row(text, [-1])) for text in (root, child)]), made)
