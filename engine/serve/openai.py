@@ -92,6 +92,7 @@ async def completions(x: Exchange) -> None:
         form,
         most,
         {
+            "n": "n" if best_of == n else "best_of",
             "max_new_tokens": "max_tokens",
             "logprobs": "best_of" if form.logprobs is None else "logprobs",
             "prompt_logprobs": "logprobs" if scored else "prompt_logprobs",

@@ -182,6 +182,7 @@ CHAT: Unbuilt = {
 }
 COMPLETION: Unbuilt = {
     **_COMMON,
+    "top_logprobs": ("is logprobs here", (0,)),
     "suffix": (_NOT, ("",)),
     "add_special_tokens": (_NOT, (True,)),
 }

@@ -237,7 +237,8 @@ class Service:
             raise InvalidRequest("prompt: is empty", field="prompt")
         for ask in asks:
             if not 1 <= ask.n <= self.config.n:
-                raise InvalidRequest(f"n: must be between 1 and {self.config.n}, not {ask.n}", field="n")
+                with renamed(ask.names):
+                    raise InvalidRequest(f"n: must be between 1 and {self.config.n}, not {ask.n}", field="n")
         most = max(self.config.queue + self.info.limits.slots, self.config.n)
         if (count := sum(ask.n for ask in asks)) > most:
             name = asks[0].field.partition("[")[0]
