@@ -78,7 +78,6 @@ SAMPLED: Mapping[str, Sequence[Any]] = {
         {"x": 1},
         [1],
         {"5": 101},
-        {"5": NAN},
         {"5": "1"},
         {"5": None},
         {"-1": 1},
