@@ -60,7 +60,8 @@ def test_generate_prints_text_and_speed(folder: Path) -> None:
 ALL = (
     "--max-new-tokens=6", "--min-new-tokens=2", "--temperature=0.9", "--top-p=0.9", "--top-k=50", "--min-p=0.01",
     "--seed=4", "--repetition-penalty=1.1", "--presence-penalty=0.1", "--frequency-penalty=0.1", "--stop=zzz",
-    "--stop-token-ids=9", "--ignore-eos", "--logit-bias=70=5", "--logit-bias=71=-100", *(f"--allowed-token-ids={i}" for i in range(60, 100)),
+    "--stop-token-ids=9", "--ignore-eos", "--logit-bias=70=5", "--logit-bias=71=-100",
+    *(f"--allowed-token-ids={i}" for i in range(60, 100)),
     "--bad-words=b", "--logprobs=2", "--prompt-logprobs=1", "--logprob-start-len=1", "--special",
     "--no-stop-trim", "-n", "2",
 )  # fmt: skip
