@@ -21,7 +21,7 @@ MOST = 2**31 - 1
 BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
-POLICIES = ("lpm", "fcfs")
+POLICIES = ("lpm", "fcfs", "dfs-weight")
 STACKS = ("auto", "scan", "list")
 
 
@@ -33,6 +33,7 @@ class Resolved:
     cache_dtype: of keys and values ("float32" or "bfloat16"). page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
+    policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
     penalties: counts for penalties are kept on the device. max_logprobs: alternatives that a token may be asked for.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
     """
@@ -51,6 +52,8 @@ class Resolved:
     depth: int = 2
     radix: bool = True
     policy: str = "lpm"
+    priority_preemption: int = 10
+    ageing: int = 30
     penalties: bool = True
     max_logprobs: int = 20
     mesh: MeshSpec = field(default_factory=MeshSpec)
@@ -160,9 +163,12 @@ class Cache:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sched:
     """slots: requests on the device at once. max_rows, max_tokens: of one step. token_buckets: the sizes that steps are
-    padded to. depth: steps in flight. policy: order of waiting requests, longest cached prefix or arrival. penalties:
-    keep their counts, one number a slot and token, on the device. max_logprobs: alternatives that a token may be asked
-    for; 0: logprobs are refused."""
+    padded to. depth: steps in flight. policy: order of waiting requests of one priority: longest cached prefix,
+    arrival, or heaviest branch of the tree of prompts. priority_preemption: by how much a request's priority must be
+    above a running one's to take its seat, 0 is never. ageing: seconds of waiting that count as one priority, or 0.
+    penalties: keep their counts, one number a slot and token, on the device. max_logprobs: alternatives that a token
+    may be asked for; 0: logprobs are refused.
+    """
 
     slots: int | None = _key(_or_auto(_whole(1, 65536)), None)
     max_rows: int | None = _key(_or_auto(_whole(1, 65536)), None)
@@ -170,6 +176,8 @@ class Sched:
     token_buckets: tuple[int, ...] | None = _key(_or_auto(_ladder), None)
     depth: int | None = _key(_or_auto(_whole(1, 8)), None)
     policy: str = _key(_one_of(POLICIES), "lpm")
+    priority_preemption: int = _key(_whole(0), 10)
+    ageing: int = _key(_whole(0), 30)
     penalties: bool = _key(_flag, True)
     max_logprobs: int = _key(_whole(0, 1024), 20)
 

@@ -64,6 +64,13 @@ class RequestFailed(RadixmeshError):
     """The engine could not finish this one request (non-finite logits, a step that kills the device)."""
 
 
+class DeadlineExceeded(RadixmeshError):
+    """The request's deadline passed before it ended; what it had made until then was sent."""
+
+    http = 504
+    grpc = "DEADLINE_EXCEEDED"
+
+
 class StepRefused(RadixmeshError):
     """A step was refused before anything was enqueued. Touches only `rows` (indices into the step); empty = all."""
 

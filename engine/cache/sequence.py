@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from engine.cache.pages import PagePool
 from engine.cache.radix import NONE, Match, RadixTree
+
+MOST = 2**31 - 1
 
 
 class SequenceCache:
@@ -13,10 +15,29 @@ class SequenceCache:
 
     table[g]: pages from position base[g] on, as the device's slot table has them (entries before `gone[g]` are trimmed
     and stale). own[g]: those that this sequence must give back; the others belong to the tree, which a lock on `node`
-    protects. read[g]: state page that the next row starts from. edits[g]: (index, page) that the device doesn't know.
+    protects. read[g]: state page that the next row starts from. edits[g]: (index, page) that the device doesn't know;
+    told: there are none. end: positions before it have a page; due: once `lower` is there, `trim` has something to do;
+    still: what is fed before it needs neither a page nor a word to the device.
     """
 
-    __slots__ = ("base", "edits", "gone", "groups", "limit", "node", "own", "pools", "read", "table", "tree", "write")
+    __slots__ = (
+        "base",
+        "due",
+        "edits",
+        "end",
+        "gone",
+        "groups",
+        "limit",
+        "node",
+        "own",
+        "pools",
+        "read",
+        "still",
+        "table",
+        "told",
+        "tree",
+        "write",
+    )
 
     def __init__(self, tree: RadixTree, pools: Sequence[PagePool], limit: Sequence[int], match: Match) -> None:
         """Take over a match, which gets locked. limit: entries of a slot's table, per group. Needs one free page in
@@ -29,11 +50,53 @@ class SequenceCache:
         self.gone = [0] * len(self.groups)
         self.own: list[set[int]] = [set() for _ in self.groups]
         self.edits: list[list[tuple[int, int]]] = [list(enumerate(pages)) for pages in self.table]
+        self.told = False
         self.read = list(match.states)
         self.write = [NONE] * len(self.groups)
         for g, group in enumerate(self.groups):
             if group.kind == "state":
                 self.write[g] = self._take(g)
+        self._mark()
+
+    def _mark(self) -> None:
+        """Say anew how far the pages reach."""
+        self.end, self.due = MOST, MOST
+        for g, group in enumerate(self.groups):
+            if group.kind != "state":
+                self.end = min(self.end, self.base[g] + len(self.table[g]) * group.page)
+            if group.kind == "window":
+                self.due = min(self.due, self.base[g] + (self.gone[g] + 1) * group.page + group.window - 1)
+        self.still = min(self.end, self.due) if self.told else 0
+
+    def branch(self, other: SequenceCache, at: int, states: Mapping[int, int]) -> list[tuple[int, int, int]]:
+        """Go on at position `at`, inside the page after those matched, as another sequence did.
+
+        states: for each state group, the page with the other's state there. Gives the copies that make it so, (group,
+        src, dst), to be done before the next row; none when the other has no longer what it takes.
+        """
+        sources = {}
+        for g, group in enumerate(self.groups):
+            if group.kind == "state":
+                sources[g] = states.get(g, NONE)
+                continue
+            i = (at - other.base[g]) // group.page
+            held = 0 <= i < len(other.table[g]) and len(self.table[g]) < self.limit[g]
+            sources[g] = other.table[g][i] if held else NONE
+        if NONE in sources.values():
+            return []
+        copies = []
+        for g, source in sources.items():
+            if self.groups[g].kind == "state":
+                page = self.write[g]
+                self.read = [page if i == g else read for i, read in enumerate(self.read)]
+            else:
+                page = self._take(g)
+                self.edits[g].append((len(self.table[g]), page))
+                self.table[g].append(page)
+            copies.append((g, source, page))
+        self.told = False
+        self._mark()
+        return copies
 
     def _take(self, g: int) -> int:
         page = self.pools[g].take(1)[0]
@@ -60,18 +123,20 @@ class SequenceCache:
                     self.own[g].remove(page)
                     self.pools[g].give([page])
                 self.table[g][self.gone[g] - 1] = NONE
+        self._mark()
 
     def grow(self, upto: int) -> None:
         """Take pages until positions before `upto` have one. The pools must have `need(upto)` free."""
-        for g, group in enumerate(self.groups):
-            if group.kind == "state":
-                continue
-            while self.base[g] + len(self.table[g]) * group.page < upto:
-                if len(self.table[g]) == self.limit[g]:
-                    self._rebase(g)
-                page = self._take(g)
-                self.edits[g].append((len(self.table[g]), page))
-                self.table[g].append(page)
+        for g, count in enumerate(self.need(upto)):
+            if len(self.table[g]) + count > self.limit[g]:
+                self._rebase(g)
+            if count:
+                pages, known = self.pools[g].take(count), len(self.table[g])
+                self.own[g].update(pages)
+                self.edits[g] += enumerate(pages, known)
+                self.table[g] += pages
+                self.told = False
+        self._mark()
 
     def _rebase(self, g: int) -> None:
         """Shift a window's table to begin at its first page still held, and tell the device the whole of it."""
@@ -84,8 +149,10 @@ class SequenceCache:
 
     def sent(self) -> None:
         """The device was told: the next row starts from its own state page and has no edits yet."""
-        self.edits = [[] for _ in self.groups]
-        self.read = list(self.write)
+        self.read = self.write
+        if not self.told:
+            self.edits, self.told = [[] for _ in self.groups], True
+            self.still = min(self.end, self.due)
 
     def share(self, namespace: Hashable, key: bytes, states: Sequence[int]) -> None:
         """Offer the whole pages that `key` (int32 bytes) covers to the tree, with state checkpoints owned by this
@@ -115,6 +182,7 @@ class SequenceCache:
                 self.give(g, mine)
                 self.table[g][i] = theirs
                 self.edits[g].append((i, theirs))
+                self.told, self.still = False, 0
 
     def checkpoint(self, g: int) -> int:
         """A page for a copy of state group g, or -1 when none is to be had."""

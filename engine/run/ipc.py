@@ -178,7 +178,8 @@ def _culprit(request: Request) -> str:
     """The first field of a request that can't be encoded."""
     values: dict[str, Any] = {f.name: getattr(request.params, f.name) for f in fields(request.params)}
     values |= {
-        name: getattr(request, name) for name in ("rid", "tokens", "seed", "eos", "priority", "namespace", "bad_words")
+        name: getattr(request, name)
+        for name in ("rid", "tokens", "seed", "eos", "deadline", "priority", "namespace", "group", "bad_words")
     }
     for name, value in values.items():
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,21 +19,29 @@ from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Finish
 
 COLLECT_SECONDS = 240.0
+AUDIT_STEPS = 256
+"""How often the pages are counted."""
 STATS_SECONDS = 0.5
 """How often a busy loop says how it stands."""
 
 
 class Loop:
-    """One scheduler and one backend, `depth` steps in flight. emit: called with what is new after each step.
+    """One scheduler and one backend, `depth` steps in flight. emit: called with what is new after each step. clock:
+    seconds, which the scheduler is told.
 
     doing: what the backend was asked for last, for whoever finds the loop stuck; since: when, on the monotonic clock.
     begun: requests that were first sent to the device, and how long each had waited; whoever reads it empties it.
     """
 
     def __init__(
-        self, scheduler: Scheduler, backend: Backend, emit: Callable[[Sequence[Output]], None], depth: int = 0
+        self,
+        scheduler: Scheduler,
+        backend: Backend,
+        emit: Callable[[Sequence[Output]], None],
+        depth: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.scheduler, self.backend, self.emit = scheduler, backend, emit
+        self.scheduler, self.backend, self.emit, self.clock = scheduler, backend, emit, clock
         self.depth = depth or backend.limits.depth
         self.steps = self.made = 0
         self.doing, self.since = "idle", time.monotonic()
@@ -49,7 +58,7 @@ class Loop:
         for message in messages:
             if isinstance(message, Submit):
                 try:
-                    self.scheduler.submit(message.request)
+                    self.scheduler.submit(message.request, self.clock())
                 except (InvalidRequest, Overloaded) as error:
                     self.emit([_refusal(message.request.rid, error)])
             elif isinstance(message, Abort):
@@ -65,9 +74,10 @@ class Loop:
         return Stats(
             running=len(s.running),
             waiting=len(s.waiting),
-            waiting_tokens=sum(len(r.fill) for r in s.waiting),
+            waiting_tokens=s.waiting.tokens,
             steps=self.steps,
             preemptions=s.preemptions,
+            repairs=s.repairs,
             prompt_tokens=s.prompt_tokens,
             cached_tokens=s.cached_tokens,
             made_tokens=self.made,
@@ -88,7 +98,10 @@ class Loop:
             raise
 
     def _turn(self) -> None:
-        plan = self.scheduler.plan()
+        now = self.clock()
+        if expired := self.scheduler.expire(now):
+            self.emit(expired)
+        plan = self.scheduler.plan(now)
         plan = plan and self._forward(plan)
         if self._out and (plan is None or (len(self._out) >= self.depth and self._out[0][1] is not plan)):
             self._collect()
@@ -96,6 +109,11 @@ class Loop:
             self.backend.sample(self._out[-1][0], self.scheduler.masks(plan))
             if self.depth == 1:
                 self._collect()
+
+    def _audit(self) -> None:
+        accounts = self.scheduler.accounts()
+        if not self.scheduler.audit():
+            print(f"radixmesh: pages were lost, the cache begins anew: {accounts}", file=sys.stderr, flush=True)
 
     def _flush(self, rid: str) -> Output:
         if self.busy:
@@ -120,6 +138,8 @@ class Loop:
                 plan = slim
             else:
                 self.steps += 1
+                if self.steps % AUDIT_STEPS == 0:
+                    self._audit()
                 for row in plan.rows:
                     if not row.run.begun:
                         row.run.begun = True

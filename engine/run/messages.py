@@ -10,7 +10,7 @@ from backends.api.protocol import Status
 from engine.errors import RadixmeshError
 from engine.resolve import Decision
 from engine.sched.request import Output, Request
-from engine.sched.scheduler import Account
+from engine.sched.store import Account
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +41,14 @@ Message: TypeAlias = Submit | Abort | Flush
 class Stats:
     """How the loop stands. running, waiting: requests; waiting_tokens: of their prompts; accounts: pages of each cache
     group; held: pages that open requests hold, over all groups; status: the backend's. The rest counts since the start:
-    steps, preemptions, prompt_tokens seated, cached_tokens of them, made_tokens committed."""
+    steps, preemptions, repairs (of lost pages), prompt_tokens seated, cached_tokens of them, made_tokens committed."""
 
     running: int
     waiting: int
     waiting_tokens: int
     steps: int
     preemptions: int
+    repairs: int
     prompt_tokens: int
     cached_tokens: int
     made_tokens: int

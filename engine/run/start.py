@@ -88,6 +88,8 @@ def start(
         scheduler = Scheduler(
             limits,
             policy=decided.resolved.policy,
+            priority_preemption=decided.resolved.priority_preemption,
+            ageing=decided.resolved.ageing,
             radix=decided.resolved.radix,
             queue=queue,
             queue_tokens=queue_tokens,

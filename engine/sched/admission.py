@@ -1,8 +1,9 @@
-"""What a step has room for, and what a request may ask at all."""
+"""What may be seated beside what runs, and what a request may ask at all."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable
+from math import ceil, isfinite
 
 import numpy as np
 
@@ -11,41 +12,42 @@ from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.sched.features import check_features
 from engine.sched.request import Request, Run
 
+HIGH, LOW, RISE, FALL = 0.7, 0.1, 0.1, 0.001
+FORESEEN = 4096
+"""Tokens still to be made that are counted of one request at most: many could, few do."""
 
-class Room:
-    """What is left of the step being planned."""
 
-    __slots__ = ("bias", "edits", "history", "masks", "rows", "tokens")
+class Estimate:
+    """How much of what running requests may still make gets pages ahead of those that wait.
 
-    def __init__(self, limits: Limits) -> None:
-        self.rows, self.tokens = limits.max_rows, limits.max_tokens
-        self.history, self.masks, self.bias = limits.max_history, limits.max_masks, limits.max_bias
-        self.edits = [limits.max_edits] * len(limits.groups)
+    share: begins high, falls a little with each step and rises with each preemption that a lack of pages made, so that
+    it settles just above what the requests really make (SGLang's new_token_ratio).
+    """
 
-    def fits(self, tokens: int) -> bool:
-        """Whether one more row of so many tokens fits."""
-        return self.rows > 0 and 0 < tokens <= self.tokens
+    __slots__ = ("_tokens", "share")
 
-    def history_fits(self, run: Run) -> bool:
-        """Whether the history that seating this run sends fits."""
-        return run.start < 0 or not run.request.params.penalised or len(run.fill) <= self.history
+    def __init__(self) -> None:
+        self.share, self._tokens = HIGH, 0
 
-    def bias_fits(self, run: Run) -> bool:
-        """Whether the logit bias of one more row fits."""
-        return len(run.request.params.logit_bias) <= self.bias
+    def fall(self) -> None:
+        """A step went well."""
+        self.share = max(LOW, self.share - FALL)
 
-    def edits_fit(self, edits: Sequence[Sequence[object]]) -> bool:
-        """Whether a row's page-table edits fit, per group."""
-        return all(len(e) <= left for e, left in zip(edits, self.edits, strict=True))
+    def rise(self) -> None:
+        """The pages did not do."""
+        self.share = min(1.0, self.share + RISE)
 
-    def take(self, tokens: int, edits: Sequence[Sequence[object]], history: int, masked: bool, bias: int) -> None:
-        """Take one row out of the room."""
-        self.bias -= bias
-        self.rows -= 1
-        self.tokens -= tokens
-        self.history -= history
-        self.masks -= masked
-        self.edits = [left - len(e) for e, left in zip(edits, self.edits, strict=True)]
+    def count(self, running: Iterable[Run]) -> None:
+        """These run."""
+        self._tokens = sum([min(run.most - len(run.out), FORESEEN) for run in running])
+
+    def add(self, run: Run) -> None:
+        """And this one."""
+        self._tokens += min(run.most - len(run.out), FORESEEN)
+
+    def ahead(self, run: Run) -> int:
+        """Tokens to keep free for all that run, if this one did too."""
+        return ceil(self.share * (self._tokens + min(run.most - len(run.out), FORESEEN)))
 
 
 def capacity(limits: Limits) -> int:
@@ -81,4 +83,6 @@ def check_request(request: Request, limits: Limits, room: int, taken: Container[
             f"prompt: {tokens.size} tokens, and the context holds {room} with at least one for the answer",
             field="prompt",
         )
+    if request.deadline is not None and not isfinite(request.deadline):
+        raise InvalidRequest("deadline: must be a finite number of seconds", field="deadline")
     check_features(request, limits)

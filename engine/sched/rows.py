@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from backends.api.limits import Limits
 from backends.api.step import I32, TOKEN, PageTable, Sampling, ScheduleStep, StateTable, empty
-from engine.sched.request import Row
+from engine.cache.sequence import SequenceCache
+from engine.sched.request import Row, Run
 
 N = TypeVar("N", np.int32, np.float32)
 
@@ -24,38 +25,80 @@ class Plan:
     rows: tuple[Row, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Draft:
-    """A row on its way into a step: what is fed and what the device must be told with it."""
+    """A step being planned, and what is left of it: free rows, tokens, history, masks, bias and page-table edits.
 
-    row: Row
-    tokens: Sequence[int]
-    start: int
-    following: int
-    edits: list[list[tuple[int, int]]]
-    read: list[int]
-    history: Sequence[tuple[int, bool]]
+    edits: (slot, index, page), for each cache group. copies: (group, shard, src, dst).
+    """
+
+    __slots__ = ("bias", "copies", "edits", "free", "history", "masks", "most", "rows", "tokens")
+
+    def __init__(self, limits: Limits, copies: list[tuple[int, int, int, int]]) -> None:
+        self.rows: list[Row] = []
+        self.edits: list[list[tuple[int, int, int]]] = [[] for _ in limits.groups]
+        self.copies = copies
+        self.free, self.tokens, self.most = limits.max_rows, limits.max_tokens, limits.max_edits
+        self.history, self.masks, self.bias = limits.max_history, limits.max_masks, limits.max_bias
+
+    def history_fits(self, run: Run) -> bool:
+        """Whether the history that seating this run sends fits."""
+        return run.start < 0 or not run.request.params.penalised or run.length <= self.history
+
+    def bias_fits(self, run: Run) -> bool:
+        """Whether the logit bias of a row that makes tokens fits."""
+        return len(run.request.params.logit_bias) <= self.bias
+
+    def edits_fit(self, cache: SequenceCache) -> bool:
+        """Whether what the device must be told of a run's pages fits."""
+        return cache.told or all(
+            len(new) + len(edits) <= self.most for new, edits in zip(cache.edits, self.edits, strict=True)
+        )
+
+    def add(self, row: Row, cache: SequenceCache) -> None:
+        """Put a row in. The device will know the pages of its run."""
+        self.rows.append(row)
+        self.free -= 1
+        self.tokens -= len(row.tokens)
+        self.history -= len(row.history)
+        self.masks -= row.masked
+        if row.makes:
+            self.bias -= len(row.run.request.params.logit_bias)
+        if not cache.told:
+            for edits, new in zip(self.edits, cache.edits, strict=True):
+                edits += [(row.run.slot, index, page) for index, page in new]
+        cache.sent()
 
 
-def build(number: int, drafts: Sequence[Draft], copies: Sequence[tuple[int, int, int, int]], limits: Limits) -> Plan:
-    """Lay out a step. copies: (group, shard, src, dst)."""
-    rows = [d.row for d in drafts]
-    runs = [r.run for r in rows]
+def build(number: int, draft: Draft, limits: Limits, last: Plan | None) -> Plan:
+    """Lay out a step.
+
+    last: the step before. While the same runs decode and none comes or goes, their rows are the same objects
+    (Run.row), and all but lengths, pages and copies is what it was.
+    """
+    rows, edits, cut = draft.rows, draft.edits, _ints(draft.copies).reshape(-1, 4)
+    if last is not None and last.rows == tuple(rows):
+        upper = last.step.upper + np.int32(1)
+        tables = tuple(
+            table if isinstance(table, StateTable) else _table(g, rows, edits, limits)
+            for g, table in enumerate(last.step.tables)
+        )
+        return Plan(step=replace(last.step, step=number, upper=upper, tables=tables, copies=cut), rows=last.rows)
+    runs = [row.run for row in rows]
     step = ScheduleStep(
         step=number,
         slots=_ints([run.slot for run in runs]),
-        starts=_ints([d.start for d in drafts]),
-        lens=_ints([r.fed for r in rows]),
+        starts=_ints([row.start for row in rows]),
+        lens=_ints([len(row.tokens) for row in rows]),
         upper=_ints([run.upper for run in runs]),
-        drafts=_ints([r.drafts for r in rows]),
-        tokens=_ints([t for d in drafts for t in d.tokens]),
-        next=_ints([d.following for d in drafts]),
-        output=np.array([TOKEN if r.makes else 0 for r in rows], np.uint8),
-        masked=np.array([r.makes and r.run.masks is not None and r.run.masks.binds(r.made) for r in rows], bool),
+        drafts=_ints([row.drafts for row in rows]),
+        tokens=_ints([t for row in rows for t in row.tokens]),
+        next=_ints([row.following for row in rows]),
+        output=np.array([TOKEN if row.makes else 0 for row in rows], np.uint8),
+        masked=np.array([row.masked for row in rows], bool),
         adapters=empty(len(rows)),
-        tables=tuple(_table(g, drafts, limits) for g in range(len(limits.groups))),
-        copies=_ints(copies).reshape(-1, 4),
-        sampling=_sampling(rows, drafts),
+        tables=tuple(_table(g, rows, edits, limits) for g in range(len(limits.groups))),
+        copies=cut,
+        sampling=_sampling(runs, rows),
     )
     return Plan(step=step, rows=tuple(rows))
 
@@ -70,25 +113,28 @@ def _renumber(entries: NDArray[N], keep: Sequence[int]) -> NDArray[N]:
     return np.array([(moved[r], *rest) for r, *rest in entries.tolist() if r in moved], entries.dtype).reshape(-1, 3)
 
 
-def _table(g: int, drafts: Sequence[Draft], limits: Limits) -> PageTable | StateTable:
-    caches = [d.row.run.cache for d in drafts]
-    if limits.groups[g].kind == "state":
+def _table(
+    g: int, rows: Sequence[Row], edits: Sequence[Sequence[tuple[int, int, int]]], limits: Limits
+) -> PageTable | StateTable:
+    kind = limits.groups[g].kind
+    if kind == "state":
         return StateTable(
-            read=np.array([d.read[g] for d in drafts], np.int32),
-            write=np.array([c.write[g] for c in caches if c is not None], np.int32),
+            read=_ints([row.read[g] for row in rows]),
+            write=_ints([row.run.cache.write[g] for row in rows if row.run.cache is not None]),
         )
-    edits = [(d.row.run.slot, index, page) for d in drafts for index, page in d.edits[g]]
     return PageTable(
-        edits=np.array(edits, np.int32).reshape(-1, 3),
-        base=np.array([c.base[g] for c in caches if c is not None], np.int32),
+        edits=_ints(edits[g]).reshape(-1, 3),
+        base=empty(len(rows))
+        if kind == "full"
+        else _ints([row.run.cache.base[g] for row in rows if row.run.cache is not None]),
     )
 
 
-def _sampling(rows: Sequence[Row], drafts: Sequence[Draft]) -> Sampling:
-    runs = [row.run for row in rows]
+def _sampling(runs: Sequence[Run], rows: Sequence[Row]) -> Sampling:
     p = [run.request.params for run in runs]
     of = list(zip(rows, p, strict=True))
-    history = [(i, token, made) for i, d in enumerate(drafts) for token, made in d.history]
+    bias = [(i, *pair) for i, (row, x) in enumerate(of) if row.makes for pair in x.logit_bias]
+    history = [(i, token, made) for i, row in enumerate(rows) for token, made in row.history]
     return Sampling(
         temperature=np.array([x.temperature for x in p], np.float32),
         top_k=np.array([max(0, x.top_k) for x in p], np.int32),
@@ -98,9 +144,7 @@ def _sampling(rows: Sequence[Row], drafts: Sequence[Draft]) -> Sampling:
         penalty=np.array([(x.repetition_penalty, x.presence_penalty, x.frequency_penalty) for x in p], np.float32),
         logprobs=_ints([x.logprobs if row.makes and x.logprobs is not None else -1 for row, x in of]),
         prompt_logprobs=_ints([(row.score, x.prompt_logprobs) if row.score >= 0 else (-1, -1) for row, x in of]),
-        bias=np.array(
-            [(i, *pair) for i, (row, x) in enumerate(of) if row.makes for pair in x.logit_bias], np.float32
-        ).reshape(-1, 3),
+        bias=np.array(bias, np.float32).reshape(-1, 3),
         history=np.array(history, np.int32).reshape(-1, 3),
     )
 

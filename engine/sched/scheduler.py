@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from backends.api.limits import Limits
 from backends.api.step import OK, U32, Logprobs, StepResult
-from engine.cache.pages import PagePool
-from engine.cache.radix import NONE, Match, RadixTree, as_key
-from engine.cache.sequence import SequenceCache
-from engine.errors import ConfigError, Overloaded, RadixmeshError, RequestFailed, StepRefused
-from engine.sched.admission import Room, capacity, check_request
+from engine.cache.radix import NONE, Match, as_key
+from engine.errors import ConfigError, DeadlineExceeded, Overloaded, RadixmeshError, RequestFailed, StepRefused
+from engine.sched.admission import Estimate, capacity, check_request
 from engine.sched.drafts import guesses
 from engine.sched.masks import masks_of
-from engine.sched.policy import order
+from engine.sched.policy import WINDOW, Order, rank
 from engine.sched.request import Output, Request, Row, Run
 from engine.sched.rows import Draft, Plan, build, without
 from engine.sched.scores import Scores
-from engine.sched.stop import Finish, ending
+from engine.sched.sharing import LEAST, Sharing
+from engine.sched.stop import Finish, ending, stopping
+from engine.sched.store import Account, Store
+from engine.sched.waiting import Waiting
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
-    """Where the pages of one cache group are; the four always sum to total, or a page is lost."""
-
-    free: int
-    evictable: int
-    locked: int
-    owned: int
-    total: int
+RETRY = 8
+"""Steps until those that didn't fit are tried again, where none came or went meanwhile."""
 
 
 class Scheduler:
-    """Requests in, steps out; results in, tokens out. Knows the hardware by its Limits alone.
+    """Requests in, steps out; results in, tokens out. Knows the hardware by its Limits alone, and the time by what it
+    is told.
 
+    policy: order of those that wait (engine.sched.policy). radix: keep prefixes. priority_preemption: by how much a
+    request's priority must be above another's to take its seat, 0 = never. ageing: seconds of waiting that count as one
+    priority, 0 = never. least: tokens of an uncached prefix that are worth waiting for when another computes them.
     queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound.
-    prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache.
+    prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache or from
+    the run that computed them. repairs: how often `audit` found pages lost.
     """
 
     def __init__(
@@ -48,26 +46,34 @@ class Scheduler:
         *,
         policy: str = "lpm",
         radix: bool = True,
+        priority_preemption: int = 10,
+        ageing: float = 30.0,
+        least: int = LEAST,
         queue: int | None = None,
         queue_tokens: int | None = None,
     ) -> None:
         for name, built in (("shards", limits.shards == 1), ("whole_rows", not limits.whole_rows)):
             if not built:
                 raise ConfigError(f"{name}: not built yet in the scheduler", field=name)
-        self.limits, self.policy, self.radix = limits, policy, radix
+        self.limits, self.radix = limits, radix
+        self.priority_preemption, self.ageing = priority_preemption, ageing
         self.room = capacity(limits)
-        self.pools = [PagePool(n) for n in limits.pages]
-        self.tree = RadixTree(limits.groups, self.pools)
-        self.waiting: list[Run] = []
-        self.running: list[Run] = []
+        self.store = Store(limits, radix)
+        self.waiting = Waiting()
+        self.running: dict[Run, None] = {}
         self.queue, self.queue_tokens = queue, queue_tokens
-        self.preemptions = self.prompt_tokens = self.cached_tokens = 0
+        self.preemptions = self.prompt_tokens = self.cached_tokens = self.repairs = 0
+        self.estimate = Estimate()
+        self._order = Order(policy if radix else "fcfs", ageing, lambda run: self.store.match(run).length)
+        self._sharing = Sharing(limits.groups, self.store.page, least)
         self._runs: dict[str, Run] = {}
+        self._suspects: dict[Run, None] = {}
+        self._deadlines: list[tuple[float, int, Run]] = []
         self._slots = list(range(limits.slots - 1, -1, -1))
         self._flying: deque[Plan] = deque()
-        self._copies: list[tuple[int, int, int, int]] = []
-        self._stateful = [g for g, group in enumerate(limits.groups) if group.kind == "state"]
-        self._steps = self._orders = 0
+        self._last: Plan | None = None
+        self._lowest: Run | None = None
+        self._steps = self._orders = self._again = 0
 
     # Requests
 
@@ -75,25 +81,38 @@ class Scheduler:
         """Raise InvalidRequest or ContextOverflow, naming the field, for what can't be honoured."""
         check_request(request, self.limits, self.room, self._runs)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises as `check` does, or Overloaded, and then nothing was queued."""
+    def submit(self, request: Request, now: float) -> None:
+        """Queue a request; now: seconds. Raises as `check` does, or Overloaded, and then nothing was queued."""
         self.check(request)
         self._bound(request)
         self._orders += 1
-        masks = masks_of(request, self.limits.vocab)
-        run = Run(request=request, order=self._orders, fill=request.tokens, masks=masks)
+        params, masks = request.params, masks_of(request, self.limits.vocab)
+        run = Run(
+            request=request,
+            order=self._orders,
+            rank=rank(request.priority, now, self._orders, self.ageing),
+            most=min(params.max_new_tokens, self.room - len(request.tokens)),
+            ends=stopping(params, request.eos),
+            watched=request.stopper is not None or masks is not None or params.logprobs is not None,
+            steady=not (masks or params.logit_bias or self.limits.device_draft) and self.limits.stages == 1,
+            masks=masks,
+            fill=request.tokens,
+            length=len(request.tokens),
+            key=as_key(request.tokens),
+        )
         self._runs[request.rid] = run
-        self.waiting.append(run)
+        self._again = 0
+        self.waiting.add(run)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, run.order, run))
 
     def _bound(self, request: Request) -> None:
         """Raise Overloaded where a request would wait in a queue that is full."""
         waiting = len(self.waiting) - len(self._slots)  # a slot that is free seats one of them
         if self.queue is not None and waiting >= self.queue:
             raise Overloaded(f"the queue is full: {waiting} requests wait, at most {self.queue} may; try again later")
-        if self.queue_tokens is None or waiting <= 0:
-            return
-        tokens = sum(len(run.fill) for run in self.waiting)
-        if tokens + len(request.tokens) > self.queue_tokens:
+        tokens = self.waiting.tokens
+        if self.queue_tokens is not None and waiting > 0 and tokens + len(request.tokens) > self.queue_tokens:
             raise Overloaded(
                 f"the queue is full: prompts of {tokens} tokens wait, at most {self.queue_tokens} may; try again later"
             )
@@ -101,12 +120,22 @@ class Scheduler:
     def flush(self) -> None:
         """Empty the prefix cache. Only when nothing is open."""
         assert not self._runs
-        self.tree.flush()
+        self.store.tree.flush()
 
     def abort(self, rid: str) -> Output | None:
         """End a request now. None when it isn't here any more."""
         run = self._runs.get(rid)
         return None if run is None else self._end(run, (), Finish(kind="abort"))
+
+    def expire(self, now: float) -> list[Output]:
+        """End the requests whose deadline has passed, waiting or running."""
+        outputs = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, run = heapq.heappop(self._deadlines)
+            if run.state != "ended":
+                error = DeadlineExceeded(f"deadline: it passed after {len(run.out)} tokens", field="deadline")
+                outputs.append(self._end(run, (), Finish(kind="abort"), error))
+        return outputs
 
     @property
     def busy(self) -> bool:
@@ -115,212 +144,266 @@ class Scheduler:
 
     def accounts(self) -> list[Account]:
         """Where the pages of each group are."""
-        owned = [sum(len(r.cache.own[g]) for r in self.running if r.cache) for g in range(len(self.pools))]
-        return [
-            Account(free=p.free, evictable=e, locked=h - e, owned=o, total=p.total)
-            for p, e, h, o in zip(self.pools, self.tree.evictable, self.tree.held, owned, strict=True)
-        ]
+        return self.store.accounts(self.running)
 
     # Plan
 
-    def plan(self) -> Plan | None:
-        """The next step, or None when nothing can run before something is collected."""
-        running, waiting = list(self.running), self.waiting
-        suspect = self._suspect()
-        if suspect is not None:
-            if any(row.run is not suspect for plan in self._flying for row in plan.rows if live(row)):
-                return None
-            for run in [r for r in running if r is not suspect]:  # they would only hold pages that it may need
-                self._preempt(run)
-            running, waiting = [r for r in running if r is suspect], [r for r in waiting if r is suspect]
-        room, drafts, preempted = Room(self.limits), list[Draft](), self.preemptions
-        # Copies run before the forward: those asked for while planning belong to the next step.
-        copies, self._copies = self._copies, []
-        for run in [r for r in running if r.decoding]:
-            self._decode(run, room, drafts)
-        for run in [r for r in running if not r.decoding]:
-            self._prefill(run, room, drafts)
-        if waiting and preempted == self.preemptions:
-            self._admit(order(self.policy if self.radix else "fcfs", waiting, self._cached), room, drafts)
-        if not drafts:
-            self._copies = copies
+    def plan(self, now: float) -> Plan | None:
+        """The next step, or None when nothing can run before something is collected. now: seconds, as in `submit`."""
+        suspect = min(self._suspects, key=lambda r: r.order, default=None)
+        if suspect is not None and not self._alone(suspect):
             return None
-        plan = build(self._steps, drafts, copies, self.limits)
+        if suspect is None:
+            self._make_way()
+        # Copies run before the forward: those asked for while planning belong to the next step.
+        copies, self.store.copies = self.store.copies, []
+        draft, preempted = Draft(self.limits, copies), self.preemptions
+        filling = self._decode(draft)
+        if filling and suspect is None and self.priority_preemption:
+            self._admit(now, draft, before=filling[-1].rank[0] - self.priority_preemption)
+        for run in filling:
+            self._prefill(run, draft)
+        if preempted == self.preemptions:
+            if suspect is None:
+                self._admit(now, draft)
+            elif suspect.state == "waiting" and self._seat(suspect, draft):
+                self._prefill(suspect, draft)
+        if not draft.rows:
+            self.store.copies = draft.copies + self.store.copies
+            return None
+        plan = build(self._steps, draft, self.limits, self._last)
         self._steps += 1
         self._flying.append(plan)
+        self._last = plan
         return plan
 
-    def _suspect(self) -> Run | None:
-        """After a device failure, the next of those that must show alone that it wasn't them."""
-        suspects = [r for r in (*self.running, *self.waiting) if r.alone_until]
-        return min(suspects, key=lambda r: r.order, default=None)
+    def _alone(self, suspect: Run) -> bool:
+        """After a device failure, let nothing run but the next of those that must show that it wasn't them."""
+        if any(row.run is not suspect for plan in self._flying for row in plan.rows if live(row)):
+            return False
+        for run in [r for r in self.running if r is not suspect]:  # they would only hold pages that it may need
+            self._preempt(run)
+        return True
 
-    def _decode(self, run: Run, room: Room, drafts: list[Draft]) -> None:
+    def _decode(self, draft: Draft) -> list[Run]:
+        """A row for each run that makes tokens, while there is room. Gives the runs that must be fed first, by rank."""
+        filling = []
+        for run in list(self.running):
+            row, cache = run.row, run.cache
+            if (len(run.out) + run.flying >= run.most and run.decoding) or draft.free <= 0 or draft.tokens <= 0:
+                continue
+            if row is not None and cache is not None and run.upper < cache.still:  # nothing but one position more
+                draft.rows.append(row)
+                draft.free -= 1
+                draft.tokens -= 1
+                run.upper += 1
+                run.lower += 1
+                run.flying += 1
+            elif not run.decoding:
+                filling.append(run)
+            elif run.state == "seated":
+                self._extend(run, draft)
+        return sorted((run for run in filling if run.state == "seated"), key=lambda run: run.rank)
+
+    def _extend(self, run: Run, draft: Draft) -> None:
         """One row that makes tokens from the slot's last one."""
-        if run.state != "seated" or len(run.out) + run.flying >= self._most(run) or self._crowded(run):
+        k: int | None = 0
+        if not run.steady:
+            if self._crowded(run) or not self._mask_in_time(run, draft):
+                return
+            k = guesses(run, self.limits) if draft.bias_fits(run) else None
+        if k is None or draft.tokens <= k or not self._reserve(run, run.upper + 1 + k, draft):
             return
-        if not self._mask_in_time(run, room):
+        assert run.cache is not None
+        if not draft.edits_fit(run.cache):
             return
-        k = guesses(run, self.limits)
-        if k is None or not (room.fits(1 + k) and room.bias_fits(run)):
-            return
-        if not self._reserve(run, run.upper + 1 + k, drafts):
-            return
-        self._add(run, [-1, *(-2 - j for j in range(k))], k, room, drafts)
+        row = run.row
+        if row is None:
+            tokens = (-1, *[-2 - j for j in range(k)])
+            row = Row(run=run, epoch=run.epoch, tokens=tokens, drafts=k, read=run.cache.write, made=run.made)
+            run.row = row if run.steady else None
+        draft.add(row, run.cache)
+        run.upper += 1 + k
+        run.lower += 1
+        run.flying += 1
+        if not run.steady:
+            run.pending += 1
+            run.verifying += k > 0
+            run.newest = self._steps
 
-    def _prefill(self, run: Run, room: Room, drafts: list[Draft]) -> None:
+    def _prefill(self, run: Run, draft: Draft) -> None:
         """The next chunk of what must be fed before tokens are made."""
-        if run.state != "seated" or self._crowded(run):
+        if run.state != "seated" or draft.free <= 0 or self._crowded(run):
             return
-        n = min(len(run.fill) - run.fed, room.tokens)
-        if run.fed + n < len(run.fill):
-            # Chunks end on the page grid, where the tree can share them and state can be checkpointed.
-            aligned = (run.fed + n) // self.tree.page * self.tree.page
-            n = aligned - run.fed if aligned > run.fed else n
-        makes = run.fed + n == len(run.fill) and self._most(run) > 0
-        if n <= 0 or (makes and not self._mask_in_time(run, room)):
+        if run.fed in run.stops and run.settled < run.fed:
+            return  # what others wait for is shared before more of it leaves the window
+        n = self._chunk(run, draft.tokens)
+        makes = run.fed + n == run.length and run.most > 0
+        if n <= 0 or (makes and not self._mask_in_time(run, draft)):
             return
-        if not room.fits(n) or not room.history_fits(run) or (makes and not room.bias_fits(run)):
+        if not draft.history_fits(run) or (makes and not draft.bias_fits(run)):
             return
-        if not self._reserve(run, run.upper + n, drafts):
+        if not self._reserve(run, run.upper + n, draft):
             return
-        self._add(run, run.fill[run.fed : run.fed + n], 0, room, drafts)
-
-    def _add(self, run: Run, tokens: Sequence[int], k: int, room: Room, drafts: list[Draft]) -> None:
-        """Put a row into the step, if the step has room for its page edits."""
-        cache = run.cache
-        assert cache is not None
-        if not room.edits_fit(cache.edits):
+        assert run.cache is not None
+        if not draft.edits_fit(run.cache):
             return
-        n, filling = len(tokens), not run.decoding
+        begin, run.fed = run.fed, run.fed + n
         prompt = len(run.request.tokens)
-        score = max(run.unscored, run.fed + 1) if filling else prompt
-        if filling:
-            run.fed += n
-        makes = run.decoding and self._most(run) > 0
-        following = NONE if run.decoding else run.fill[run.fed]
-        score = score if score <= min(run.fed, prompt - 1) else NONE
-        made, masked = run.made, run.masked and makes
-        seated = run.start >= 0
-        wanted = seated and run.request.params.penalised
-        history = [(t, i >= prompt) for i, t in enumerate(run.fill)] if wanted else []
+        wanted = run.start >= 0 and run.request.params.penalised
+        score = max(run.unscored, begin + 1)
+        row = Row(
+            run=run,
+            epoch=run.epoch,
+            tokens=run.fill[begin : run.fed],
+            makes=makes,
+            end=run.fed,
+            start=run.start,
+            following=NONE if run.decoding else run.fill[run.fed],
+            read=run.cache.read,
+            history=[(t, i >= prompt) for i, t in enumerate(run.fill)] if wanted else (),
+            made=run.made,
+            score=score if score <= min(run.fed, prompt - 1) else NONE,
+        )
+        draft.add(row, run.cache)
         run.upper += n
-        run.lower += n - k
+        run.lower += n
         run.pending += 1
         run.flying += makes
-        run.verifying += k > 0
-        row = Row(run=run, epoch=run.epoch, fed=n, drafts=k, makes=makes, end=run.fed if filling else 0,
-                  made=made, score=score)  # fmt: skip
-        drafts.append(
-            Draft(
-                row=row,
-                tokens=tokens,
-                start=run.start,
-                following=following,
-                edits=cache.edits,
-                read=list(cache.read),
-                history=history,
-            )
-        )
-        room.take(n, cache.edits, len(history), masked, len(run.request.params.logit_bias) if makes else 0)
-        cache.sent()
-        run.start = -1
-        if filling and k == 0 and self.radix:
-            self._checkpoint(run)
+        run.newest = self._steps
+        run.start = NONE
+        self.store.checkpoint(run)
 
-    def _checkpoint(self, run: Run) -> None:
-        """Ask for a copy of the recurrent state after the row just added, where the tree could share it."""
-        cache = run.cache
-        if not self._stateful or run.fed % self.tree.page or cache is None:
-            return
-        if len(self._copies) + len(self._stateful) > self.limits.max_copies:
-            return
-        pages = {g: cache.checkpoint(g) for g in self._stateful}
-        if NONE in pages.values():
-            for g, page in pages.items():
-                if page != NONE:
-                    cache.give(g, page)
-            return
-        run.checkpoints[run.fed] = pages
-        self._copies += [(g, 0, cache.write[g], page) for g, page in pages.items()]
+    def _chunk(self, run: Run, room: int) -> int:
+        """Tokens of the next chunk. Chunks end on the page grid, where the tree can share them and state can be
+        checkpointed, and where others wait for them."""
+        end = min(run.length, run.fed + room)
+        if end < run.length:
+            aligned = end // self.store.page * self.store.page
+            end = aligned if aligned > run.fed else end
+        return min([end, *(stop for stop in run.stops if stop > run.fed)]) - run.fed
 
-    def _admit(self, waiting: Sequence[Run], room: Room, drafts: list[Draft]) -> None:
-        """Seat waiting runs, in order, until one doesn't fit."""
-        for run in waiting:
-            if not (self._slots and room.rows and room.tokens):
+    def _make_way(self) -> None:
+        """Take the seat of the lowest where the first that waits is so much above it, and can't be seated otherwise."""
+        for first in self.waiting.first(1) if self.priority_preemption else ():
+            while self.running:
+                if self._lowest is None:
+                    self._lowest = max(self.running, key=lambda run: run.rank)
+                if self._lowest.rank[0] - first.rank[0] < self.priority_preemption:
+                    return
+                self.estimate.count(self.running)
+                match, free = self.store.match(first), self._slots and len(self.running) < self.limits.max_rows
+                if self._leader(first, match) or (free and self._fits(first, match)):
+                    return
+                self._preempt(self._lowest)
+
+    def _admit(self, now: float, draft: Draft, before: float | None = None) -> None:
+        """Seat waiting runs, in order, until one doesn't fit. before: only those of a rank up to this."""
+        first = self.waiting.first(1)
+        if not (first and self._slots and draft.free > 0 and draft.tokens > 0) or self._steps < self._again:
+            return
+        if before is not None and first[0].rank[0] > before:
+            return
+        self.estimate.count(self.running)
+        for run in self._order.sort(self.waiting.first(WINDOW), now):
+            if not (self._slots and draft.free > 0 and draft.tokens > 0):
                 return
-            if not self._seat(run):
+            if before is not None and run.rank[0] > before:
                 return
-            self._prefill(run, room, drafts)
+            if run.leader is None and self._seat(run, draft):
+                self._prefill(run, draft)
+            elif run.leader is None:
+                self._again = self._steps + RETRY
+                self.store.spare(self.running)
+                return
 
     def _estimate(self, run: Run, match: Match) -> list[int]:
-        """Pages that seating a run needs now: what it feeds, and a page for each run that decodes beside it."""
+        """Pages that seating a run needs now: what it feeds, a page for each run that decodes beside it, and a share of
+        what all of them may still make."""
         out, beside = [], len(self.running)
+        ahead = self.estimate.ahead(run) if beside else 0
         for g, group in enumerate(self.limits.groups):
             if group.kind == "state":
                 out.append(1)
                 continue
-            last = len(run.fill) if group.kind == "full" else min(len(run.fill), match.length + self.limits.max_tokens)
+            last = run.length if group.kind == "full" else min(run.length, match.length + self.limits.max_tokens)
             out.append(-(-(last + 1 - match.base[g]) // group.page) - len(match.pages[g]) + beside)
+            if group.kind == "full":
+                out[g] += ahead // group.page
         return out
 
-    def _seat(self, run: Run) -> bool:
-        """Give a run a slot and the longest cached prefix, if the pages that it needs can be had."""
-        match = self._match(run)
-        self.tree.lock(match.node)
-        fits = self.tree.evict(self._estimate(run, match))
-        if fits:
-            run.slot = self._slots.pop()
-            run.cache = SequenceCache(self.tree, self.pools, self.limits.max_row_pages, match)
-            run.start = run.fed = run.settled = run.lower = run.upper = match.length
-            if run.epoch == 0:
-                run.cached = match.length
-                self.prompt_tokens += len(run.fill)
-                self.cached_tokens += match.length
-            run.state = "seated"
-            self.waiting.remove(run)
-            self.running.append(run)
-        self.tree.unlock(match.node)
-        return fits
+    def _fits(self, run: Run, match: Match) -> bool:
+        return self.store.fits(match, self._estimate(run, match))
 
-    def _match(self, run: Run) -> Match:
-        # What feeds the token before one that must be scored can't come from the cache.
-        limit = min(len(run.fill), run.unscored) - 1 if self.radix else 0
-        return self.tree.match(run.request.namespace, as_key(run.fill), limit)
+    def _seat(self, run: Run, draft: Draft) -> bool:
+        """Give a run a slot and the longest cached prefix, if the pages that it needs can be had. True, too, when it
+        does better to wait for another."""
+        match = self.store.match(run)
+        run.hint = match.length
+        if (found := self._leader(run, match)) is not None:
+            leader, upto = found
+            self.waiting.follow(run, leader, upto)
+            if self._sharing.exact(leader):
+                leader.stops.add(upto)
+            return True
+        if not self._fits(run, match):
+            return False
+        self.waiting.remove(run)
+        run.slot = self._slots.pop()
+        self.store.open(run, match)
+        run.start = run.fed = run.settled = run.lower = run.upper = self._branch(run, match.length, draft)
+        if run.epoch == 0:
+            run.cached = run.start
+            self.prompt_tokens += run.length
+            self.cached_tokens += run.start
+        run.state = "seated"
+        self.running[run] = self._lowest = None
+        self.estimate.add(run)
+        self._sharing.begin(run)
+        run.stops = self._sharing.stops(run, self.waiting.first(WINDOW)) if self.radix else set()
+        return True
 
-    def _cached(self, run: Run) -> int:
-        return self._match(run).length
+    def _leader(self, run: Run, match: Match) -> tuple[Run, int] | None:
+        return self._sharing.leader(run, match.length) if self.radix else None
 
-    def _most(self, run: Run) -> int:
-        """Tokens that a run may make in all."""
-        return min(run.request.params.max_new_tokens, self.room - len(run.request.tokens))
+    def _branch(self, run: Run, length: int, draft: Draft) -> int:
+        """Where a run that has `length` matched tokens goes on: in the middle of the next page, when one of its group
+        has computed that and it can be copied."""
+        parent, last = self._sharing.parent(run), len(run.request.tokens) - 1
+        if not self.radix or parent is None or parent.settled < last or run.unscored <= last:
+            return length
+        if not 0 < last - length < self.store.page:
+            return length
+        return last if self.store.branch(run, parent, last, draft.copies) else length
 
     def _crowded(self, run: Run) -> bool:
         """With pipeline stages, a slot may only have its share of the steps out."""
         return self.limits.stages > 1 and run.pending >= max(1, self.limits.depth // self.limits.stages)
 
-    def _mask_in_time(self, run: Run, room: Room) -> bool:
+    def _mask_in_time(self, run: Run, draft: Draft) -> bool:
         """Whether every token that a mask depends on is collected before sample() needs the mask: nothing of the run
         that makes tokens is out, or it is in the oldest step, which the loop collects first when depth is reached."""
         if run.masks is None or not run.masked:
             return True
-        if not room.masks:
+        if draft.masks <= 0:
             return False
-        if not run.masks.late:
+        if not run.flying or not run.masks.late:
             return True
-        out = [i for i, plan in enumerate(self._flying) for row in plan.rows if row.run is run and live(row)]
-        return not run.flying or (out == [0] and len(self._flying) + 1 >= self.limits.depth)
+        oldest = self._flying[0].step.step
+        return run.pending == 1 and run.newest == oldest and len(self._flying) + 1 >= self.limits.depth
 
-    def _reserve(self, run: Run, upto: int, drafts: Sequence[Draft]) -> bool:
+    def _reserve(self, run: Run, upto: int, draft: Draft) -> bool:
         """Make room for a run to reach `upto`: evict, then preempt those that came last. False: it was preempted
         itself, or must wait."""
         cache = run.cache
         assert cache is not None
+        if upto <= cache.end and run.lower < cache.due:
+            return True
         cache.trim(run.lower)
-        planned = {id(d.row.run) for d in drafts}
-        while not self.tree.evict(cache.need(upto)):
-            victims = [r for r in self.running if id(r) not in planned]
-            victim = max(victims, key=lambda r: (-r.request.priority, r.order))
+        while not self.store.tree.evict(cache.need(upto)):
+            planned = {row.run for row in draft.rows}
+            victim = max((r for r in self.running if r not in planned), key=lambda r: r.rank)
+            self.estimate.rise()
             self._preempt(victim)
             if victim is run:
                 return False
@@ -330,22 +413,28 @@ class Scheduler:
     def _preempt(self, run: Run) -> None:
         """Back to the queue. Tokens not collected yet are dropped; committed ones will be fed again."""
         self.preemptions += 1
-        self._share(run, run.tokens, run.settled)
+        self.store.share(run, run.settled)
+        self._requeue(run)
+
+    def _requeue(self, run: Run) -> None:
+        """Back to the queue: what is committed will be fed again."""
         self._unseat(run)
-        self.waiting.append(run)
+        run.refill()
+        self.waiting.add(run)
 
     def _unseat(self, run: Run) -> None:
-        assert run.cache is not None
-        dropped = {(g, page) for g, own in enumerate(run.cache.own) for page in own}
-        self._copies = [c for c in self._copies if (c[0], c[3]) not in dropped]
-        run.cache.release()
-        run.cache = None
-        self.running.remove(run)
+        self._sharing.end(run)
+        self.waiting.call(run)
+        self.store.close(run)
+        run.row = None
+        del self.running[run]
+        self._lowest = None
+        self._again = 0
         self._slots.append(run.slot)
         run.epoch += 1
-        run.state, run.fill, run.fed = "waiting", run.tokens, 0
+        run.state = "waiting"
         run.flying = run.verifying = run.pending = 0
-        run.checkpoints.clear()
+        run.stops.clear()
 
     # Commit
 
@@ -364,76 +453,83 @@ class Scheduler:
         """Take the result of the oldest step out. Rows of a run that ended or was preempted since are dropped."""
         oldest = self._flying.popleft()
         assert oldest is plan, "steps are committed in order"
+        self.estimate.fall()
         outputs = []
-        for i, row in enumerate(plan.rows):
-            if not live(row):
-                continue
+        made = zip(plan.rows, result.tokens.tolist(), result.counts.tolist(), result.status.tolist(), strict=True)
+        for i, (row, tokens, count, status) in enumerate(made):
             run = row.run
-            run.pending -= 1
+            if run.state != "seated" or run.epoch != row.epoch:
+                continue
             run.flying -= row.makes
+            if row is run.row and status == OK:  # one token; as below and as `ending` says, which takes longer
+                token = tokens[0]
+                run.settled += 1
+                if token not in run.ends and len(run.out) + 1 < run.most and not run.watched:
+                    run.out.append(token)
+                    outputs.append(Output(rid=run.request.rid, tokens=(token,), cached_tokens=run.cached))
+                else:
+                    outputs.append(self._take(run, tokens[:1], _told(result.logprobs, i)))
+                continue
+            run.pending -= 1
             run.verifying -= row.drafts > 0
-            if result.status[i] != OK:
+            if status != OK:
                 outputs.append(self._fail(run, RequestFailed("the model's output was not finite for this request")))
                 continue
-            count = int(result.counts[i]) if row.makes else 0
-            moved = row.fed - row.drafts + count - 1 if row.makes else row.fed
+            fed = len(row.tokens)
+            moved = fed - row.drafts + count - 1 if row.makes else fed
             run.settled += moved
-            run.upper -= row.fed - moved
-            run.lower += moved - (row.fed - row.drafts)
+            run.upper -= fed - moved
+            run.lower += moved - (fed - row.drafts)
             if row.end:
-                self._share(run, run.fill, run.settled, run.checkpoints.pop(row.end, None))
-            if run.settled >= run.alone_until:
+                self._fed(run, row.end)
+            if run.alone_until and run.settled >= run.alone_until:
                 run.alone_until = 0
-            told = None if row.score < 0 or result.prompt_logprobs is None else result.prompt_logprobs[i]
-            if told is not None:
+                del self._suspects[run]
+            if row.score >= 0 and (told := _told(result.prompt_logprobs, i)) is not None:
                 run.scores += Scores.of(told, len(told.own))
             if row.makes:
-                scores = None if result.logprobs is None else result.logprobs[i]
-                outputs.append(self._extend(run, result.tokens[i, :count].tolist(), scores))
-            elif row.end == len(run.fill) and not self._most(run):
-                outputs.append(self._extend(run, ()))
+                outputs.append(self._take(run, tokens[:count], _told(result.logprobs, i)))
+            elif row.end == run.length and not run.most:
+                outputs.append(self._take(run, ()))
         return outputs
 
-    def _extend(self, run: Run, new: Sequence[int], scores: Logprobs | None = None) -> Output:
-        """Take tokens that were made; none of them for a request that only reads its prompt."""
+    def _fed(self, run: Run, end: int) -> None:
+        """A chunk is committed: share it, and call back those that waited for it."""
+        self.store.share(run, run.settled, at=end)
+        if end == run.length:
+            self._sharing.done(run)
+        if run.followers:
+            self.waiting.call(run, run.settled)
+            self._again = 0
+
+    def _take(self, run: Run, new: Sequence[int], scores: Logprobs | None = None) -> Output:
+        """Tokens were made; none of them for a request that only reads its prompt."""
         q = run.request
-        keep, finish = ending(new, len(run.out), self._most(run), q.params, q.eos, q.stopper)
-        kept = tuple(new[:keep])
-        first = not run.out
+        keep, finish = ending(new, len(run.out), run.most, q.params, q.eos, q.stopper)
+        kept, first = tuple(new[:keep]), not run.out
         run.out += kept
-        if finish is None and run.masks is not None:
-            run.masks.accept(kept)
-        news = Output(rid=q.rid, tokens=kept, cached_tokens=run.cached)
-        if finish is not None:
+        if finish is None:
+            if run.masks is not None:
+                run.masks.accept(kept)
+            news = Output(rid=q.rid, tokens=kept, cached_tokens=run.cached)
+        else:
             news = self._end(run, kept, finish)
         if scores is not None:
-            news = replace(news, logprobs=Scores.of(scores, keep))
+            news.logprobs = Scores.of(scores, keep)
         if first and q.params.prompt_logprobs is not None:
-            news = replace(news, prompt_logprobs=run.scores)
+            news.prompt_logprobs = run.scores
         return news
-
-    def _share(self, run: Run, tokens: Sequence[int], length: int, states: dict[int, int] | None = None) -> None:
-        """Offer the first `length` positions to the tree; models with recurrent state only where a checkpoint is."""
-        cache = run.cache
-        if cache is None or not self.radix or (self._stateful and states is None):
-            return
-        whole = min(length, len(tokens)) // self.tree.page * self.tree.page
-        given = [(states or {}).get(g, NONE) for g in range(len(self.pools))]
-        cache.share(run.request.namespace, as_key(tokens[:whole]), given)
-        for g, page in (states or {}).items():
-            if page in cache.own[g]:  # the tree had one already
-                cache.give(g, page)
-                self._copies = [c for c in self._copies if (c[0], c[3]) != (g, page)]
 
     def _end(self, run: Run, tokens: tuple[int, ...], finish: Finish, error: RadixmeshError | None = None) -> Output:
         """The last news of a run. Rows of it in flight are harmless: they write past the committed end."""
         if run.state == "seated":
             if finish.kind != "error":
-                self._share(run, run.tokens, run.settled)
+                self.store.share(run, run.settled)
             self._unseat(run)
         elif run.state == "waiting":
             self.waiting.remove(run)
         run.state = "ended"
+        self._suspects.pop(run, None)
         del self._runs[run.request.rid]
         return Output(rid=run.request.rid, tokens=tokens, finish=finish, cached_tokens=run.cached, error=error)
 
@@ -446,11 +542,12 @@ class Scheduler:
         """The newest step was refused before anything was enqueued: fail its culprits, return it without them."""
         newest = self._flying.pop()
         assert newest is plan
+        self._last = None
         bad = error.rows or tuple(range(len(plan.rows)))
         slim = without(plan, bad)
         outputs = [self._fail(plan.rows[i].run, error) for i in bad if live(plan.rows[i])]
         if slim is None:
-            self._copies = [(g, s, a, b) for g, s, a, b in plan.step.copies.tolist()] + self._copies
+            self.store.copies = [(g, s, a, b) for g, s, a, b in plan.step.copies.tolist()] + self.store.copies
         else:
             self._flying.append(slim)
         return slim, outputs
@@ -460,26 +557,39 @@ class Scheduler:
 
         Runs that were in the steps out go on alone until they are past where they stood; one that was alone fails.
         """
-        suspects = {id(row.run): row.run for plan in self._flying for row in plan.rows if live(row)}
+        suspects = {row.run: row.run.upper for plan in self._flying for row in plan.rows if live(row)}
         self._flying.clear()
-        self._copies.clear()
-        reached = {key: run.upper for key, run in suspects.items()}
         for run in list(self.running):
-            self._unseat(run)
-            self.waiting.append(run)
-        self.tree.flush()
-        for key, run in suspects.items():
-            run.alone_until = max(run.alone_until, reached[key])
+            self._requeue(run)
+        self.store.copies.clear()
+        self.store.tree.flush()
+        for run, reached in suspects.items():
+            run.alone_until = max(run.alone_until, reached)
+            self._suspects[run] = None
         if len(suspects) != 1:
             return []
-        return [
-            self._fail(run, RequestFailed(f"the device failed on this request: {error}")) for run in suspects.values()
-        ]
+        return [self._fail(run, RequestFailed(f"the device failed on this request: {error}")) for run in suspects]
+
+    def audit(self) -> bool:
+        """Whether every page is somewhere. Where one is lost, which is a fault in this program, all runs are requeued
+        from their committed tokens and begin with an empty cache."""
+        sound = all(account.sound for account in self.accounts())
+        if not sound:
+            self.repairs += 1
+            for run in list(self.running):
+                self._requeue(run)
+            self.store.empty()
+        return sound
 
     def lost(self, error: RadixmeshError) -> list[Output]:
         """The backend is gone: end every request and say why."""
         self._flying.clear()
         return [self._fail(run, error) for run in list(self._runs.values())]
+
+
+def _told(scores: Sequence[Logprobs | None] | None, row: int) -> Logprobs | None:
+    """What a step tells of one row."""
+    return None if scores is None else scores[row]
 
 
 def live(row: Row) -> bool:

@@ -173,6 +173,7 @@ class Metrics(Collector):
         one, late = ("model_name",), stats.status.compiles_after_ready
         yield _counter("radixmesh:steps", "Steps sent to the device.", one, {(model,): stats.steps})
         yield _counter("radixmesh:preemptions", "Requests that lost their slot.", one, {(model,): stats.preemptions})
+        yield _counter("radixmesh:repairs", "Times that pages were found lost.", one, {(model,): stats.repairs})
         yield _counter(
             "radixmesh:compiles_after_ready", "Programs compiled after the start: must stay 0.", one, {(model,): late}
         )

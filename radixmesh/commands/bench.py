@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
     group.callback()(lambda: None)
     group.command()(offline)
     group.command()(agree)
+    group.command()(scheduler)
     group.command()(serve)
     app.add_typer(group, name="bench")
 
@@ -91,6 +92,41 @@ def agree(
             print(f"  (sequence, first token that differs): {f['differ']}")
     if out is not None:
         write(out, "agree", figures)
+
+
+def scheduler(
+    running: Annotated[int, typer.Option(min=1, help="Requests that run.")] = 256,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that wait.")] = 10000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 400,
+    policies: Annotated[str, typer.Option(help="lpm, fcfs, dfs-weight.")] = "lpm,fcfs,dfs-weight",
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+) -> None:
+    """Microseconds of a step's plan and commit, on a device that computes nothing; and what shared prefixes save."""
+    from engine.config import POLICIES
+    from radixmesh.bench import scheduler as bench
+    from radixmesh.bench.record import write
+
+    names = [name.strip() for name in policies.split(",")]
+    for name in names:
+        if name not in POLICIES:
+            raise ConfigError(f"policies: unknown {name!r}; there are {', '.join(POLICIES)}", field="policies")
+    figures: list[dict[str, Any]] = []
+    heads = " ".join(f"{head:>7}" for head in ("running", "waiting", "plan", "commit", "least", "median"))
+    print(f"{'case':8} {'policy':10} {heads} us")
+    for name in names:
+        for case, queued in (("decode", 0), *((case, waiting) for case in bench.CASES)):
+            c = bench.measure(case, name, running, queued, steps)
+            figures.append(asdict(c))
+            told = (c.running, c.waiting, c.plan, c.commit, c.least, c.median)
+            print(f"{case:8} {name:10} " + " ".join(f"{x:7.0f}" for x in told))
+    print(f"{'order':12} {'policy':10} {'shared':>8} {'cached':>8} {'fed':>8}")
+    for name in names:
+        for order in bench.ORDERS:
+            s = bench.share(order, name)
+            figures.append(asdict(s))
+            print(f"{order:12} {name:10} {s.shared:8} {s.cached:8} {s.fed:8}")
+    if out is not None:
+        write(out, "scheduler", figures)
 
 
 def serve(

@@ -1,6 +1,6 @@
-"""Planted faults: each changes one line of the engine (or of the toy device), and a few random trials must notice.
+"""Planted faults: each changes one line of the engine (or of the toy device); a scene or a few random trials notice.
 
-`python -m tests.simulation.faults N` runs fault N in this process and exits 1 when a trial fails, as it should.
+`python -m tests.simulation.faults N` runs fault N in this process and exits 1 when one of them fails, as it should.
 """
 
 from __future__ import annotations
@@ -42,54 +42,140 @@ FAULTS = [
         ("the whole table is not told after a rebase", "self.edits[g] = list(enumerate(self.table[g]))", "pass"),
     ),
     *_faults(
-        "engine.sched.scheduler",
+        "engine.sched.store",
         (
             "state checkpoint copy lost",
-            "self._copies += [(g, 0, cache.write[g], page)",
-            "[(g, 0, cache.write[g], page)",
+            "self.copies += [(g, 0, cache.write[g], page)",
+            "_ = [(g, 0, cache.write[g], page)",
         ),
+        ("rows that outlive their run are shared", "whole = min(length,", "whole = min(length + self.page,"),
+        ("a fork copies nothing", "copies += [(g, 0, source, page) for g, source, page in made]", "pass"),
+        ("a checkpoint inside a page is shared at the page", "if at % self.page == 0 else None", "if at > 0 else None"),
+    ),
+    *_faults(
+        "engine.cache.sequence",
+        ("a fork copies the wrong page", "i = (at - other.base[g]) // group.page", "i = at // group.page - 1"),
+        ("a fork's page is not told", "self.edits[g].append((len(self.table[g]), page))", "pass"),
+        ("a fork reads zeros for its state", "self.read = [page if i == g else", "self.read = [NONE if i == g else"),
+    ),
+    *_faults(
+        "engine.sched.scheduler",
         ("seated row sent as continuing", "start=run.start,", "start=-1,"),
         ("mask one token stale", "run.masks.accept(kept)", "run.masks.accept(kept[:-1])"),
-        ("pages sized without drafts", "run.upper + 1 + k, drafts", "run.upper + 1, drafts"),
-        ("lower bound forgets rejections", "run.lower += n - k", "run.lower += n"),
-        ("copies never cleared", "copies, self._copies = self._copies, []", "copies = list(self._copies)"),
+        ("pages sized without drafts", "run.upper + 1 + k, draft)", "run.upper + 1, draft)"),
+        ("lower bound forgets rejections", "run.lower += moved - (fed - row.drafts)", "run.lower += row.drafts"),
+        (
+            "copies never cleared",
+            "copies, self.store.copies = self.store.copies, []",
+            "copies = list(self.store.copies)",
+        ),
+        ("a row with nothing new is not looked at for its page", "run.upper < cache.still", "run.upper <= cache.still"),
         # Preemption and slot reuse.
         ("epoch not counted", "run.epoch += 1", "run.epoch += 0"),
-        ("preempted output is not fed again", '"waiting", run.tokens, 0', '"waiting", run.request.tokens, 0'),
         ("rows in flight survive a preemption", "run.flying = run.verifying = run.pending = 0", "pass"),
         ("a slot is given out twice", "self._slots.append(run.slot)", "self._slots += [run.slot] * 2"),
-        ("a slot's new tenant sees old results", " and row.run.epoch == row.epoch\n", "\n"),
-        ("rows that outlive their run are shared", "min(length, len(tokens))", "(length + self.tree.page)"),
+        (
+            "a slot's new tenant sees old results",
+            'if run.state != "seated" or run.epoch != row.epoch:\n',
+            'if run.state != "seated":\n',
+        ),
+        ("a steady row outlives its seat", "run.row = None", "pass"),
         # Penalties' history.
         ("fed again, output counts as prompt", "(t, i >= prompt)", "(t, False)"),
-        ("history only at the first seating", "wanted = seated and", "wanted = seated and run.epoch == 0 and"),
+        (
+            "history only at the first seating",
+            "wanted = run.start >= 0 and",
+            "wanted = run.start >= 0 and run.epoch == 0 and",
+        ),
         (
             "history without the output",
             "for i, t in enumerate(run.fill)] if",
             "for i, t in enumerate(run.request.tokens)] if",
         ),
         # Scores and masks.
-        ("a scored prompt comes from the cache", "min(len(run.fill), run.unscored) - 1", "len(run.fill) - 1"),
+        ("a prompt that is scored branches where another's ends", " or run.unscored <= last", ""),
         ("scores of tokens past the end", "Scores.of(scores, keep)", "Scores.of(scores, len(new))"),
-        ("masks forget the tokens in flight", "made, masked = run.made,", "made, masked = len(run.out),"),
-        ("nothing ends a request that only reads", "elif row.end == len(run.fill) and", "elif False and"),
+        ("nothing ends a request that only reads", "elif row.end == run.length and not run.most", "elif False"),
+        ("the last chunk of one that only reads is not fed", "run.most and run.decoding) or", "run.most) or"),
         # Failure.
-        ("tree survives a device failure", "self.tree.flush()\n        for key", "for key"),
+        ("tree survives a device failure", "self.store.tree.flush()\n        for run", "for run"),
         ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
         (
             "suspects run together",
-            "suspects = [r for r in (*self.running, *self.waiting) if r.alone_until]",
-            "suspects = []",
+            "suspect = min(self._suspects, key=lambda r: r.order, default=None)",
+            "suspect = min([], default=None)",
         ),
+        # Waiting for what another computes, and who is next.
+        ("those that wait for a run that is gone wait for ever", "self.waiting.call(run)\n", "pass\n"),
+        ("a deadline is only kept by those that wait", 'if run.state != "ended":', 'if run.state == "waiting":'),
+        ("deadlines are ignored", "self._deadlines[0][0] <= now", "self._deadlines[0][0] < 0"),
+        ("the estimate never rises", "self.estimate.rise()", "pass"),
+        ("the estimate never falls", "self.estimate.fall()", "pass"),
+        ("the highest is preempted", "victim = max(", "victim = min("),
+        ("way is made for those below", "self._lowest = max(", "self._lowest = min("),
+        ("a fork goes on one token late", "return last if self.store.branch", "return last + 1 if self.store.branch"),
+    ),
+    *_faults(
+        "engine.sched.request",
+        (
+            "preempted output is not fed again",
+            "self.fill = [*self.request.tokens, *self.out]",
+            "self.fill = self.request.tokens",
+        ),
+    ),
+    *_faults(
+        "engine.sched.waiting",
+        ("called back only when all is over", "settled >= upto", "settled < 0"),
+        ("who waited for what is forgotten", "self._insert(run)\n\n    def _insert", "pass\n\n    def _insert"),
+    ),
+    *_faults(
+        "engine.sched.sharing",
+        ("chunks end for nobody", "return {end for end in ends if end > run.fed}", "return set()"),
+        ("chunks end where nothing needs it", "return run.length + self.page > self._whole", "return True"),
+        ("nobody is waited for", "if same < self.least or", "if True or"),
+        ("what is computed is not waited for once it is planned", "other.settled >= same or", "other.fed >= same or"),
+        (
+            "a group's prompt is taken on trust",
+            "parent if parent.request.tokens == run.request.tokens else None",
+            "parent",
+        ),
+    ),
+    *_faults(
+        "engine.sched.policy",
+        ("ageing off", "return (now / ageing if ageing else 0.0) - priority, order", "return float(-priority), order"),
+        ("priority inversion", "- priority, order", "+ priority, order"),
+        ("shortest prefix first", "-run.hint, run.rank, run)", "run.hint, run.rank, run)"),
+        ("the lightest branch first", "(-len(b), b[0].rank), reverse=True", "(-len(b), b[0].rank)"),
+    ),
+    *_faults(
+        "engine.sched.admission",
+        ("nothing is kept free for what runs", "return ceil(self.share *", "return ceil(0 *"),
     ),
     *_faults(
         "engine.sched.rows",
         ("refused rows leave their tokens behind", "[i] for i in keep]", "[i] for i in range(len(keep))]"),
         ("one seed for all", "[run.request.seed for run in runs]", "[runs[0].request.seed for run in runs]"),
         ("history of refused rows keeps its row numbers", "(moved[r], *rest)", "(r, *rest)"),
+        ("a step like the last keeps its lengths", "last.step.upper + np.int32(1)", "last.step.upper"),
+        (
+            "a step like the last keeps its pages",
+            "table if isinstance(table, StateTable) else _table",
+            "table if True else _table",
+        ),
     ),
-    *_faults("engine.sched.request", ("scored again after a preemption", " + 1 + len(self.scores)", " + 1")),
-    *_faults("engine.sched.admission", ("bias is not counted", "self.bias -= bias", "pass")),
+    *_faults(
+        "engine.sched.request",
+        ("scored again after a preemption", " + 1 + len(self.scores)", " + 1"),
+        ("masks forget the tokens in flight", "return len(self.out) + self.flying", "return len(self.out)"),
+    ),
+    *_faults(
+        "engine.sched.store",
+        ("a scored prompt comes from the cache", "min(run.length, run.unscored) - 1", "run.length - 1"),
+    ),
+    *_faults(
+        "engine.sched.rows",
+        ("bias is not counted", "self.bias -= len(row.run.request.params.logit_bias)", "pass"),
+    ),
     *_faults(
         "engine.sched.masks",
         ("a late mask is not waited for", "self.late = any(s.late for s in sources)", "self.late = False"),
@@ -151,10 +237,17 @@ def main(number: int) -> int:
     """Run trials with a fault planted: 1 when it was noticed (good), 0 when not, 2 when it could not be planted."""
     sys.meta_path.insert(0, Planter(FAULTS[number]))
     try:
+        from tests.simulation.scenes import SCENES
         from tests.simulation.trial import trial
     except AssertionError as error:
         print(error)
         return 2
+    for scene in SCENES:
+        try:
+            scene()
+        except Exception as error:  # noqa: BLE001 whatever breaks, the fault was noticed
+            print(f"scene {scene.__name__}: {type(error).__name__}: {str(error)[:100]}")
+            return 1
     for seed in range(TRIALS):
         try:
             trial(seed, turns=600)

@@ -37,7 +37,7 @@ def serve(model: Path, requests: Sequence[Request], config: Resolved, rng: rando
     spec = read_spec(model)
     backend = ReferenceBackend(spec, config)
     backend.load(Checkpoint(model, spec))
-    scheduler = Scheduler(backend.limits, policy=config.policy, radix=config.radix)
+    scheduler = Scheduler(backend.limits, policy=config.policy, radix=config.radix, least=8)
     got: dict[str, list[int]] = defaultdict(list)
 
     def emit(outputs: Sequence[Output]) -> None:
@@ -68,7 +68,9 @@ def make(rng: random.Random, count: int) -> list[Request]:
             frequency_penalty=rng.choice([0.0, 0.5]),
         )
         tokens = prefix[: rng.randrange(24)] + [rng.randrange(96) for _ in range(rng.randrange(1, 16))]
-        requests.append(Request(rid=f"r{i}", tokens=tuple(tokens), params=params, seed=rng.randrange(2**64)))
+        for j in range(rng.choice([1, 1, 3])):
+            seed, group = rng.randrange(2**64), f"g{i}"
+            requests.append(Request(rid=f"r{i}.{j}", tokens=tuple(tokens), params=params, seed=seed, group=group))
     return requests
 
 
@@ -91,7 +93,7 @@ def test_batched_equals_alone(model: Path, seed: int) -> None:
         max_tokens=rng.choice([4, 9, 64]),
         token_buckets=(),
         depth=rng.choice([1, 2, 3]),
-        policy=rng.choice(["lpm", "fcfs"]),
+        policy=rng.choice(["lpm", "fcfs", "dfs-weight"]),
     )
     together = serve(model, requests, config, rng)
     alone = Resolved(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from tests.simulation.faults import FAULTS, ROOT
+from tests.simulation.scenes import SCENES
 from tests.simulation.trial import trial
 
 
@@ -21,7 +23,7 @@ def run(seeds: range) -> Counter[str]:
 
 def test_equals_sequential_decoding() -> None:
     seen = run(range(400))
-    for rare in ("cached", "preempted", "failed", "aborted", "errors"):
+    for rare in ("cached", "preempted", "failed", "aborted", "errors", "followed", "branched", "late"):
         assert seen[rare] > 20, f"the trials hardly reach {rare!r}: {seen}"
 
 
@@ -31,9 +33,14 @@ def test_equals_sequential_decoding_long() -> None:
     run(range(400, 8000))
 
 
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_scene(scene: Callable[[], None]) -> None:
+    scene()
+
+
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f.name for f in FAULTS])
 def test_fault_is_noticed(number: int) -> None:
     command = [sys.executable, "-m", "tests.simulation.faults", str(number)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, f"{FAULTS[number].name}: {done.stdout}{done.stderr}"
-    assert done.stdout.startswith("trial "), done.stdout + done.stderr
+    assert done.stdout.startswith(("trial ", "scene ")), done.stdout + done.stderr

@@ -124,12 +124,14 @@ class Fed:
 
 class Toy:
     """The whole contract but device arrays. guess: (slot, position) -> the drafter's next tokens. flaky: called
-    with the tickets out, says whether the device fails now for no reason."""
+    with the tickets out, says whether the device fails now for no reason. copied: pages, by kind; fed: tokens."""
 
     def __init__(self, limits: Limits, seed: int, guess: Callable[[int, int], list[int]], flaky: Callable[[int], bool]):
         self.limits, self.guess, self.flaky = limits, guess, flaky
         self.rng = np.random.default_rng(seed)
         self.failures = 0
+        self.copied: Counter[str] = Counter()
+        self.fed = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -161,10 +163,12 @@ class Toy:
             self._fail("planted")
         for g, _, src, dst in step.copies:
             self.mem[g][dst] = self.mem[g][src]
+            self.copied[self.limits.groups[g].kind] += 1
         for g, table in enumerate(step.tables):
             if isinstance(table, PageTable):
                 for slot, index, page in table.edits:
                     self.table[g][slot, index] = page
+        self.fed += len(step.tokens)
         status = np.full(len(step.slots), OK, np.uint8)
         fed = []
         for r in range(len(step.slots)):

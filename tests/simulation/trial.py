@@ -12,6 +12,7 @@ import numpy as np
 
 from backends.api.limits import Limits
 from backends.api.step import U32
+from engine.errors import DeadlineExceeded
 from engine.model.groups import CacheGroup
 from engine.run.loop import Loop
 from engine.run.messages import Abort, Submit
@@ -169,7 +170,7 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
         prompt = rng.choice(pool)[: rng.randrange(1, 13)] + [
             rng.randrange(ORDINARY) for _ in range(rng.randrange(1, 9))
         ]
-        poison = rng.choice([REFUSED, NAN, DEADLY]) if chaos and rng.random() < 0.15 else None
+        poison = rng.choice([REFUSED, REFUSED, NAN, DEADLY]) if chaos and rng.random() < 0.2 else None
         if poison is not None:
             prompt[rng.randrange(len(prompt))] = poison
         masked = rng.random() < 0.25
@@ -189,24 +190,35 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
             eos=EOS,
             stopper=Pair() if rng.random() < 0.3 else None,
             grammar=Alternate(prompt[-1]) if masked else None,
-            priority=rng.choice([0, 0, 1]),
+            priority=rng.choice([0, 0, 1, 3]),
             namespace=rng.choice(["", "", "other"]),
+            deadline=rng.uniform(1, 60) if chaos and rng.random() < 0.15 else None,
+            group=f"g{i}" if rng.random() < 0.3 else "",
         )
         if rng.random() < 0.25 and poison is None:
             request = replace(request, bad_words=words(rng, truth_of(request, truth, max_len)))
-        expected = [] if poison is not None else truth_of(request, truth, max_len)
-        abort_at = rng.randrange(30) if chaos and rng.random() < 0.15 else None
-        p, all_of_it = request.params, [*prompt, *expected]
-        cases.append(
-            Case(
-                request=request,
-                truth=expected,
-                poison=poison,
-                abort_at=abort_at,
-                scores=scores_of(all_of_it, len(prompt), p.logprobs, truth, request.seed),
-                prompt=scores_of(prompt, p.logprob_start_len + 1, p.prompt_logprobs, truth, request.seed),
+        answers = rng.randrange(2, 5) if request.group else 1
+        for j in range(answers):
+            answer = replace(
+                request,
+                rid=f"r{i}.{j}",
+                seed=request.seed + j,
+                stopper=Pair() if request.stopper else None,
+                grammar=Alternate(prompt[-1]) if masked else None,
             )
-        )
+            expected = [] if poison is not None else truth_of(answer, truth, max_len)
+            abort_at = rng.randrange(30) if chaos and rng.random() < 0.15 else None
+            p = answer.params
+            cases.append(
+                Case(
+                    request=answer,
+                    truth=expected,
+                    poison=poison,
+                    abort_at=abort_at,
+                    scores=scores_of([*prompt, *expected], len(prompt), p.logprobs, truth, answer.seed),
+                    prompt=scores_of(prompt, p.logprob_start_len + 1, p.prompt_logprobs, truth, answer.seed),
+                )
+            )
     return cases
 
 
@@ -243,7 +255,15 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     truth = Truth(kinds=tuple(g.kind for g in limits.groups), window=window)
     chaos, flaky = rng.random() < 0.5, rng.random() < 0.2
     cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}
-    scheduler = Scheduler(limits, policy=rng.choice(["lpm", "fcfs"]), radix=rng.random() < 0.75)
+    scheduler = Scheduler(
+        limits,
+        policy=rng.choice(["lpm", "fcfs", "dfs-weight"]),
+        radix=rng.random() < 0.75,
+        priority_preemption=rng.choice([0, 1, 3]),
+        ageing=rng.choice([0.0, 5.0, 50.0]),
+        least=rng.choice([1, 4, 1000]),
+    )
+    scheduler.estimate.share = rng.choice([0.0, 0.7])
 
     def guess(slot: int, length: int) -> list[int]:
         run = next((r for r in scheduler.running if r.slot == slot), None)
@@ -268,24 +288,34 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
             case.end = output if output.finish else None
             seen["cached"] += output.cached_tokens > 0 and output.finish is not None
 
-    loop = Loop(scheduler, toy, emit)
-    todo, turn = list(cases.values()), 0
+    turn = 0
+    loop = Loop(scheduler, toy, emit, clock=lambda: float(turn))
+    todo, rush = list(cases.values()), rng.choice([0.5, 0.9])
     while todo or loop.busy:
         turn += 1
         assert turn < turns, f"seed {seed}: stuck, {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
-        while todo and rng.random() < 0.5:
+        while todo and rng.random() < rush:
             loop.take([Submit(request=todo.pop(0).request)])
         loop.take([Abort(rid=c.request.rid) for c in cases.values() if c.abort_at == turn and c not in todo])
         loop.turn()
         balance(scheduler, seed)
+        for case in cases.values():
+            late = case.request.deadline is not None and case.request.deadline <= turn and case not in todo
+            assert case.end or not late, f"seed {seed}: {case.request.rid} goes on past its deadline"
+        for run in scheduler.waiting:
+            if run.leader is not None:
+                seen["followed"] += 1
+                assert run.leader.state == "seated", f"seed {seed}: {run.request.rid} waits for what isn't computed"
     for case in cases.values():
         judge(case, seed, lone=flaky and toy.failures > 0)
-    scheduler.tree.flush()
-    assert [p.free for p in scheduler.pools] == list(limits.pages), f"seed {seed}: pages were lost"
+    scheduler.store.tree.flush()
+    assert [p.free for p in scheduler.store.pools] == list(limits.pages), f"seed {seed}: pages were lost"
     seen.update(
         {
             "preempted": scheduler.preemptions,
             "failed": toy.failures,
+            "branched": toy.copied["full"],
+            "late": sum(isinstance(c.end.error, DeadlineExceeded) for c in cases.values() if c.end),
             "aborted": sum(c.end.finish.kind == "abort" for c in cases.values() if c.end),
             "errors": sum(c.end.error is not None for c in cases.values() if c.end),
             f"depth {limits.depth}, drafts {limits.max_draft > 0}": 1,
@@ -309,7 +339,7 @@ def judge(case: Case, seed: int, lone: bool) -> None:
     assert end.finish is not None
     kind, about = end.finish.kind, f"seed {seed}: {rid} {end} got {case.got} truth {case.truth}"
     if kind == "abort":
-        assert case.abort_at is not None, about
+        assert case.abort_at is not None or isinstance(end.error, DeadlineExceeded), about
         assert case.got == case.truth[: len(case.got)] or case.poison is not None, about
     elif case.poison is not None:
         assert kind == "error", about

@@ -1,0 +1,384 @@
+"""Small scenes with a known end: who is seated when, who waits for whom, and how much is computed.
+
+The device is one that makes up its tokens; what is right is counted, not compared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from backends.api.limits import Limits
+from engine.model.groups import CacheGroup
+from engine.run.loop import Loop
+from engine.run.messages import Abort, Submit
+from engine.sampling import SamplingParams
+from engine.sched.admission import HIGH, LOW
+from engine.sched.policy import by_weight
+from engine.sched.request import Output, Request
+from engine.sched.scheduler import Scheduler
+from tests.simulation.toy import ORDINARY, Toy
+from tests.simulation.trial import balance
+
+
+class Stage:
+    """A scheduler over a toy device, and a clock that counts turns. ended: turn at which each request ended; order:
+    those that ended, in order."""
+
+    def __init__(self, *, kinds: Sequence[str] = ("full",), pages: int = 1000, slots: int = 8, page: int = 4, **keys):
+        tokens, max_len = keys.pop("max_tokens", 64), keys.pop("max_len", 128)
+        groups = [
+            CacheGroup(kind=kind, page=0 if kind == "state" else page, window=8 if kind == "window" else 0)
+            for kind in kinds
+        ]
+        limits = Limits(
+            groups=tuple(groups),
+            pages=tuple(40 if kind == "state" else pages for kind in kinds),
+            max_row_pages=tuple(1 if kind == "state" else max_len // page for kind in kinds),
+            slots=slots,
+            max_rows=keys.pop("max_rows", slots),
+            max_tokens=tokens,
+            max_len=max_len,
+            max_edits=1000,
+            vocab=97,
+            max_copies=keys.pop("max_copies", 8),
+        )
+        self.scheduler = Scheduler(limits, **keys)
+        self.toy = Toy(limits, 0, lambda slot, length: [], lambda out: False)
+        self.turn, self.ended, self.order = 0, {}, []
+        self.outputs: dict[str, list[int]] = {}
+        self.last: dict[str, Output] = {}
+        self.loop = Loop(self.scheduler, self.toy, self.hear, clock=lambda: float(self.turn))
+
+    def hear(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            self.outputs.setdefault(output.rid, []).extend(output.tokens)
+            self.last[output.rid] = output
+            if output.finish is not None:
+                self.ended[output.rid] = self.turn
+                self.order.append(output.rid)
+
+    def ask(self, rid: str, tokens: Sequence[int], made: int = 4, **fields) -> None:
+        params = SamplingParams(max_new_tokens=made, temperature=0.0, ignore_eos=True)
+        self.loop.take([Submit(request=Request(rid=rid, tokens=tuple(tokens), params=params, **fields))])
+
+    def run(self, turns: int = 2000, until: Callable[[], bool] = lambda: False) -> None:
+        """Go on until nothing is left, or something is so."""
+        while self.loop.busy and not until():
+            self.turn += 1
+            turns -= 1
+            assert turns > 0, "stuck"
+            self.loop.turn()
+            balance(self.scheduler, 0)
+
+    def to(self, turn: int) -> None:
+        """Go on to the end of this turn."""
+        self.run(until=lambda: self.turn == turn)
+
+    @property
+    def seated(self) -> list[str]:
+        return [run.request.rid for run in self.scheduler.running]
+
+
+def prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(ORDINARY) for _ in range(length)]
+
+
+def shared_prefixes_are_computed_once() -> None:
+    """BENCH.md's `shared`, scaled down: in any order and whatever the policy, all shared tokens but those of the first
+    of each group come from the cache, and nothing is fed twice."""
+    groups, per, prefix, own = 6, 5, 48, 7
+    rng = random.Random(1)
+    bodies = []
+    for _ in range(groups):
+        start = prompt(rng, prefix)
+        bodies.append([[*start, k, *prompt(rng, own)] for k in range(per)])
+    grouped = [(g, k) for g in range(groups) for k in range(per)]
+    orders = {
+        "grouped": grouped,
+        "interleaved": [(g, k) for k in range(per) for g in range(groups)],
+        "shuffled": random.Random(2).sample(grouped, len(grouped)),
+    }
+    for policy in ("lpm", "fcfs", "dfs-weight"):
+        for name, order in orders.items():
+            for slots, dribble in ((64, 0), (64, 3), (7, 0)):
+                stage = Stage(slots=slots, policy=policy, page=16, max_tokens=80)
+                for n, (g, k) in enumerate(order):
+                    stage.ask(f"{g}.{k}", bodies[g][k], made=6)
+                    if dribble and n % dribble == 0:
+                        stage.to(stage.turn + 1)
+                stage.run()
+                about = f"{policy}, {name}, {slots} slots, dribble {dribble}"
+                want = groups * (per - 1) * prefix
+                assert stage.scheduler.cached_tokens == want, f"{about}: {stage.scheduler.cached_tokens} not {want}"
+                fed = groups * (prefix + per * (own + 1)) + groups * per * 5
+                assert stage.toy.fed <= fed + len(order), f"{about}: fed {stage.toy.fed}, not {fed}"
+
+
+def prefixes_behind_a_window_or_a_state_are_computed_once() -> None:
+    """Where a chunk must end for others to go on, it does, if they wait when it is planned."""
+    rng = random.Random(15)
+    start = prompt(rng, 48)
+    for kinds in (("full", "window"), ("full", "state"), ("full", "window", "state")):
+        stage = Stage(kinds=kinds, page=16)
+        for i in range(5):
+            stage.ask(f"{i}", [*start, i, *prompt(rng, 9)], made=3)
+        stage.run()
+        assert stage.scheduler.cached_tokens == 4 * 48, f"{kinds}: {stage.scheduler.cached_tokens}"
+
+
+def prompts_that_differ_wait_for_nobody() -> None:
+    """A workload with nothing to share takes the same steps as if sharing did not exist."""
+    steps = []
+    for least in (32, 10**6):
+        rng = random.Random(3)
+        stage = Stage(slots=8, least=least)
+        for i in range(40):
+            stage.ask(f"{i}", prompt(rng, 50), made=5)
+        stage.run()
+        steps.append(stage.loop.steps)
+    assert steps[0] == steps[1], steps
+
+
+def a_long_prefix_is_waited_for() -> None:
+    """To its end, over many chunks; what comes meanwhile and shares nothing is not held up."""
+    rng = random.Random(14)
+    start = prompt(rng, 96)
+    stage = Stage(max_tokens=16)
+    for i in range(4):
+        stage.ask(f"{i}", [*start, i], made=20 if i == 0 else 2)
+    stage.ask("other", prompt(rng, 10), made=1)
+    stage.run()
+    assert stage.scheduler.cached_tokens == 3 * 96, stage.scheduler.cached_tokens
+    assert (stage.order[0], stage.order[-1]) == ("other", "0"), stage.order
+
+
+def the_lowest_makes_room() -> None:
+    """Where pages run short the lowest priority is preempted, though it came first."""
+    stage = Stage(pages=40, ageing=0.0)
+    stage.scheduler.estimate.share = 0.0
+    for rid, priority in (("low", 0), ("high", 2), ("middle", 1)):
+        stage.ask(rid, prompt(random.Random(priority), 20), made=80, priority=priority)
+    stage.run()
+    assert stage.scheduler.preemptions > 0
+    assert stage.order == ["high", "middle", "low"], stage.order
+
+
+def who_computes_may_go() -> None:
+    """When the run that computes a prefix is aborted, those that wait for it go on, one of them first."""
+    rng = random.Random(4)
+    start = prompt(rng, 100)
+    stage = Stage(max_tokens=16)
+    for i in range(4):
+        stage.ask(f"{i}", [*start, i], made=2)
+    stage.to(3)
+    assert stage.seated == ["0"], stage.seated
+    stage.loop.take([Abort(rid="0")])
+    stage.to(6)
+    assert stage.seated == ["1"], stage.seated
+    stage.run()
+    assert set(stage.ended) == {"0", "1", "2", "3"}
+    assert stage.toy.fed < 2 * len(start), stage.toy.fed
+
+
+def answers_share_a_prompt() -> None:
+    """n answers feed the prompt once and one token each, and the last page is copied for each but the first."""
+    for kinds, page in ((("full",), 4), (("full", "window"), 4), (("full", "state"), 4), (("full",), 16)):
+        for length in (41, 44, 47, 48):
+            stage = Stage(kinds=kinds, page=page)
+            tokens = prompt(random.Random(length), length)
+            for i in range(4):
+                stage.ask(f"{i}", tokens, made=3, seed=i, group="g")
+            stage.run()
+            about = f"{kinds}, page {page}, {length} tokens"
+            assert stage.toy.fed == length + 3 + 4 * 2, f"{about}: fed {stage.toy.fed}"
+            assert stage.scheduler.cached_tokens == 3 * (length - 1), f"{about}: {stage.scheduler.cached_tokens} cached"
+            assert kinds != ("full",) or stage.loop.steps <= 5, f"{about}: {stage.loop.steps} steps"
+            copied = 0 if (length - 1) % page == 0 else 3
+            assert stage.toy.copied["full"] == copied, f"{about}: {stage.toy.copied}"
+    stage = Stage(max_copies=0)
+    tokens = prompt(random.Random(5), 47)
+    for i in range(4):
+        stage.ask(f"{i}", tokens, made=3, seed=i, group="g")
+    stage.run()
+    assert stage.toy.fed == 47 + 3 * 3 + 4 * 2, f"without copies the last page is computed again: {stage.toy.fed}"
+
+
+def a_group_is_checked() -> None:
+    """Requests that say they are answers to one prompt, and are not, share nothing."""
+    stage = Stage()
+    rng = random.Random(6)
+    first = prompt(rng, 46)
+    stage.ask("0", first, made=30, group="g")
+    stage.to(4)
+    stage.ask("1", [*first[:45], (first[45] + 1) % ORDINARY], made=2, group="g")
+    stage.ask("2", [*first[:44], (first[44] + 1) % ORDINARY, 1], made=2, group="g")
+    stage.run()
+    assert stage.toy.copied["full"] == 0, stage.toy.copied
+
+
+def higher_goes_first() -> None:
+    """One slot: by priority, then arrival."""
+    stage = Stage(slots=1, ageing=0.0)
+    wanted = {"a": 0, "b": 2, "c": 1, "d": 2, "e": -1}
+    stage.ask("first", [1, 2, 3], made=3)
+    stage.to(2)
+    for rid, priority in wanted.items():
+        stage.ask(rid, [ord(rid) % 90, 5, 7], priority=priority)
+    stage.run()
+    assert stage.order == ["first", "b", "d", "c", "a", "e"], stage.order
+
+
+def higher_takes_the_seat() -> None:
+    """A request that is enough above a running one takes its seat, or its turn at the prompt; no other does."""
+    for slots, pages in ((2, 1000), (8, 33)):  # no slot, or no page
+        stage = Stage(slots=slots, pages=pages, priority_preemption=10, ageing=0.0)
+        stage.scheduler.estimate.share = 0.0
+        stage.ask("low", prompt(random.Random(7), 60), made=40)
+        stage.ask("lower", prompt(random.Random(8), 20), made=40, priority=-1)
+        stage.to(6)
+        assert stage.seated == ["low", "lower"], stage.seated
+        stage.ask("nine", prompt(random.Random(9), 50), made=3, priority=8)
+        stage.to(12)
+        assert stage.seated == ["low", "lower"], stage.seated
+        stage.ask("ten", prompt(random.Random(10), 50), made=3, priority=9)
+        stage.to(15)
+        assert "ten" in stage.seated, stage.seated
+        assert "low" in stage.seated, stage.seated
+        assert "lower" not in stage.seated, stage.seated
+        stage.run()
+        assert stage.order[0] == "ten", stage.order
+        assert {rid: len(out) for rid, out in stage.outputs.items()} == {"low": 40, "lower": 40, "nine": 3, "ten": 3}
+    stage = Stage(max_tokens=8, ageing=0.0)
+    stage.ask("long", prompt(random.Random(11), 120), made=1)
+    stage.to(3)
+    stage.ask("urgent", prompt(random.Random(12), 8), made=1, priority=10)
+    stage.run()
+    assert stage.order == ["urgent", "long"], stage.order
+    never = Stage(slots=1, priority_preemption=0)
+    never.ask("low", [1, 2], made=20)
+    never.to(3)
+    never.ask("high", [3, 4], priority=1000)
+    never.run()
+    assert never.order == ["low", "high"]
+
+
+def nobody_starves() -> None:
+    """One slot, and a stream of requests of higher priority: the low one is seated once it has waited long enough."""
+    ended = {}
+    for ageing in (0.0, 20.0):
+        stage = Stage(slots=1, ageing=ageing)
+        stage.ask("first", [1], made=4)
+        stage.to(1)
+        stage.ask("low", [1, 2, 3], made=2)
+        for i in range(100):
+            stage.ask(f"high{i}", [i % 90, 1, 2], made=2, priority=3)
+            stage.to(stage.turn + 2)
+        ended[ageing] = stage.ended.get("low")
+        stage.run()
+    assert ended[0.0] is None, ended
+    assert ended[20.0] is not None, ended
+    assert 40 < ended[20.0] < 120, ended
+
+
+def deadlines_are_kept() -> None:
+    """Past its deadline a request ends and says so, whether it waits or runs; before, it is not touched."""
+    stage = Stage(slots=1)
+    stage.ask("runs", [1, 2, 3], made=100, deadline=20.5)
+    stage.ask("waits", [4, 5, 6], made=4, deadline=10.0)
+    stage.ask("in time", [7, 8, 9], made=4, deadline=100.0)
+    stage.run()
+    assert stage.ended["waits"] == 10, stage.ended
+    assert stage.ended["runs"] == 21, stage.ended
+    for rid in ("runs", "waits"):
+        assert type(stage.last[rid].error).__name__ == "DeadlineExceeded", stage.last[rid]
+        assert stage.last[rid].finish.kind == "abort"
+    assert 10 < len(stage.outputs["runs"]) < 21
+    assert stage.last["in time"].finish.kind == "length"
+
+
+def the_estimate_adapts() -> None:
+    """Short of pages, with all made that may be made: few preemptions. With steps that go well the share falls."""
+    stage = Stage(pages=64, slots=32, max_len=128, radix=False)
+    stage.scheduler.estimate.share = LOW
+    for i in range(60):
+        stage.ask(f"{i}", prompt(random.Random(i), 8), made=56)
+    stage.run(until=lambda: len(stage.ended) >= 30, turns=4000)
+    before = stage.scheduler.preemptions
+    assert stage.scheduler.estimate.share > 2 * LOW, stage.scheduler.estimate.share
+    stage.run(turns=4000)
+    assert 0 < before < 20, f"{before} preemptions for 30 requests"
+    stage = Stage(pages=64, slots=32)
+    for i in range(400):
+        stage.ask(f"{i}", [i % 90, i // 90, 3], made=3)
+    stage.run()
+    assert stage.scheduler.estimate.share < HIGH - 0.05, stage.scheduler.estimate.share
+
+
+def branches_by_weight() -> None:
+    """dfs-weight: the heavier branch first, deepest first, and what others go on from before them."""
+    stage = Stage(slots=1)
+    prompts = {"a": [1, 2, 9], "b": [3, 4, 5], "c": [3, 4, 6], "d": [3, 4], "e": [3, 7, 7], "f": [8], "g": [3, 4, 6, 1]}
+    stage.ask("first", [80], made=50)
+    stage.to(2)
+    for rid, tokens in prompts.items():
+        stage.ask(rid, tokens)
+    order = [run.request.rid for run in by_weight(stage.scheduler.waiting.first(100))]
+    assert order == ["d", "c", "g", "b", "e", "a", "f"], order
+
+
+def longest_prefix_first() -> None:
+    """lpm seats what the cache holds most of; the window moves on, so all are seated."""
+    rng = random.Random(13)
+    stage = Stage(slots=1, ageing=0.0)
+    known = prompt(rng, 60)
+    stage.ask("known", known, made=1)
+    stage.run()
+    stage.ask("first", prompt(rng, 4), made=3)
+    stage.run(until=lambda: len(stage.seated) == 1)
+    lengths = Counter({"none": 0, "some": 12, "all": 60, "half": 32})
+    for rid, n in lengths.items():
+        stage.ask(rid, [*known[:n], 1 + n, 2, 3], made=1)
+    for i in range(300):
+        stage.ask(f"x{i}", [5, i % 90, i // 90], made=1)
+    stage.run()
+    assert stage.order[2:6] == ["all", "half", "some", "none"], stage.order[:8]
+    assert len(stage.order) == 306
+
+
+def lost_pages_are_found() -> None:
+    """A page that nobody has is noticed, all begin anew with an empty cache, and nothing that was promised is lost."""
+    stage, whole = Stage(pages=40), Stage(pages=40)
+    for s in (stage, whole):
+        for i in range(6):
+            s.ask(f"{i}", prompt(random.Random(i), 20), made=20)
+    whole.run()
+    stage.to(10)
+    assert stage.scheduler.audit()
+    stage.scheduler.store.pools[0].take(1)
+    assert not stage.scheduler.audit()
+    assert stage.scheduler.repairs == 1
+    assert stage.scheduler.audit()
+    stage.run()
+    assert stage.outputs == whole.outputs
+
+
+SCENES = (
+    prefixes_behind_a_window_or_a_state_are_computed_once,
+    a_long_prefix_is_waited_for,
+    the_lowest_makes_room,
+    shared_prefixes_are_computed_once,
+    prompts_that_differ_wait_for_nobody,
+    who_computes_may_go,
+    answers_share_a_prompt,
+    a_group_is_checked,
+    higher_goes_first,
+    higher_takes_the_seat,
+    nobody_starves,
+    deadlines_are_kept,
+    the_estimate_adapts,
+    branches_by_weight,
+    longest_prefix_first,
+    lost_pages_are_found,
+)
