@@ -66,6 +66,9 @@ def by_weight(runs: Sequence[Run]) -> list[Run]:
     todo = [(branch, 0) for branch in _lightest_first((run.request.namespace, run) for run in runs)]
     while todo:
         branch, at = todo.pop()
+        if len(branch) == 1:
+            out += branch
+            continue
         low, high = min(r.key for r in branch), max(r.key for r in branch)
         at += alike(low[at:], high[at:])  # what the first and the last in alphabetical order share, all share
         out += [run for run in branch if len(run.key) == at]

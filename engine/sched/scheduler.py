@@ -68,7 +68,7 @@ class Scheduler:
         self._sharing = Sharing(limits.groups, self.store.page, least)
         self._runs: dict[str, Run] = {}
         self._suspects: dict[Run, None] = {}
-        self._deadlines: list[tuple[float, int, Run]] = []
+        self._deadlines: list[tuple[float, int, str]] = []
         self._slots = list(range(limits.slots - 1, -1, -1))
         self._flying: deque[Plan] = deque()
         self._last: Plan | None = None
@@ -104,7 +104,7 @@ class Scheduler:
         self._again = 0
         self.waiting.add(run)
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, run.order, run))
+            heapq.heappush(self._deadlines, (request.deadline, run.order, request.rid))
 
     def _bound(self, request: Request) -> None:
         """Raise Overloaded where a request would wait in a queue that is full."""
@@ -131,8 +131,9 @@ class Scheduler:
         """End the requests whose deadline has passed, waiting or running."""
         outputs = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, run = heapq.heappop(self._deadlines)
-            if run.state != "ended":
+            _, order, rid = heapq.heappop(self._deadlines)
+            run = self._runs.get(rid)
+            if run is not None and run.order == order:
                 error = DeadlineExceeded(f"deadline: it passed after {len(run.out)} tokens", field="deadline")
                 outputs.append(self._end(run, (), Finish(kind="abort"), error))
         return outputs
@@ -310,12 +311,11 @@ class Scheduler:
                 return
             if before is not None and run.rank[0] > before:
                 return
-            if run.leader is None and self._seat(run, draft):
-                self._prefill(run, draft)
-            elif run.leader is None:
+            if not self._seat(run, draft):
                 self._again = self._steps + RETRY
                 self.store.spare(self.running)
                 return
+            self._prefill(run, draft)
 
     def _estimate(self, run: Run, match: Match) -> list[int]:
         """Pages that seating a run needs now: what it feeds, a page for each run that decodes beside it, and a share of
@@ -464,6 +464,8 @@ class Scheduler:
             if row is run.row and status == OK:  # one token; as below and as `ending` says, which takes longer
                 token = tokens[0]
                 run.settled += 1
+                if run.alone_until:
+                    self._passed(run)
                 if token not in run.ends and len(run.out) + 1 < run.most and not run.watched:
                     run.out.append(token)
                     outputs.append(Output(rid=run.request.rid, tokens=(token,), cached_tokens=run.cached))
@@ -482,9 +484,7 @@ class Scheduler:
             run.lower += moved - (fed - row.drafts)
             if row.end:
                 self._fed(run, row.end)
-            if run.alone_until and run.settled >= run.alone_until:
-                run.alone_until = 0
-                del self._suspects[run]
+            self._passed(run)
             if row.score >= 0 and (told := _told(result.prompt_logprobs, i)) is not None:
                 run.scores += Scores.of(told, len(told.own))
             if row.makes:
@@ -492,6 +492,12 @@ class Scheduler:
             elif row.end == run.length and not run.most:
                 outputs.append(self._take(run, ()))
         return outputs
+
+    def _passed(self, run: Run) -> None:
+        """A run that had to go on alone need not any more, once it is past where it stood."""
+        if run.alone_until and run.settled >= run.alone_until:
+            run.alone_until = 0
+            del self._suspects[run]
 
     def _fed(self, run: Run, end: int) -> None:
         """A chunk is committed: share it, and call back those that waited for it."""
@@ -571,8 +577,8 @@ class Scheduler:
         return [self._fail(run, RequestFailed(f"the device failed on this request: {error}")) for run in suspects]
 
     def audit(self) -> bool:
-        """Whether every page is somewhere. Where one is lost, which is a fault in this program, all runs are requeued
-        from their committed tokens and begin with an empty cache."""
+        """Whether every page is somewhere. Where one is lost, which is a fault in this program, the cache begins anew:
+        all runs are requeued from their committed tokens."""
         sound = all(account.sound for account in self.accounts())
         if not sound:
             self.repairs += 1

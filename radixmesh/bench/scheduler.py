@@ -44,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """32 groups of 8 requests, 2,048 tokens that a group shares and 128 of their own, arriving in some order: tokens
+    """32 groups of 8 requests, 2,048 tokens that a group shares, 128 of their own and 128 made, in some order: tokens
     that were shared and might come from the cache, those that did, all tokens that were fed, and the steps."""
 
     order: str
@@ -122,7 +122,7 @@ def measure(case: str, policy: str, running: int, waiting: int, steps: int) -> C
     """One case. "decode": some run and others wait for their slots. "pages": there are slots, but no pages for more.
     "flow": each that ends, after 1 to 511 tokens, makes room for one that waits."""
     flows = case == "flow"
-    made = range(1, 512, 2) if flows else [2900]
+    made = random.Random(0).sample(range(1, 512, 2), 256) if flows else [2900]
     scheduler = Scheduler(
         limits_of(running * 2 if case == "pages" else running, running * (1560 if case == "pages" else 4096)),
         policy=policy,
@@ -168,8 +168,8 @@ def share(order: str, policy: str, groups: int = 32, per: int = 8, prefix: int =
         places.sort(key=lambda place: place[::-1])
     elif order == "shuffled":
         random.Random(1).shuffle(places)
-    scheduler = Scheduler(limits_of(groups * per, groups * (prefix + per * 2 * own)), policy=policy)
-    null, params = Null(scheduler), SamplingParams(temperature=0.0, max_new_tokens=128, ignore_eos=True)
+    scheduler = Scheduler(limits_of(groups * per, 2 * groups * (prefix + per * 2 * own)), policy=policy)
+    null, params = Null(scheduler), SamplingParams(temperature=0.0, max_new_tokens=own, ignore_eos=True)
     for g, k in places:
         scheduler.submit(Request(rid=f"{g}.{k}", tokens=tuple(prompts[g][k]), params=params), 0.0)
     while scheduler.busy:

@@ -99,6 +99,7 @@ def scheduler(
     waiting: Annotated[int, typer.Option(min=0, help="Requests that wait.")] = 10000,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 400,
     policies: Annotated[str, typer.Option(help="lpm, fcfs, dfs-weight.")] = "lpm,fcfs,dfs-weight",
+    scale: Annotated[int, typer.Option(min=1, help="Divide the prompts of the shared workload by this.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
 ) -> None:
     """Microseconds of a step's plan and commit, on a device that computes nothing; and what shared prefixes save."""
@@ -122,7 +123,7 @@ def scheduler(
     print(f"{'order':12} {'policy':10} {'shared':>8} {'cached':>8} {'fed':>8}")
     for name in names:
         for order in bench.ORDERS:
-            s = bench.share(order, name)
+            s = bench.share(order, name, prefix=2048 // scale, own=128 // scale)
             figures.append(asdict(s))
             print(f"{order:12} {name:10} {s.shared:8} {s.cached:8} {s.fed:8}")
     if out is not None:

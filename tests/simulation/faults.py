@@ -100,6 +100,7 @@ FAULTS = [
         # Failure.
         ("tree survives a device failure", "self.store.tree.flush()\n        for run", "for run"),
         ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
+        ("suspects stay alone to their end", "if run.alone_until:\n                    self._passed(run)", "pass"),
         (
             "suspects run together",
             "suspect = min(self._suspects, key=lambda r: r.order, default=None)",
@@ -107,7 +108,7 @@ FAULTS = [
         ),
         # Waiting for what another computes, and who is next.
         ("those that wait for a run that is gone wait for ever", "self.waiting.call(run)\n", "pass\n"),
-        ("a deadline is only kept by those that wait", 'if run.state != "ended":', 'if run.state == "waiting":'),
+        ("a deadline is only kept by those that wait", "run.order == order:", 'run.state == "waiting":'),
         ("deadlines are ignored", "self._deadlines[0][0] <= now", "self._deadlines[0][0] < 0"),
         ("the estimate never rises", "self.estimate.rise()", "pass"),
         ("the estimate never falls", "self.estimate.fall()", "pass"),
@@ -133,7 +134,7 @@ FAULTS = [
         ("chunks end for nobody", "return {end for end in ends if end > run.fed}", "return set()"),
         ("chunks end where nothing needs it", "return run.length + self.page > self._whole", "return True"),
         ("nobody is waited for", "if same < self.least or", "if True or"),
-        ("what is computed is not waited for once it is planned", "other.settled >= same or", "other.fed >= same or"),
+        ("what is computed is not waited for once it is planned", "other.settled >= same:", "other.fed >= same:"),
         (
             "a group's prompt is taken on trust",
             "parent if parent.request.tokens == run.request.tokens else None",

@@ -24,7 +24,7 @@ from tests.simulation.trial import balance
 
 class Stage:
     """A scheduler over a toy device, and a clock that counts turns. ended: turn at which each request ended; order:
-    those that ended, in order."""
+    those that ended, in order. broken: a turn in which the device fails."""
 
     def __init__(self, *, kinds: Sequence[str] = ("full",), pages: int = 1000, slots: int = 8, page: int = 4, **keys):
         tokens, max_len = keys.pop("max_tokens", 64), keys.pop("max_len", 128)
@@ -45,7 +45,8 @@ class Stage:
             max_copies=keys.pop("max_copies", 8),
         )
         self.scheduler = Scheduler(limits, **keys)
-        self.toy = Toy(limits, 0, lambda slot, length: [], lambda out: False)
+        self.toy = Toy(limits, 0, lambda slot, length: [], lambda out: self.turn == self.broken)
+        self.broken = -1
         self.turn, self.ended, self.order = 0, {}, []
         self.outputs: dict[str, list[int]] = {}
         self.last: dict[str, Output] = {}
@@ -347,6 +348,18 @@ def longest_prefix_first() -> None:
     assert len(stage.order) == 306
 
 
+def the_innocent_go_on_together() -> None:
+    """After a device failure each shows alone that it wasn't to blame, and no longer than that."""
+    stage = Stage()
+    stage.broken = 10
+    for i in range(4):
+        stage.ask(f"{i}", [i, 2, 3], made=60)
+    stage.run()
+    assert stage.toy.failures == 1
+    assert {len(out) for out in stage.outputs.values()} == {60}
+    assert stage.loop.steps < 100, stage.loop.steps
+
+
 def lost_pages_are_found() -> None:
     """A page that nobody has is noticed, all begin anew with an empty cache, and nothing that was promised is lost."""
     stage, whole = Stage(pages=40), Stage(pages=40)
@@ -365,6 +378,7 @@ def lost_pages_are_found() -> None:
 
 
 SCENES = (
+    the_innocent_go_on_together,
     prefixes_behind_a_window_or_a_state_are_computed_once,
     a_long_prefix_is_waited_for,
     the_lowest_makes_room,

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
+from engine.run import loop
 from tests.simulation.faults import FAULTS, ROOT
-from tests.simulation.scenes import SCENES
-from tests.simulation.trial import trial
+from tests.simulation.scenes import SCENES, Stage
+from tests.simulation.trial import balance, trial
 
 
 def run(seeds: range) -> Counter[str]:
@@ -31,6 +32,21 @@ def test_equals_sequential_decoding() -> None:
 @pytest.mark.timeout(1800)
 def test_equals_sequential_decoding_long() -> None:
     run(range(400, 8000))
+
+
+def test_the_loop_counts_pages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Now and then; what is lost is repaired, counted and said."""
+    monkeypatch.setattr(loop, "AUDIT_STEPS", 8)
+    stage = Stage()
+    stage.ask("long", [1, 2, 3], made=40)
+    stage.to(10)
+    stage.scheduler.store.pools[0].take(1)
+    while stage.loop.busy:
+        stage.loop.turn()
+    assert len(stage.outputs["long"]) == 40
+    assert stage.loop.stats().repairs == 1
+    assert capsys.readouterr().err.count("pages were lost") == 1
+    balance(stage.scheduler, 0)
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
