@@ -6,8 +6,9 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,18 +17,20 @@ from uuid import uuid4
 from backends.api.protocol import Status
 from engine.config import load
 from engine.errors import InvalidRequest
-from engine.run.answer import Answer
+from engine.run.answer import Answer, several
 from engine.run.client import Streams
 from engine.run.local import LocalClient
 from engine.run.messages import Abort, Submit
 from engine.run.start import decide, start
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, scoring
 from engine.sched.admission import check_request
 from engine.sched.request import Request
 from engine.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "demo"
 """The model that comes with the package."""
+MOST = 1024
+"""Answers to one prompt."""
 
 Params: TypeAlias = SamplingParams | Mapping[str, Any] | None
 Result: TypeAlias = dict[str, Any]
@@ -87,17 +90,30 @@ class Engine:
         prompts: str | Sequence[str] | None = None,
         token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         sampling_params: Params | Sequence[Params] = None,
+        *,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+        return_text_in_logprobs: bool = False,
+        cache_salt: str = "",
     ) -> Result | list[Result]:
         """Complete one prompt, or a list of them together.
 
-        prompts or token_ids: one, or a list. sampling_params: SGLang's names, one for all or a list with one each.
-        Gives a dict for one prompt and a list of dicts for a list: text (not with skip_tokenizer), output_ids and
+        prompts or token_ids: one, or a list. sampling_params: SGLang's names, one for all or a list with one each; a
+        mapping may hold `n`, answers to each prompt, which stand side by side in the list that comes back.
+        return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs: SGLang's way to ask for logprobs;
+        -1 is none of the prompt. cache_salt: keeps the prefix cache of those who give it apart.
+        Gives a dict for one answer and a list of dicts for several: text (not with skip_tokenizer), output_ids and
         meta_info: id, prompt_tokens, completion_tokens, cached_tokens, seed and finish_reason, which is
-        {"type": "length", "length": n}, {"type": "stop", "matched": id or string} or {"type": "abort", "message": why}.
+        {"type": "length", "length": n}, {"type": "stop", "matched": id or string} or {"type": "abort", "message": why};
+        with logprobs also input_token_logprobs and output_token_logprobs, (logprob, id, text or None) each, and
+        input_top_logprobs and output_top_logprobs.
 
         Raises InvalidRequest (ContextOverflow) naming the field before anything of the list is enqueued.
         """
-        answers, many = self._answers(prompts, token_ids, sampling_params)
+        scores, _ = scoring(return_logprob, logprob_start_len, top_logprobs_num)
+        spell = self._spell(return_text_in_logprobs)
+        answers, many = self._answers(prompts, token_ids, sampling_params, scores, cache_salt)
         unread: list[str] = []
         try:
             for answer in answers:
@@ -110,7 +126,7 @@ class Engine:
             for rid in unread:  # interrupted
                 self._client.say(Abort(rid=rid))
                 deque(self._streams.read(rid), maxlen=0)
-        results = [answer.result() for answer in answers]
+        results = [answer.result(spell) for answer in answers]
         return results if many else results[0]
 
     def stream(
@@ -118,25 +134,43 @@ class Engine:
         prompt: str | None = None,
         token_ids: Sequence[int] | None = None,
         sampling_params: Params = None,
+        *,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+        return_text_in_logprobs: bool = False,
+        cache_salt: str = "",
     ) -> Iterator[Result]:
-        """Complete one prompt and give what there is after each step, as `generate` would.
+        """Complete one prompt and give what there is after each step, as `generate` would; n is 1.
 
         As SGLang has it, text and output_ids are all of the answer so far, not what is new; text is never taken back.
         finish_reason is None until the last. Closing the iterator early aborts the request.
         """
         if isinstance(sampling_params, (list, tuple)):
             raise InvalidRequest("sampling_params: must be a mapping or SamplingParams", field="sampling_params")
-        answers, many = self._answers(prompt, token_ids, sampling_params)
+        scores, _ = scoring(return_logprob, logprob_start_len, top_logprobs_num)
+        answers, many = self._answers(prompt, token_ids, sampling_params, scores, cache_salt)
+        if len({a.request.tokens for a in answers}) < len(answers):
+            raise InvalidRequest("n: stream gives one answer; use generate for several", field="n")
         if many:
             raise InvalidRequest("prompt: stream takes one prompt; use generate for a list", field="prompt")
-        return self._stream(answers[0])
+        return self._stream(answers[0], self._spell(return_text_in_logprobs))
 
-    def _stream(self, answer: Answer) -> Iterator[Result]:
+    def _stream(self, answer: Answer, spell: Callable[[int], str] | None) -> Iterator[Result]:
         self._submit(answer)
         with closing(self._streams.read(answer.request.rid)) as outputs:
             for output in outputs:
                 answer.take(output)
-                yield answer.result()
+                yield answer.result(spell)
+
+    def _spell(self, wanted: bool) -> Callable[[int], str] | None:
+        """What gives the texts beside logprobs. Raises InvalidRequest without a tokenizer."""
+        tokenizer = self.tokenizer
+        if not wanted:
+            return None
+        if tokenizer is None:
+            raise InvalidRequest("return_text_in_logprobs: there is no tokenizer", field="return_text_in_logprobs")
+        return lambda token: tokenizer.piece(token)[0]
 
     def _submit(self, answer: Answer) -> None:
         self._streams.open(Submit(request=answer.request), answer.request.rid)
@@ -147,8 +181,10 @@ class Engine:
             for output in outputs:
                 answer.take(output)
 
-    def _answers(self, prompts: Any, token_ids: Any, sampling_params: Any) -> tuple[list[Answer], bool]:
-        """Everything that is asked, checked, and whether it was a list."""
+    def _answers(
+        self, prompts: Any, token_ids: Any, sampling_params: Any, scores: Mapping[str, Any], salt: str
+    ) -> tuple[list[Answer], bool]:
+        """Everything that is asked, checked, and whether it is a list."""
         ids, many = self._prompts(prompts, token_ids)
         if isinstance(sampling_params, (list, tuple)):
             if not many or len(sampling_params) != len(ids):
@@ -156,18 +192,20 @@ class Engine:
                     f"sampling_params: a list of {len(sampling_params)} for {len(ids)} prompts; give one each",
                     field="sampling_params",
                 )
-            params = [SamplingParams.of(p) for p in sampling_params]
+            params = [_wanted(p, scores) for p in sampling_params]
         else:
-            params = [SamplingParams.of(sampling_params)] * len(ids)
-        answers = [self._answer(i, p) for i, p in zip(ids, params, strict=True)]
-        for i, answer in enumerate(answers):
+            params = [_wanted(sampling_params, scores)] * len(ids)
+        answers: list[Answer] = []
+        for i, (tokens, (one, n)) in enumerate(zip(ids, params, strict=True)):
+            request = self._request(tokens, one, salt)
             try:
-                check_request(answer.request, self._client.info.limits, self._client.info.room, ())
+                check_request(request, self._client.info.limits, self._client.info.room, ())
             except InvalidRequest as error:
                 if not many:
                     raise
                 raise type(error)(f"{error} (in prompt {i} of the list)", field=error.field) from error
-        return answers, many
+            answers += [Answer.of(r, self.tokenizer) for r in several(request, n)]
+        return answers, many or len(answers) > 1
 
     def _prompts(self, prompts: Any, token_ids: Any) -> tuple[list[tuple[int, ...]], bool]:
         """The token ids of each prompt, and whether it was a list."""
@@ -190,18 +228,31 @@ class Engine:
                 raise InvalidRequest(f"prompts: must be a string that is not empty, not {text!r}", field="prompts")
         return [tuple(self.tokenizer.encode(text)) for text in texts], many
 
-    def _answer(self, tokens: tuple[int, ...], params: SamplingParams) -> Answer:
+    def _request(self, tokens: tuple[int, ...], params: SamplingParams, salt: str) -> Request:
         if self.tokenizer is None and params.stop:
             raise InvalidRequest("stop: there is no tokenizer (skip_tokenizer); use stop_token_ids", field="stop")
-        request = Request(
+        words = () if self.tokenizer is None else self.tokenizer.sequences(params.bad_words)
+        return Request(
             rid=uuid4().hex,
             tokens=tokens,
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             eos=frozenset(self._client.info.eos),
             arrival=time.monotonic(),
+            namespace=(salt,) if salt else (),
+            bad_words=words,
         )
-        return Answer.of(request, self.tokenizer)
+
+
+def _wanted(given: Params, scores: Mapping[str, Any]) -> tuple[SamplingParams, int]:
+    """The parameters of a prompt, and how many answers it wants. Raises InvalidRequest."""
+    n: Any = 1
+    if isinstance(given, Mapping):
+        n = 1 if given.get("n") is None else given["n"]
+        if type(n) is not int or not 1 <= n <= MOST:
+            raise InvalidRequest(f"n: must be an integer between 1 and {MOST}, not {n!r}", field="n")
+        given = {name: value for name, value in given.items() if name != "n"}
+    return replace(SamplingParams.of(given), **scores), n
 
 
 def _integers(values: Any) -> tuple[int, ...]:

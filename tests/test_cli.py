@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from engine.sampling import SamplingParams
 from radixmesh import cli
 from radixmesh.commands import generate, options
 from radixmesh.commands.generate import Ran, differences
@@ -53,6 +55,42 @@ def test_generate_prints_text_and_speed(folder: Path) -> None:
     assert "the dog" in done.stdout
     assert "[reference] 64 tokens in" in done.stdout
     assert "tokens/s" in done.stdout
+
+
+ALL = (
+    "--max-new-tokens=6", "--min-new-tokens=2", "--temperature=0.9", "--top-p=0.9", "--top-k=50", "--min-p=0.01",
+    "--seed=4", "--repetition-penalty=1.1", "--presence-penalty=0.1", "--frequency-penalty=0.1", "--stop=zzz",
+    "--stop-token-ids=9", "--ignore-eos", "--logit-bias=70=5", "--logit-bias=71=-100",
+    *(f"--allowed-token-ids={i}" for i in range(60, 100)),
+    "--bad-words=b", "--logprobs=2", "--prompt-logprobs=1", "--logprob-start-len=1", "--special",
+    "--no-stop-trim", "-n", "2",
+)  # fmt: skip
+
+
+def test_every_sampling_parameter_has_a_flag(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {f.partition("=")[0][2:].replace("-", "_") for f in ALL if f.startswith("--")}
+    names = {"special": "skip_special_tokens"}
+    assert {names.get(f, f) for f in flags} == {f.name for f in fields(SamplingParams)}
+    model = ("--model", str(folder), "--backend", "reference", *SMALL)
+    code, out, err = call(monkeypatch, capsys, "generate", "the dog", "--json", *ALL, *model)
+    assert code == 0, err
+    first, second = json.loads(out)["runs"][0]["results"]
+    for result in (first, second):
+        meta = result["meta_info"]
+        assert set(result["output_ids"]) <= set(range(60, 100)) - {71}
+        assert [i for _, i, _ in meta["output_token_logprobs"]] == result["output_ids"]
+        assert {len(top) for top in meta["output_top_logprobs"]} == {2}
+        assert [len(top or ()) for top in meta["input_top_logprobs"]][:2] == [0, 1]
+    assert first["output_ids"] != second["output_ids"]
+    code, out, err = call(monkeypatch, capsys, "generate", "the dog", *ALL, *model)
+    assert code == 0, err
+    (_, logprob, text), *_ = [(None, *row[:3:2]) for row in first["meta_info"]["output_token_logprobs"]]
+    assert f"{logprob:9.4f}  {text!r}" in out
+    for bad in ("x", "5", "5=x", "5=101", "-5=1"):
+        code, out, err = call(monkeypatch, capsys, "generate", "a", f"--logit-bias={bad}", *model)
+        assert (code, err.startswith("radixmesh: logit_bias")) == (2, True), err
 
 
 def test_both_backends_are_compared(

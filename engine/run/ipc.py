@@ -179,7 +179,7 @@ def _culprit(request: Request) -> str:
     values: dict[str, Any] = {f.name: getattr(request.params, f.name) for f in fields(request.params)}
     values |= {
         name: getattr(request, name)
-        for name in ("rid", "tokens", "seed", "eos", "deadline", "priority", "namespace", "group")
+        for name in ("rid", "tokens", "seed", "eos", "deadline", "priority", "namespace", "group", "bad_words")
     }
     for name, value in values.items():
         try:

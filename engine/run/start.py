@@ -114,6 +114,6 @@ def start(
     def stopper(params: SamplingParams) -> Stopper | None:
         if tokenizer is None or not params.stop:
             return None
-        return StopStrings(tokenizer, params.stop, params.skip_special_tokens)
+        return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
 
     return Started(scheduler=scheduler, backend=backend, info=info, stopper=stopper)

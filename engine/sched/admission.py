@@ -9,6 +9,7 @@ import numpy as np
 
 from backends.api.limits import Limits
 from engine.errors import ConfigError, ContextOverflow, InvalidRequest
+from engine.sched.features import check_features
 from engine.sched.request import Request, Run
 
 HIGH, LOW, RISE, FALL = 0.7, 0.1, 0.1, 0.001
@@ -67,7 +68,7 @@ def capacity(limits: Limits) -> int:
 
 def check_request(request: Request, limits: Limits, room: int, taken: Container[str]) -> None:
     """Raise InvalidRequest or ContextOverflow for what can't be honoured. room: positions a request may reach."""
-    tokens, params = np.asarray(request.tokens), request.params
+    tokens = np.asarray(request.tokens)
     if request.rid in taken:
         raise InvalidRequest(f"rid: {request.rid!r} is in use", field="rid")
     if tokens.size == 0:
@@ -82,17 +83,6 @@ def check_request(request: Request, limits: Limits, room: int, taken: Container[
             f"prompt: {tokens.size} tokens, and the context holds {room} with at least one for the answer",
             field="prompt",
         )
-    for token in params.stop_token_ids:
-        if token >= limits.vocab:
-            raise InvalidRequest(f"stop_token_ids: {token} is not in the vocabulary", field="stop_token_ids")
-    if params.penalised and limits.max_history < limits.max_len:
-        name = next(
-            n
-            for n, off in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0))
-            if getattr(params, n) != off
-        )
-        raise InvalidRequest(f"{name}: this backend has no penalties yet", field=name)
     if request.deadline is not None and not isfinite(request.deadline):
         raise InvalidRequest("deadline: must be a finite number of seconds", field="deadline")
-    if request.grammar is not None and not limits.max_masks:
-        raise InvalidRequest("grammar: this backend has no vocabulary masks yet", field="grammar")
+    check_features(request, limits)

@@ -11,7 +11,7 @@ def guesses(run: Run, limits: Limits) -> int | None:
 
     A masked row carries none: its mask is known for one position only. A row must stay inside max_len + max_draft.
     """
-    if not limits.device_draft or run.request.grammar is not None:
+    if not limits.device_draft or run.masked:
         return 0
     if run.verifying > limits.run_ahead:
         return None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engine.cache.radix import NONE, as_key
 from engine.cache.sequence import SequenceCache
 from engine.errors import RadixmeshError
 from engine.sampling import SamplingParams
 from engine.sched.grammar import Grammar
+from engine.sched.scores import Scores
 from engine.sched.stop import Finish, Stopper
+
+if TYPE_CHECKING:
+    from engine.sched.masks import Masks
 
 KEY_BYTES = 4
 """Of a token in a key of the tree."""
@@ -22,7 +26,7 @@ class Request:
     """One prompt to be completed. tokens: the prompt's ids. seed: 64-bit, params.seed or one that was drawn.
 
     eos: ids that end a text unless params.ignore_eos. stopper: finds stop strings; the loop's side makes
-    it. grammar: masks the vocabulary.
+    it. grammar: masks the vocabulary. bad_words: params.bad_words as ids (Tokenizer.sequences).
     arrival: seconds on the caller's clock. deadline: when the request ends whatever it has made, on the loop's clock
     (time.monotonic); None is never. priority: larger is sooner. namespace: keeps prefix caches apart (adapter, tenant
     salt, weight version). group: answers to one prompt, submitted together, have one name here and share all that was
@@ -41,6 +45,7 @@ class Request:
     priority: int = 0
     namespace: Hashable = ()
     group: str = ""
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(
@@ -48,13 +53,16 @@ class Request:
 )  # not frozen, nor is Row: one is made for each row of each step, in a third of the time
 class Output:
     """News of a request: tokens committed since the last, and how it ended, if it did. cached_tokens: prompt tokens
-    that came from the prefix cache."""
+    that came from the prefix cache. logprobs: of these tokens; prompt_logprobs: of the prompt, all at once with the
+    first token; None where they weren't asked for."""
 
     rid: str
     tokens: tuple[int, ...] = ()
     finish: Finish | None = None
     cached_tokens: int = 0
     error: RadixmeshError | None = None
+    logprobs: Scores | None = None
+    prompt_logprobs: Scores | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -63,7 +71,7 @@ class Run:
 
     rank: its place among those that wait, lowest first (engine.sched.policy.rank). steady: its decoding rows are alike
     from step to step, and `row` is the one that they all are. ends: ids that end it; watched: other things may, too.
-    most: tokens that it may make.
+    most: tokens that it may make. masks: what bounds its vocabulary. scores: of the prompt, as far as they came.
 
     epoch: counts its seatings; results of another epoch are never taken. fill: what must be fed before new tokens are
     made, the prompt and, after a preemption, the output so far; length: of fill; key: of fill, as the tree compares.
@@ -86,6 +94,7 @@ class Run:
     ends: frozenset[int]
     steady: bool
     watched: bool
+    masks: Masks | None = None
     epoch: int = 0
     state: Literal["waiting", "seated", "ended"] = "waiting"
     slot: int = -1
@@ -114,6 +123,7 @@ class Run:
     stops: set[int] = field(default_factory=set)
     out: list[int] = field(default_factory=list)
     checkpoints: dict[int, dict[int, int]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=Scores)
 
     def refill(self) -> None:
         """From now on prompt and committed output must be fed."""
@@ -133,12 +143,31 @@ class Run:
         """Whether all of `fill` has been planned."""
         return self.fed == self.length
 
+    @property
+    def made(self) -> int:
+        """Tokens made before the next row's first, at least: committed ones and one for each row in flight."""
+        return len(self.out) + self.flying
+
+    @property
+    def masked(self) -> bool:
+        """Whether the next row's token has a mask. Such a row has no drafts, so `made` is exact as long as it has."""
+        return self.masks is not None and self.masks.binds(self.made)
+
+    @property
+    def unscored(self) -> int:
+        """The first position of the prompt whose logprob is wanted and has not come; the prompt's length if none is."""
+        params, prompt = self.request.params, len(self.request.tokens)
+        if params.prompt_logprobs is None:
+            return prompt
+        return min(prompt, params.logprob_start_len + 1 + len(self.scores))
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Row:
     """One row of a step. tokens: what is fed; drafts: guesses among them; makes: whether it makes tokens; end: for a
     row of `fill`, how much of it is fed afterwards. start: where it seats its slot, -1 = goes on. following: the
-    literal after this chunk. read: by group, the state page to start from. history: (token, is_output) to be sent."""
+    literal after this chunk. read: by group, the state page to start from. history: (token, is_output) to be sent.
+    made: Run.made, before it. score: the first position of the prompt that it scores, -1 = none."""
 
     run: Run
     epoch: int
@@ -150,3 +179,10 @@ class Row:
     following: int = NONE
     read: Sequence[int] = ()
     history: Sequence[tuple[int, bool]] = ()
+    made: int = 0
+    score: int = NONE
+
+    @property
+    def masked(self) -> bool:
+        """Whether its token has a mask."""
+        return self.makes and self.run.masks is not None and self.run.masks.binds(self.made)

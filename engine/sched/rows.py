@@ -26,23 +26,27 @@ class Plan:
 
 
 class Draft:
-    """A step being planned, and what is left of it: free rows, tokens, history, masks and page-table edits.
+    """A step being planned, and what is left of it: free rows, tokens, history, masks, bias and page-table edits.
 
     edits: (slot, index, page), for each cache group. copies: (group, shard, src, dst).
     """
 
-    __slots__ = ("copies", "edits", "free", "history", "masks", "most", "rows", "tokens")
+    __slots__ = ("bias", "copies", "edits", "free", "history", "masks", "most", "rows", "tokens")
 
     def __init__(self, limits: Limits, copies: list[tuple[int, int, int, int]]) -> None:
         self.rows: list[Row] = []
         self.edits: list[list[tuple[int, int, int]]] = [[] for _ in limits.groups]
         self.copies = copies
         self.free, self.tokens, self.most = limits.max_rows, limits.max_tokens, limits.max_edits
-        self.history, self.masks = limits.max_history, limits.max_masks
+        self.history, self.masks, self.bias = limits.max_history, limits.max_masks, limits.max_bias
 
     def history_fits(self, run: Run) -> bool:
         """Whether the history that seating this run sends fits."""
         return run.start < 0 or not run.request.params.penalised or run.length <= self.history
+
+    def bias_fits(self, run: Run) -> bool:
+        """Whether the logit bias of a row that makes tokens fits."""
+        return len(run.request.params.logit_bias) <= self.bias
 
     def edits_fit(self, cache: SequenceCache) -> bool:
         """Whether what the device must be told of a run's pages fits."""
@@ -56,7 +60,9 @@ class Draft:
         self.free -= 1
         self.tokens -= len(row.tokens)
         self.history -= len(row.history)
-        self.masks -= row.makes and row.run.request.grammar is not None
+        self.masks -= row.masked
+        if row.makes:
+            self.bias -= len(row.run.request.params.logit_bias)
         if not cache.told:
             for edits, new in zip(self.edits, cache.edits, strict=True):
                 edits += [(row.run.slot, index, page) for index, page in new]
@@ -88,7 +94,7 @@ def build(number: int, draft: Draft, limits: Limits, last: Plan | None) -> Plan:
         tokens=_ints([t for row in rows for t in row.tokens]),
         next=_ints([row.following for row in rows]),
         output=np.array([TOKEN if row.makes else 0 for row in rows], np.uint8),
-        masked=np.array([row.makes and row.run.request.grammar is not None for row in rows], bool),
+        masked=np.array([row.masked for row in rows], bool),
         adapters=empty(len(rows)),
         tables=tuple(_table(g, rows, edits, limits) for g in range(len(limits.groups))),
         copies=cut,
@@ -126,7 +132,8 @@ def _table(
 
 def _sampling(runs: Sequence[Run], rows: Sequence[Row]) -> Sampling:
     p = [run.request.params for run in runs]
-    off = np.full(len(runs), -1, np.int32)
+    of = list(zip(rows, p, strict=True))
+    bias = [(i, *pair) for i, (row, x) in enumerate(of) if row.makes for pair in x.logit_bias]
     history = [(i, token, made) for i, row in enumerate(rows) for token, made in row.history]
     return Sampling(
         temperature=np.array([x.temperature for x in p], np.float32),
@@ -135,8 +142,9 @@ def _sampling(runs: Sequence[Run], rows: Sequence[Row]) -> Sampling:
         min_p=np.array([x.min_p for x in p], np.float32),
         seed=np.array([run.request.seed for run in runs], np.uint64),
         penalty=np.array([(x.repetition_penalty, x.presence_penalty, x.frequency_penalty) for x in p], np.float32),
-        logprobs=off,
-        prompt_logprobs=np.stack([off, off], axis=1),
+        logprobs=_ints([x.logprobs if row.makes and x.logprobs is not None else -1 for row, x in of]),
+        prompt_logprobs=_ints([(row.score, x.prompt_logprobs) if row.score >= 0 else (-1, -1) for row, x in of]),
+        bias=np.array(bias, np.float32).reshape(-1, 3),
         history=np.array(history, np.int32).reshape(-1, 3),
     )
 

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from backends.api.limits import Limits
-from backends.api.step import OK, U32, StepResult
+from backends.api.step import OK, U32, Logprobs, StepResult
 from engine.cache.radix import NONE, Match, as_key
 from engine.errors import ConfigError, DeadlineExceeded, Overloaded, RadixmeshError, RequestFailed, StepRefused
 from engine.sched.admission import Estimate, capacity, check_request
 from engine.sched.drafts import guesses
+from engine.sched.masks import masks_of
 from engine.sched.policy import WINDOW, Order, rank
 from engine.sched.request import Output, Request, Row, Run
 from engine.sched.rows import Draft, Plan, build, without
+from engine.sched.scores import Scores
 from engine.sched.sharing import LEAST, Sharing
-from engine.sched.stop import Finish, ending
+from engine.sched.stop import Finish, ending, stopping
 from engine.sched.store import Account, Store
 from engine.sched.waiting import Waiting
 
@@ -85,15 +87,16 @@ class Scheduler:
         self.check(request)
         self._bound(request)
         self._orders += 1
-        params = request.params
+        params, masks = request.params, masks_of(request, self.limits.vocab)
         run = Run(
             request=request,
             order=self._orders,
             rank=rank(request.priority, now, self._orders, self.ageing),
             most=min(params.max_new_tokens, self.room - len(request.tokens)),
-            ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else request.eos),
-            watched=request.stopper is not None or request.grammar is not None,
-            steady=request.grammar is None and not self.limits.device_draft and self.limits.stages == 1,
+            ends=stopping(params, request.eos),
+            watched=request.stopper is not None or masks is not None or params.logprobs is not None,
+            steady=not (masks or params.logit_bias or self.limits.device_draft) and self.limits.stages == 1,
+            masks=masks,
             fill=request.tokens,
             length=len(request.tokens),
             key=as_key(request.tokens),
@@ -189,7 +192,7 @@ class Scheduler:
         filling = []
         for run in list(self.running):
             row, cache = run.row, run.cache
-            if len(run.out) + run.flying >= run.most or draft.free <= 0 or draft.tokens <= 0:
+            if (len(run.out) + run.flying >= run.most and run.decoding) or draft.free <= 0 or draft.tokens <= 0:
                 continue
             if row is not None and cache is not None and run.upper < cache.still:  # nothing but one position more
                 draft.rows.append(row)
@@ -210,7 +213,7 @@ class Scheduler:
         if not run.steady:
             if self._crowded(run) or not self._mask_in_time(run, draft):
                 return
-            k = guesses(run, self.limits)
+            k = guesses(run, self.limits) if draft.bias_fits(run) else None
         if k is None or draft.tokens <= k or not self._reserve(run, run.upper + 1 + k, draft):
             return
         assert run.cache is not None
@@ -219,7 +222,7 @@ class Scheduler:
         row = run.row
         if row is None:
             tokens = (-1, *[-2 - j for j in range(k)])
-            row = Row(run=run, epoch=run.epoch, tokens=tokens, drafts=k, read=run.cache.write)
+            row = Row(run=run, epoch=run.epoch, tokens=tokens, drafts=k, read=run.cache.write, made=run.made)
             run.row = row if run.steady else None
         draft.add(row, run.cache)
         run.upper += 1 + k
@@ -237,10 +240,12 @@ class Scheduler:
         if run.fed in run.stops and run.settled < run.fed:
             return  # what others wait for is shared before more of it leaves the window
         n = self._chunk(run, draft.tokens)
-        makes = run.fed + n == run.length
+        makes = run.fed + n == run.length and run.most > 0
         if n <= 0 or (makes and not self._mask_in_time(run, draft)):
             return
-        if not draft.history_fits(run) or not self._reserve(run, run.upper + n, draft):
+        if not draft.history_fits(run) or (makes and not draft.bias_fits(run)):
+            return
+        if not self._reserve(run, run.upper + n, draft):
             return
         assert run.cache is not None
         if not draft.edits_fit(run.cache):
@@ -248,6 +253,7 @@ class Scheduler:
         begin, run.fed = run.fed, run.fed + n
         prompt = len(run.request.tokens)
         wanted = run.start >= 0 and run.request.params.penalised
+        score = max(run.unscored, begin + 1)
         row = Row(
             run=run,
             epoch=run.epoch,
@@ -255,9 +261,11 @@ class Scheduler:
             makes=makes,
             end=run.fed,
             start=run.start,
-            following=NONE if makes else run.fill[run.fed],
+            following=NONE if run.decoding else run.fill[run.fed],
             read=run.cache.read,
             history=[(t, i >= prompt) for i, t in enumerate(run.fill)] if wanted else (),
+            made=run.made,
+            score=score if score <= min(run.fed, prompt - 1) else NONE,
         )
         draft.add(row, run.cache)
         run.upper += n
@@ -364,7 +372,7 @@ class Scheduler:
         """Where a run that has `length` matched tokens goes on: in the middle of the next page, when one of its group
         has computed that and it can be copied."""
         parent, last = self._sharing.parent(run), len(run.request.tokens) - 1
-        if not self.store.keeps(run) or parent is None or parent.settled < last:
+        if not self.store.keeps(run) or parent is None or parent.settled < last or run.unscored <= last:
             return length
         if not 0 < last - length < self.store.page:
             return length
@@ -377,11 +385,11 @@ class Scheduler:
     def _mask_in_time(self, run: Run, draft: Draft) -> bool:
         """Whether every token that a mask depends on is collected before sample() needs the mask: nothing of the run
         that makes tokens is out, or it is in the oldest step, which the loop collects first when depth is reached."""
-        if run.request.grammar is None:
+        if run.masks is None or not run.masked:
             return True
         if draft.masks <= 0:
             return False
-        if not run.flying:
+        if not run.flying or not run.masks.late:
             return True
         oldest = self._flying[0].step.step
         return run.pending == 1 and run.newest == oldest and len(self._flying) + 1 >= self.limits.depth
@@ -442,8 +450,8 @@ class Scheduler:
             return None
         out = np.full((len(rows), 1 + self.limits.max_draft, -(-self.limits.vocab // 32)), 0xFFFFFFFF, np.uint32)
         for mask, row in zip(out, rows, strict=True):
-            if live(row) and row.run.request.grammar is not None:
-                mask[:] = row.run.request.grammar.mask()
+            if live(row) and row.run.masks is not None:
+                mask[:] = row.run.masks.mask(row.made)
         return out
 
     def commit(self, plan: Plan, result: StepResult) -> list[Output]:
@@ -453,7 +461,7 @@ class Scheduler:
         self.estimate.fall()
         outputs = []
         made = zip(plan.rows, result.tokens.tolist(), result.counts.tolist(), result.status.tolist(), strict=True)
-        for row, tokens, count, status in made:
+        for i, (row, tokens, count, status) in enumerate(made):
             run = row.run
             if row is run.row and status == OK:  # one token; as below and as `ending` says, which takes longer
                 token = tokens[0]
@@ -465,7 +473,7 @@ class Scheduler:
                     run.out.append(token)
                     outputs.append(Output(rid=run.request.rid, tokens=(token,), cached_tokens=run.cached))
                 else:
-                    outputs.append(self._take(run, tokens[:1]))
+                    outputs.append(self._take(run, tokens[:1], _told(result.logprobs, i)))
                 continue
             if run.state != "seated" or run.epoch != row.epoch:
                 continue
@@ -483,8 +491,12 @@ class Scheduler:
             if row.end:
                 self._fed(run, row.end)
             self._passed(run)
+            if row.score >= 0 and (told := _told(result.prompt_logprobs, i)) is not None:
+                run.scores += Scores.of(told, len(told.own))
             if row.makes:
-                outputs.append(self._take(run, tokens[:count]))
+                outputs.append(self._take(run, tokens[:count], _told(result.logprobs, i)))
+            elif row.end == run.length and not run.most:
+                outputs.append(self._take(run, ()))
         return outputs
 
     def _passed(self, run: Run) -> None:
@@ -502,17 +514,23 @@ class Scheduler:
             self.waiting.call(run, run.settled)
             self._again = 0
 
-    def _take(self, run: Run, new: Sequence[int]) -> Output:
-        """Tokens were made."""
+    def _take(self, run: Run, new: Sequence[int], scores: Logprobs | None = None) -> Output:
+        """Tokens were made; none of them for a request that only reads its prompt."""
         q = run.request
         keep, finish = ending(new, len(run.out), run.most, q.params, q.eos, q.stopper)
-        kept = tuple(new[:keep])
+        kept, first = tuple(new[:keep]), not run.out
         run.out += kept
-        if finish is not None:
-            return self._end(run, kept, finish)
-        if q.grammar is not None:
-            q.grammar.accept(kept)
-        return Output(rid=q.rid, tokens=kept, cached_tokens=run.cached)
+        if finish is None:
+            if run.masks is not None:
+                run.masks.accept(kept)
+            news = Output(rid=q.rid, tokens=kept, cached_tokens=run.cached)
+        else:
+            news = self._end(run, kept, finish)
+        if scores is not None:
+            news.logprobs = Scores.of(scores, keep)
+        if first and q.params.prompt_logprobs is not None:
+            news.prompt_logprobs = run.scores
+        return news
 
     def _end(self, run: Run, tokens: tuple[int, ...], finish: Finish, error: RadixmeshError | None = None) -> Output:
         """The last news of a run. Rows of it in flight are harmless: they write past the committed end."""
@@ -578,6 +596,11 @@ class Scheduler:
         """The backend is gone: end every request and say why."""
         self._flying.clear()
         return [self._fail(run, error) for run in list(self._runs.values())]
+
+
+def _told(scores: Sequence[Logprobs | None] | None, row: int) -> Logprobs | None:
+    """What a step tells of one row."""
+    return None if scores is None else scores[row]
 
 
 def live(row: Row) -> bool:

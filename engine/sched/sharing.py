@@ -57,7 +57,7 @@ class Sharing:
     def leader(self, run: Run, cached: int) -> tuple[Run, int] | None:
         """The run that a waiting one does well to wait for, and until which position: it is about to have more of the
         same than the `cached` tokens. Not one of a lower priority, which others may go before."""
-        if run.waits >= PATIENCE:
+        if run.waits >= PATIENCE or run.unscored < len(run.request.tokens):  # it must compute to score
             return None
         parent, last = self.parent(run), len(run.request.tokens) - 1
         gain = min(self.least, GAIN)

@@ -28,6 +28,11 @@ class Stopper(Protocol):
         ...
 
 
+def stopping(params: SamplingParams, eos: frozenset[int]) -> frozenset[int]:
+    """Ids that end a request."""
+    return frozenset(params.stop_token_ids) if params.ignore_eos else eos.union(params.stop_token_ids)
+
+
 def ending(
     new: Sequence[int], before: int, room: int, params: SamplingParams, eos: frozenset[int], stopper: Stopper | None
 ) -> tuple[int, Finish | None]:
@@ -38,7 +43,7 @@ def ending(
     keep, finish = min(len(new), room - before), None
     if before + len(new) >= room:
         finish = Finish(kind="length")
-    ids = set(params.stop_token_ids) if params.ignore_eos else eos.union(params.stop_token_ids)
+    ids = stopping(params, eos)
     for i, token in enumerate(new[:keep]):
         if token in ids:
             keep, finish = i + 1, Finish(kind="stop", matched=token)

@@ -73,8 +73,10 @@ class Store:
         return [run for run, cache in caches.items() if not cache.node.alive]
 
     def match(self, run: Run) -> Match:
-        """The longest cached prefix of what a run must be fed, but for one token at least."""
-        return self.tree.match(run.request.namespace, run.key, run.length - 1 if self.keeps(run) else 0)
+        """The longest cached prefix of what a run must be fed, but for one token at least, and for what must score the
+        prompt: a token is scored by the row that feeds the one before it."""
+        most = min(run.length, run.unscored) - 1
+        return self.tree.match(run.request.namespace, run.key, most if self.keeps(run) else 0)
 
     def fits(self, match: Match, need: Sequence[int]) -> bool:
         """Whether so many pages of each group can be had beside a match; those that nobody reads are evicted for it."""

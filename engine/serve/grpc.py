@@ -16,9 +16,10 @@ from grpc_reflection.v1alpha import reflection
 from engine.errors import ConfigError, InvalidRequest, RadixmeshError
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams
+from engine.sched.scores import Score
 from engine.serve.pb import radixmesh_pb2 as pb
 from engine.serve.pb import radixmesh_pb2_grpc as rpc
-from engine.serve.service import Ask, Piece, Service
+from engine.serve.service import Ask, Piece, Service, salted
 
 NAME = str(pb.DESCRIPTOR.services_by_name["Radixmesh"].full_name)
 OPEN = (f"/{health.SERVICE_NAME}/",)
@@ -170,7 +171,7 @@ def read(request: pb.GenerateRequest) -> Ask:
     ):
         raise InvalidRequest(f"request_id: must be at most {MAX_ID} printable ASCII characters", field="request_id")
     given = {
-        field.name: list(value) if field.name.startswith("stop") else value
+        field.name: dict(value) if field.name == "logit_bias" else list(value) if field.is_repeated else value
         for field, value in request.sampling.ListFields()
     }
     which = request.WhichOneof("prompt")
@@ -185,6 +186,7 @@ def read(request: pb.GenerateRequest) -> Ask:
         messages=_messages(request.messages) if which == "messages" else None,
         n=request.n if request.HasField("n") else 1,
         priority=request.priority,
+        namespace=salted(request.cache_salt),
         field=which,
     )
 
@@ -213,19 +215,31 @@ def _pieces(batch: Sequence[Piece], answers: Sequence[Answer]) -> list[pb.Piece]
     """One for each answer that has news, though several steps may have passed while the client was slow."""
     made: dict[int, pb.Piece] = {}
     for piece in batch:
+        answer = answers[piece.index]
         if piece.index in made:
             made[piece.index].text += piece.text
             made[piece.index].token_ids.extend(piece.tokens)
         else:
             made[piece.index] = pb.Piece(index=piece.index, text=piece.text, token_ids=piece.tokens)
+        made[piece.index].logprobs.extend(map(_logprob, piece.tokens, piece.scores))
+        if piece.first:
+            made[piece.index].prompt_logprobs.extend(map(_logprob, answer.prompt_ids, (None, *piece.prompt_scores)))
         if piece.finish is not None:
-            seed, matched = answers[piece.index].request.seed, piece.finish.matched
+            seed, matched = answer.request.seed, piece.finish.matched
             text = matched if isinstance(matched, str) else None
             token = matched if isinstance(matched, int) else None
             made[piece.index].finish.CopyFrom(
                 pb.Finish(reason=piece.finish.kind, matched_text=text, matched_token_id=token, seed=seed)
             )
     return list(made.values())
+
+
+def _logprob(token: int, score: Score | None) -> pb.TokenLogprob:
+    """One token's; the first of a prompt has none."""
+    if score is None:
+        return pb.TokenLogprob(token_id=token)
+    top = [pb.Alternative(token_id=t, logprob=p) for t, p in score.top]
+    return pb.TokenLogprob(token_id=token, logprob=score.own, top=top)
 
 
 def _usage(answers: Sequence[Answer]) -> pb.Usage:

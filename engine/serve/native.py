@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,11 +13,12 @@ from typing import Any
 from engine.config import show
 from engine.errors import InvalidRequest
 from engine.run.answer import Answer
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, scoring
 from engine.serve.exchange import ENCODER, Exchange
 from engine.serve.reading import HARMLESS, check
-from engine.serve.schemas import GENERATE, Abort, Detokenize, Generate, Nothing, Tokenize, prompts
-from engine.serve.service import INLINE, Ask, Call
+from engine.serve.schemas import GENERATE, NATIVE, Abort, Detokenize, Generate, Nothing, Tokenize, prompts
+from engine.serve.service import INLINE, Ask, Call, salted
+from engine.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 PACKAGES = ("radixmesh", "jax", "jaxlib", "libtpu", "torch", "triton", "transformers", "tokenizers", "numpy", "uvicorn")
@@ -24,7 +26,7 @@ PACKAGES = ("radixmesh", "jax", "jaxlib", "libtpu", "torch", "triton", "transfor
 
 async def generate(x: Exchange) -> None:
     """POST /generate. A stream's text and output_ids are all of the answer so far."""
-    form = x.read(Generate, GENERATE)
+    form = x.read(Generate, NATIVE)
     x.served(form.model)
     name, what = ("input_ids", form.input_ids) if form.text is None else ("text", form.text)
     if what is None or (form.text is not None and form.input_ids is not None):
@@ -32,60 +34,71 @@ async def generate(x: Exchange) -> None:
     given, many = prompts(what, name)
     if isinstance(given[0], str) != (name == "text"):
         raise InvalidRequest(f"{name}: must be {'texts' if name == 'text' else 'token ids'}", field=name)
+    scores, names = scoring(form.return_logprob, form.logprob_start_len, form.top_logprobs_num)
+    if form.return_text_in_logprobs and not scores:
+        raise InvalidRequest("return_text_in_logprobs: needs return_logprob: true", field="return_text_in_logprobs")
     asks = []
-    for i, (prompt, (params, n)) in enumerate(zip(given, _params(form, len(given), many), strict=True)):
+    for i, (prompt, (params, n)) in enumerate(zip(given, _params(form, len(given), many, scores), strict=True)):
         field = f"{name}[{i}]" if many else name
         text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        asks.append(Ask(params=params, text=text, ids=ids, n=n, priority=form.priority or 0, field=field))
+        asks.append(
+            Ask(params=params, text=text, ids=ids, n=n, priority=form.priority or 0,
+                namespace=salted(form.cache_salt), names=names, field=field)
+        )  # fmt: skip
     call = await x.face.open(x, asks, form.rid)
     try:
         several = many or len(call.answers) > 1
+        words = x.face.service.tokenizer if form.return_text_in_logprobs else None
         if form.stream:
-            await _stream(x, call, several)
+            await _stream(x, call, several, words)
         else:
-            results = [_result(a) for a in await call.whole()]
+            results = [_result(a, words) for a in await call.whole()]
             await x.json(results if several else results[0])
     finally:
         call.close()
 
 
-async def _stream(x: Exchange, call: Call, several: bool) -> None:
+async def _stream(x: Exchange, call: Call, several: bool, words: Tokenizer | None) -> None:
     await x.begin()
     async for batch in call.pieces():
         out = []
         for i in sorted({p.index for p in batch}):
-            result = _result(call.answers[i]) | ({"index": i} if several else {})
+            result = _result(call.answers[i], words) | ({"index": i} if several else {})
             out.append(b"data: " + ENCODER.encode(result) + b"\n\n")
         await x.write(b"".join(out))
     await x.end(DONE)
 
 
-def _result(answer: Answer) -> dict[str, Any]:
-    return answer.result()
+def _result(answer: Answer, words: Tokenizer | None) -> dict[str, Any]:
+    return answer.result(None if words is None else lambda token: words.piece(token)[0])
 
 
-def _params(form: Generate, count: int, many: bool) -> list[tuple[SamplingParams, int]]:
+def _params(form: Generate, count: int, many: bool, scores: Mapping[str, Any]) -> list[tuple[SamplingParams, int]]:
     """The parameters of each prompt, and how many answers it wants."""
     given = form.sampling_params
     if not isinstance(given, list):
-        return [_param(given or {}, "sampling_params")] * count
+        return [_param(given or {}, "sampling_params", scores)] * count
     if not many or len(given) != count:
         raise InvalidRequest(
             f"sampling_params: a list of {len(given)} for {count} prompts; give one each", field="sampling_params"
         )
-    return [_param(p, f"sampling_params[{i}]") for i, p in enumerate(given)]
+    return [_param(p, f"sampling_params[{i}]", scores) for i, p in enumerate(given)]
 
 
-def _param(given: Any, where: str) -> tuple[SamplingParams, int]:
+def _param(given: Any, where: str, scores: Mapping[str, Any]) -> tuple[SamplingParams, int]:
     if not isinstance(given, dict):
         raise InvalidRequest(f"{where}: must be an object", field=where)
     values = {k: v for k, v in given.items() if v is not None and k not in HARMLESS}
     n = values.pop("n", 1)
     if type(n) is not int:
         raise InvalidRequest(f"{where}.n: must be an integer", field=f"{where}.n")
-    check({k: values.pop(k) for k in list(values) if k in GENERATE}, (), f"{where}.", GENERATE, lambda name: None)
+    beside = {k: values.pop(k) for k in list(values) if k in GENERATE or k in Generate.__struct_fields__}
+    for name in beside:
+        if name in Generate.__struct_fields__:
+            raise InvalidRequest(f"{where}.{name}: stands beside sampling_params", field=f"{where}.{name}")
+    check(beside, (), f"{where}.", GENERATE, lambda name: None)
     try:
-        return SamplingParams.of(values), n
+        return SamplingParams.of({**values, **scores}), n
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}.{error}", field=f"{where}.{error.field}") from error
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidRequest
 from engine.run.answer import Answer
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, biases
 from engine.serve.exchange import ENCODER, Exchange, NotFound
-from engine.serve.reading import convert
+from engine.serve.reading import convert, renamed
 from engine.serve.schemas import (
     CHAT,
     COMPLETION,
@@ -23,7 +23,8 @@ from engine.serve.schemas import (
     messages,
     prompts,
 )
-from engine.serve.service import Ask, Call, Piece, Service
+from engine.serve.scores import Plain, Shown, Spoken, prompt_logprobs
+from engine.serve.service import Ask, Call, Piece, Service, salted
 
 if TYPE_CHECKING:
     from engine.serve.http import Face
@@ -43,22 +44,39 @@ async def chat(x: Exchange) -> None:
         raise InvalidRequest("max_tokens: differs from max_completion_tokens; give one", field="max_tokens")
     name = "max_tokens" if form.max_completion_tokens is None else "max_completion_tokens"
     most = getattr(form, name)
-    params = sampling(form, x.face.service.info.room if most is None else _most(name, most))
+    if form.top_logprobs and not form.logprobs:
+        raise InvalidRequest("top_logprobs: needs logprobs: true", field="top_logprobs")
+    params, names = sampling(
+        form,
+        x.face.service.info.room if most is None else _most(name, most),
+        {"max_new_tokens": name, "logprobs": "top_logprobs" if form.top_logprobs else "logprobs"},
+        logprobs=(form.top_logprobs or 0) if form.logprobs else None,
+    )
     asks = [
-        Ask(params=params, messages=given, n=_n(form), priority=form.priority or 0, namespace=_salt(form),
-            field="messages")
+        Ask(params=params, messages=given, n=_n(form), priority=form.priority or 0, namespace=salted(form.cache_salt),
+            field="messages", names=names)
     ]  # fmt: skip
     last = told(x, form)
     call = await x.face.open(x, asks, form.rid)
     frames = Frames(x.face, "chat.completion", f"chatcmpl-{call.id}", last)
+    shown = Spoken(x.face.service.tokenizer) if form.logprobs else None
     try:
         if form.stream:
             opening = [frames.raw(i, ',"delta":{"role":"assistant","content":""}') for i in range(len(call.answers))]
-            await _stream(x, call, frames, asks, opening)
-        else:
-            await call.whole()
-            message = ({"role": "assistant", "content": a.text, "refusal": None} for a in call.answers)
-            await _whole(x, call, frames, asks, [{"message": m} for m in message])
+            await _stream(x, call, frames, asks, opening, shown)
+            return
+        choices = [
+            {
+                "message": {"role": "assistant", "content": a.text, "refusal": None},
+                "logprobs": shown and shown.whole(a.ids, a.scores),
+                "finish_reason": _reason(a),
+            }
+            for a in await call.whole()
+        ]
+        more = {}
+        if form.prompt_logprobs is not None:
+            more["prompt_logprobs"] = prompt_logprobs(x.face.service.tokenizer, call.answers[0])
+        await _whole(x, frames, choices, usage(call, asks), more)
     finally:
         call.close()
 
@@ -67,29 +85,51 @@ async def completions(x: Exchange) -> None:
     """POST /v1/completions."""
     form = x.read(Completion, COMPLETION)
     x.served(form.model)
-    n = _n(form)
-    if form.best_of is not None and form.best_of != n:
-        raise InvalidRequest("best_of: is not supported here; leave it out, or n of them", field="best_of")
-    most = COMPLETION_TOKENS if form.max_tokens is None else _most("max_tokens", form.max_tokens)
-    params = sampling(form, most)
+    most = COMPLETION_TOKENS if form.max_tokens is None else _most("max_tokens", form.max_tokens, 0)
+    n, best_of = _n(form), _best_of(form, most)
+    scored = form.echo and form.logprobs is not None and form.prompt_logprobs is None
+    params, names = sampling(
+        form,
+        most,
+        {
+            "n": "n" if best_of == n else "best_of",
+            "max_new_tokens": "max_tokens",
+            "logprobs": "best_of" if form.logprobs is None else "logprobs",
+            "prompt_logprobs": "logprobs" if scored else "prompt_logprobs",
+        },
+        logprobs=0 if form.logprobs is None and best_of > n else form.logprobs,
+        prompt_logprobs=form.logprobs if scored else form.prompt_logprobs,
+    )
     given, _ = prompts(form.prompt, "prompt")
     asks = [
-        Ask(params=params, text=p if isinstance(p, str) else None, ids=None if isinstance(p, str) else p, n=n,
-            priority=form.priority or 0, namespace=_salt(form))
+        Ask(params=params, text=p if isinstance(p, str) else None, ids=None if isinstance(p, str) else p, n=best_of,
+            priority=form.priority or 0, namespace=salted(form.cache_salt), names=names)
         for p in given
     ]  # fmt: skip
     last = told(x, form)
     call = await x.face.open(x, asks, form.rid)
     frames = Frames(x.face, "text_completion", f"cmpl-{call.id}", last)
+    service = x.face.service
     try:
-        echoes = _echoes(x.face.service, asks, params) if form.echo else [""] * len(call.answers)
+        echoes = _echoes(service, asks, params) if form.echo else [""] * len(call.answers)
+        shown = None
+        if form.logprobs is not None:
+            shown = Plain(service.tokenizer, call.answers, echoes if form.echo else None)
         if form.stream:
-            opening = [frames.text(i, echo) for i, echo in enumerate(echoes) if echo]
-            await _stream(x, call, frames, asks, opening)
-        else:
-            await call.whole()
-            texts = [{"text": echo + a.text} for echo, a in zip(echoes, call.answers, strict=True)]
-            await _whole(x, call, frames, asks, texts)
+            opening = [frames.text(i, echo) for i, echo in enumerate(echoes) if echo and shown is None]
+            await _stream(x, call, frames, asks, opening, shown)
+            return
+        answers = await call.whole()
+        choices = []
+        for i in [i for first in range(0, len(answers), best_of) for i in _best(answers, first, best_of, n)]:
+            choice: dict[str, Any] = {
+                "text": echoes[i] + answers[i].text,
+                "logprobs": shown and shown.whole(i, answers[i]),
+            }
+            if form.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = prompt_logprobs(service.tokenizer, answers[i])
+            choices.append(choice | {"finish_reason": _reason(answers[i])})
+        await _whole(x, frames, choices, usage(call, asks))
     finally:
         call.close()
 
@@ -107,9 +147,22 @@ async def model(x: Exchange) -> None:
     await x.json(_model(service))
 
 
-def sampling(form: Sampled, most: int) -> SamplingParams:
-    """OpenAI's names and defaults as the engine's. most: tokens to be made. Raises InvalidRequest naming the field."""
-    stop = form.stop
+def sampling(
+    form: Sampled,
+    most: int,
+    names: Mapping[str, str],
+    *,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> tuple[SamplingParams, Mapping[str, str]]:
+    """OpenAI's names and defaults as the engine's, and the engine's names as this request has them. most: tokens to be
+    made. Raises InvalidRequest naming the field."""
+    stop, fewest = form.stop, form.min_new_tokens if form.min_tokens is None else form.min_tokens
+    if form.min_new_tokens not in (None, fewest):
+        raise InvalidRequest("min_tokens: differs from min_new_tokens; give one", field="min_tokens")
+    if form.prompt_logprobs is not None and form.stream:
+        raise InvalidRequest("prompt_logprobs: is not for stream: true", field="prompt_logprobs")
+    words = form.bad_words
     given: Mapping[str, Any] = {
         "max_new_tokens": most,
         "temperature": form.temperature,
@@ -125,8 +178,16 @@ def sampling(form: Sampled, most: int) -> SamplingParams:
         "repetition_penalty": form.repetition_penalty,
         "presence_penalty": form.presence_penalty,
         "frequency_penalty": form.frequency_penalty,
+        "min_new_tokens": fewest,
+        "logit_bias": None if form.logit_bias is None else biases(form.logit_bias),
+        "allowed_token_ids": None if form.allowed_token_ids is None else tuple(form.allowed_token_ids),
+        "bad_words": () if words is None else (words,) if isinstance(words, str) else tuple(words),
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs if form.prompt_logprobs is None else form.prompt_logprobs,
     }
-    return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+    names = {**names, **({} if form.min_tokens is None else {"min_new_tokens": "min_tokens"})}
+    with renamed(names):
+        return SamplingParams(**{k: v for k, v in given.items() if v is not None}), names
 
 
 def told(x: Exchange, form: Sampled) -> bool:
@@ -173,19 +234,22 @@ class Frames:
         event = self.head | ({"object": "chat.completion.chunk"} if chat else {})
         self._event = b"data: " + ENCODER.encode(event)[:-1]
         self._start = self._event + b',"choices":[{"index":'
-        self._before, self._after = (b',"delta":{"content":', b"}") if chat else (b',"text":', b"")
+        self._before, self._inner = (b',"delta":{"content":', b"}") if chat else (b',"text":', b"")
         self._empty = b',"delta":{}' if chat else b',"text":""'
         self._close = b"}]" + (b',"usage":null' if last else b"") + b"}\n\n"
         self._open = b',"logprobs":null,"finish_reason":null' + self._close
-        self._after += self._open
+        self._after = self._inner + self._open
         self._heads: dict[int, bytes] = {}
 
-    def text(self, index: int, text: str) -> bytes:
-        """New text of an answer."""
+    def text(self, index: int, text: str, logprobs: Any = None) -> bytes:
+        """New text of an answer, and the logprobs of its tokens."""
         head = self._heads.get(index)
         if head is None:
             head = self._heads[index] = self._start + str(index).encode() + self._before
-        return head + ENCODER.encode(text) + self._after
+        if logprobs is None:
+            return head + ENCODER.encode(text) + self._after
+        told = b',"logprobs":' + ENCODER.encode(logprobs) + b',"finish_reason":null'
+        return head + ENCODER.encode(text) + self._inner + told + self._close
 
     def raw(self, index: int, body: str) -> bytes:
         """A choice with this in it."""
@@ -201,14 +265,21 @@ class Frames:
         return self._event + b',"choices":[],"usage":' + ENCODER.encode(used) + b"}\n\n"
 
 
-async def _stream(x: Exchange, call: Call, frames: Frames, asks: Sequence[Ask], opening: list[bytes]) -> None:
-    """The events of a call: one write for each step that shows anything."""
+async def _stream(
+    x: Exchange, call: Call, frames: Frames, asks: Sequence[Ask], opening: list[bytes], shown: Shown | None
+) -> None:
+    """The events of a call: one write for each step that shows anything. shown: its logprobs, where they were asked
+    for; then a token is told even when its text is still kept back."""
     await x.begin()
     out = opening
     async for batch in call.pieces():
         for piece in batch if len(batch) <= len(call.answers) else merge(batch):
-            if piece.text:
-                out.append(frames.text(piece.index, piece.text))
+            if shown is not None:
+                before = shown.opening(piece)
+                if before is not None:
+                    out.append(frames.text(piece.index, *before))
+            if piece.text or (shown is not None and piece.tokens):
+                out.append(frames.text(piece.index, piece.text, shown and shown.of(piece)))
             if piece.finish is not None:
                 out.append(frames.finish(piece.index, piece.finish.kind))
         if out:
@@ -220,13 +291,14 @@ async def _stream(x: Exchange, call: Call, frames: Frames, asks: Sequence[Ask], 
 
 
 async def _whole(
-    x: Exchange, call: Call, frames: Frames, asks: Sequence[Ask], shown: Iterable[Mapping[str, Any]]
+    x: Exchange,
+    frames: Frames,
+    choices: Sequence[Mapping[str, Any]],
+    used: Mapping[str, Any],
+    more: Mapping[str, Any] = {},
 ) -> None:
-    choices = [
-        {"index": i, **choice, "logprobs": None, "finish_reason": _reason(answer)}
-        for i, (choice, answer) in enumerate(zip(shown, call.answers, strict=True))
-    ]
-    await x.json(frames.head | {"choices": choices, "usage": usage(call, asks)})
+    numbered = [{"index": i, **choice} for i, choice in enumerate(choices)]
+    await x.json({**frames.head, "choices": numbered, "usage": used, **more})
 
 
 def merge(batch: Sequence[Piece]) -> list[Piece]:
@@ -242,6 +314,8 @@ def merge(batch: Sequence[Piece]) -> list[Piece]:
                 text=before.text + piece.text,
                 tokens=before.tokens + piece.tokens,
                 finish=piece.finish,
+                scores=before.scores + piece.scores,
+                prompt_scores=before.prompt_scores + piece.prompt_scores,
             )
         )
     return list(made.values())
@@ -268,10 +342,32 @@ def _reason(answer: Answer) -> str | None:
     return None if answer.finish is None else answer.finish.kind
 
 
-def _most(name: str, value: int) -> int:
-    if not 1 <= value < 1 << 31:
-        raise InvalidRequest(f"{name}: must be between 1 and {(1 << 31) - 1}, not {value}", field=name)
+def _most(name: str, value: int, least: int = 1) -> int:
+    """A chat has no use for 0; a completion of 0 only reads and scores its prompt."""
+    if not least <= value < 1 << 31:
+        raise InvalidRequest(f"{name}: must be between {least} and {(1 << 31) - 1}, not {value}", field=name)
     return value
+
+
+def _best_of(form: Completion, most: int) -> int:
+    """How many answers are made for each prompt."""
+    n = _n(form)
+    if form.best_of in (None, n):
+        return n
+    assert form.best_of is not None
+    if form.best_of < n:
+        raise InvalidRequest(f"best_of: {form.best_of} is less than n, {n}", field="best_of")
+    if form.stream:
+        raise InvalidRequest("best_of: is not for stream: true", field="best_of")
+    if not most:
+        raise InvalidRequest("best_of: needs tokens to choose by; max_tokens is 0", field="best_of")
+    return form.best_of
+
+
+def _best(answers: Sequence[Answer], first: int, count: int, n: int) -> list[int]:
+    """Of `count` answers to one prompt the n with the highest mean logprob, best first; all of them stay in order."""
+    places = range(first, first + count)
+    return list(places) if n == count else sorted(places, key=lambda i: -answers[i].mean)[:n]
 
 
 def _n(form: Sampled) -> int:
@@ -281,10 +377,6 @@ def _n(form: Sampled) -> int:
 def _seed(seed: int | None) -> int | None:
     """OpenAI's seeds are signed."""
     return seed % SEEDS if seed is not None and -SEEDS // 2 <= seed < 0 else seed
-
-
-def _salt(form: Sampled) -> tuple[str, ...]:
-    return (form.cache_salt,) if form.cache_salt else ()
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -92,6 +93,18 @@ def check(
         says, nothing = unbuilt[name]
         if value is not None and not any(value == v and type(value) is type(v) for v in nothing):
             raise InvalidRequest(f"{dot}{name}: {says}; leave it out", field=f"{dot}{name}")
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """InvalidRequest inside names parameters as a face calls them. names: the engine's name -> the face's."""
+    try:
+        yield
+    except InvalidRequest as error:
+        name = names.get(error.field or "")
+        if name is None or name == error.field:
+            raise
+        raise type(error)(f"{name}{str(error).removeprefix(error.field or '')}", field=name) from error
 
 
 def kind(value: Any) -> str:

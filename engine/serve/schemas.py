@@ -40,6 +40,12 @@ class Sampled(msgspec.Struct, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    min_new_tokens: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: str | list[str] | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
@@ -56,6 +62,8 @@ class Chat(Sampled, kw_only=True):
 
     messages: list[Any]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
 
 class Completion(Sampled, kw_only=True):
@@ -64,6 +72,7 @@ class Completion(Sampled, kw_only=True):
     prompt: str | list[Any]
     echo: bool | None = None
     best_of: int | None = None
+    logprobs: int | None = None
 
 
 class Message(msgspec.Struct, kw_only=True):
@@ -84,7 +93,8 @@ class Part(msgspec.Struct, kw_only=True):
 
 
 class Generate(msgspec.Struct, kw_only=True):
-    """POST /generate, as SGLang has it. sampling_params: one for all, or a list with one each."""
+    """POST /generate, as SGLang has it. sampling_params: one for all, or a list with one each. logprob_start_len: the
+    first token of the prompt that is listed; -1 is none."""
 
     text: str | list[Any] | None = None
     input_ids: list[Any] | None = None
@@ -93,6 +103,11 @@ class Generate(msgspec.Struct, kw_only=True):
     rid: str | None = None
     priority: int | None = None
     model: str | None = None
+    cache_salt: str | None = None
+    return_logprob: bool | None = None
+    logprob_start_len: int | None = None
+    top_logprobs_num: int | None = None
+    return_text_in_logprobs: bool | None = None
 
 
 class Tokenize(msgspec.Struct, kw_only=True):
@@ -122,27 +137,24 @@ class Nothing(msgspec.Struct):
     """A route that takes no fields."""
 
 
-_LOGPROBS = "logprobs are not built yet"
 _FORM = "structured output is not built yet"
 _TOOLS = "tool calls are not built yet"
 _TEXT = "only text is built"
 _NOT = "is not built yet"
 
 _COMMON: Unbuilt = {
-    "logit_bias": (_NOT, ({},)),
     "response_format": (f"{_FORM}; only text", ({"type": "text"},)),
     **dict.fromkeys(
         ("json_schema", "regex", "ebnf", "structural_tag", "structured_outputs", "guided_json", "guided_regex",
          "guided_choice", "guided_grammar", "guided_decoding_backend"),
         (_FORM, ()),
     ),
-    **dict.fromkeys(("stop_regex", "bad_words"), (_NOT, ([],))),
-    **dict.fromkeys(("min_tokens", "min_new_tokens", "thinking_token_budget"), (_NOT, (0,))),
-    **dict.fromkeys(("allowed_token_ids", "truncate_prompt_tokens", "session_params", "kv_transfer_params"),
-                    (_NOT, ())),
+    "stop_regex": (_NOT, ([],)),
+    "thinking_token_budget": (_NOT, (0,)),
+    **dict.fromkeys(("truncate_prompt_tokens", "session_params", "kv_transfer_params"), (_NOT, ())),
     **dict.fromkeys(("use_beam_search", "return_hidden_states", "return_token_ids", "return_routed_experts"),
                     (_NOT, (False,))),
-    **dict.fromkeys(("prompt_logprobs", "return_tokens_as_token_ids"), (_LOGPROBS, (False,))),
+    **dict.fromkeys(("return_tokens_as_token_ids", "logprob_token_ids"), (_NOT, (False, []))),
     **dict.fromkeys(("lora_path", "lora_id"), ("adapters are not built yet", ())),
     "custom_logit_processor": ("code of a request is never run", ()),
     "custom_params": (_NOT, ({},)),
@@ -150,8 +162,7 @@ _COMMON: Unbuilt = {
 
 CHAT: Unbuilt = {
     **_COMMON,
-    "logprobs": (_LOGPROBS, (False,)),
-    "top_logprobs": (_LOGPROBS, (0,)),
+    "best_of": ("is for /v1/completions", (1,)),
     "tools": (_TOOLS, ([],)),
     "tool_choice": (_TOOLS, ("none",)),
     "functions": (_TOOLS, ([],)),
@@ -171,17 +182,14 @@ CHAT: Unbuilt = {
 }
 COMPLETION: Unbuilt = {
     **_COMMON,
-    "logprobs": (_LOGPROBS, ()),
+    "top_logprobs": ("is logprobs here", (0,)),
     "suffix": (_NOT, ("",)),
     "add_special_tokens": (_NOT, (True,)),
 }
 GENERATE: Unbuilt = {
     **_COMMON,
-    "return_logprob": (_LOGPROBS, (False,)),
-    "logprob_start_len": (_LOGPROBS, (-1,)),
-    "top_logprobs_num": (_LOGPROBS, (0,)),
-    "token_ids_logprob": (_LOGPROBS, ()),
-    "return_text_in_logprobs": (_LOGPROBS, (False,)),
+    "token_ids_logprob": (_NOT, ()),
+    **dict.fromkeys(("logprobs", "prompt_logprobs"), ("is return_logprob here, beside sampling_params", ())),
     "input_embeds": (_NOT, ()),
     "image_data": (_TEXT, ([],)),
     "audio_data": (_TEXT, ([],)),
@@ -189,6 +197,14 @@ GENERATE: Unbuilt = {
     "modalities": (_TEXT, (["text"],)),
     "return_bytes": (_NOT, (False,)),
 }
+NATIVE: Unbuilt = {
+    **GENERATE,
+    **dict.fromkeys(
+        ("logit_bias", "bad_words", "allowed_token_ids", "min_new_tokens", "min_tokens"),
+        ("goes into sampling_params", ()),
+    ),
+}
+"""GENERATE and what belongs into sampling_params."""
 STREAM_OPTIONS: Unbuilt = {"continuous_usage_stats": (_NOT, (False,))}
 MESSAGE: Unbuilt = {
     "tool_calls": (_TOOLS, ([],)),

@@ -15,19 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from backends.api.random import fold
 from engine.config import Serve
 from engine.errors import BackendLost, ContextOverflow, InvalidRequest, Overloaded, RadixmeshError
-from engine.run.answer import Answer
+from engine.run.answer import Answer, several
 from engine.run.client import Client
 from engine.run.messages import Abort, Flush, News, Stats, Submit
 from engine.sampling import SamplingParams
 from engine.sched.admission import check_request
 from engine.sched.request import Output, Request
+from engine.sched.scores import Score
 from engine.sched.stop import Finish
+from engine.serve.reading import renamed
 from engine.text.chat import render
 from engine.text.tokenizer import Tokenizer
 
+MAX_SALT = 1024
 INLINE = 4096
 """Characters up to which a prompt is tokenized between two turns of the event loop; longer ones take a thread."""
 
@@ -36,7 +38,8 @@ INLINE = 4096
 class Ask:
     """One prompt to be completed `n` times: text, ids or messages, whichever is given.
 
-    field: what the face calls the prompt, for its errors. namespace: keeps prefix caches apart.
+    field: what the face calls the prompt, for its errors; names: what it calls parameters, where that differs.
+    namespace: keeps prefix caches apart.
     """
 
     params: SamplingParams
@@ -47,17 +50,23 @@ class Ask:
     n: int = 1
     priority: int = 0
     namespace: tuple[str | int, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
     field: str = "prompt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What a turn added to one answer of a Call. index: of the answer; finish: None until the last piece."""
+    """What a turn added to one answer of a Call. index: of the answer; finish: None until the last piece. scores: of
+    the tokens; prompt_scores: of the prompt, with the first piece; both empty where they weren't asked for. first:
+    whether it is an answer's first."""
 
     index: int
     text: str
     tokens: tuple[int, ...]
     finish: Finish | None
+    scores: tuple[Score, ...] = ()
+    prompt_scores: tuple[Score, ...] = ()
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +100,13 @@ class Timing:
     arrival: float
     begun: float = 0.0
     first: float = 0.0
+
+
+def salted(salt: str | None) -> tuple[str, ...]:
+    """The namespace of a cache_salt, which keeps its client's prefix cache apart. Raises InvalidRequest."""
+    if salt is not None and len(salt) > MAX_SALT:
+        raise InvalidRequest(f"cache_salt: at most {MAX_SALT} characters, got {len(salt)}", field="cache_salt")
+    return (salt,) if salt else ()
 
 
 class Service:
@@ -139,7 +155,8 @@ class Service:
             ids = await self._ids(ask)
             for request in self._requests(ask, ids, opened.id if len(asks) == 1 else f"{opened.id}-{i}", arrival):
                 try:
-                    check_request(request, self.info.limits, self.info.room, self._calls)
+                    with renamed(ask.names):
+                        check_request(request, self.info.limits, self.info.room, self._calls)
                 except InvalidRequest as error:
                     name = ask.field if error.field in ("prompt", "token_ids") else error.field
                     where = f" (prompt {i} of the list)" if len(asks) > 1 else ""
@@ -220,7 +237,8 @@ class Service:
             raise InvalidRequest("prompt: is empty", field="prompt")
         for ask in asks:
             if not 1 <= ask.n <= self.config.n:
-                raise InvalidRequest(f"n: must be between 1 and {self.config.n}, not {ask.n}", field="n")
+                with renamed(ask.names):
+                    raise InvalidRequest(f"n: must be between 1 and {self.config.n}, not {ask.n}", field="n")
         most = max(self.config.queue + self.info.limits.slots, self.config.n)
         if (count := sum(ask.n for ask in asks)) > most:
             name = asks[0].field.partition("[")[0]
@@ -256,21 +274,22 @@ class Service:
         return await self.ids(ask.text, name=ask.field)
 
     def _requests(self, ask: Ask, ids: Sequence[int], rid: str, arrival: float) -> list[Request]:
-        """A request for each of the n answers. Their seeds come from one: the first answer is the one of n = 1."""
-        seed = secrets.randbits(64) if ask.params.seed is None else ask.params.seed
-        return [
+        """A request for each of the n answers."""
+        words = ask.params.bad_words
+        return several(
             Request(
-                rid=rid if ask.n == 1 else f"{rid}-{i}",
+                rid=rid,
                 tokens=tuple(ids),
                 params=ask.params,
-                seed=fold(seed, i),
+                seed=secrets.randbits(64) if ask.params.seed is None else ask.params.seed,
                 eos=frozenset(self.info.eos),
                 arrival=arrival,
                 priority=ask.priority,
                 namespace=ask.namespace,
-            )
-            for i in range(ask.n)
-        ]
+                bad_words=self._text("bad_words").sequences(words) if words else (),
+            ),
+            ask.n,
+        )
 
     def _abort(self, rid: str) -> None:
         with suppress(BackendLost):
@@ -390,8 +409,19 @@ class Call:
                     index, output = self._news.popleft()
                     if output.error is not None:
                         raise output.error
-                    text = self.answers[index].take(output)
-                    batch.append(Piece(index=index, text=text, tokens=output.tokens, finish=output.finish))
+                    answer = self.answers[index]
+                    before, told, first = len(answer.scores), len(answer.prompt_scores), not answer.ids
+                    text = answer.take(output)
+                    piece = Piece(
+                        index=index,
+                        text=text,
+                        tokens=output.tokens,
+                        finish=output.finish,
+                        scores=tuple(answer.scores[before:]),
+                        prompt_scores=tuple(answer.prompt_scores[told:]),
+                        first=first,
+                    )
+                    batch.append(piece)
                 yield batch
         finally:
             self.close()

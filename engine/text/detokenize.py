@@ -51,11 +51,15 @@ class StopStrings:
     """Finds the token at which a text first contains one of the stop strings; the loop's Stopper.
 
     A stop string counts from the first token whose text, decoded with all before it, shows it. Where several end there,
-    the one that begins first is `matched`; of those that begin together, the first of `strings`.
+    the one that begins first is `matched`; of those that begin together, the first of `strings`. after: text that was
+    settled by so many first tokens is not looked at.
     """
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, strings: Sequence[str], skip_special_tokens: bool = True, after: int = 0
+    ) -> None:
         self.matched: str | None = None
+        self._blind = after
         self._strings = tuple(strings)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, follows=True)
         self._window = max((len(s) for s in strings), default=1) - 1
@@ -63,7 +67,10 @@ class StopStrings:
 
     def feed(self, tokens: Sequence[int]) -> int | None:
         """How many of these tokens belong to the output if a stop string was completed, else None."""
-        for i, token in enumerate(tokens):
+        blind = min(self._blind, len(tokens))
+        self._blind -= blind
+        self._detokenizer.feed(tokens[:blind])
+        for i, token in enumerate(tokens[blind:], blind):
             text = self._tail + self._detokenizer.feed((token,))
             shown = text + self._detokenizer.peek()
             found = [(at, order) for order, s in enumerate(self._strings) if (at := shown.find(s)) >= 0]
@@ -78,15 +85,23 @@ class TextStream:
     """The text of an answer to a prompt: detokenised, cut before the stop string, pieces never taken back.
 
     stop: strings that may end the text; an end of the text that begins one of them is kept until it is told apart.
+    after: as StopStrings has it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special_tokens: bool = True, after: int = 0
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, follows=True)
         self._stop = tuple(stop)
         self._held = ""
+        self._blind = after if stop else 0
 
     def feed(self, ids: Sequence[int]) -> str:
         """The text that is settled by these ids and is not the beginning of a stop string."""
+        if self._blind:
+            blind = min(self._blind, len(ids))
+            self._blind -= blind
+            return self._detokenizer.feed(ids[:blind]) + (self.feed(ids[blind:]) if ids[blind:] else "")
         text = self._held + self._detokenizer.feed(ids)
         first = min((at for s in self._stop if (at := text.find(s)) >= 0), default=len(text))
         keep = max(beginning(text, self._stop), len(text) - first)

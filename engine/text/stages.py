@@ -235,6 +235,15 @@ def beginning(text: str, patterns: Sequence[str]) -> int:
     return 0
 
 
+def raw(token: str) -> bytes:
+    """The bytes of a token that is a byte, or is spelled in the alphabet of byte-level tokenizers; else its text's."""
+    if BYTE.fullmatch(token):
+        return bytes([int(token[3:5], 16)])
+    if all(c in BYTE_OF for c in token):
+        return bytes(BYTE_OF[c] for c in token)
+    return token.encode("utf-8", "replace")
+
+
 def chain(decoder: Any, cleanup: bool) -> tuple[Stage, ...]:
     """The stages of a decoder of the `tokenizers` library (None = it has none), then those of the clean-up.
 

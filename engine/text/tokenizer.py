@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InvalidRequest, ModelError
-from engine.text.stages import Stage, chain, fresh
+from engine.text.stages import MISSING, Stage, chain, fresh, raw
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
@@ -37,6 +37,7 @@ class Tokenizer:
             or bool(inner.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output)
         )
         self._stages = chain(backend.decoder, cleanup)
+        self._pieces: dict[int, tuple[str, bytes]] = {}
         self._special = frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
 
     @classmethod
@@ -87,6 +88,38 @@ class Tokenizer:
         """The tokens that a decoder sees: ids without a token are dropped, and special ones where it is asked."""
         found = [self._backend.id_to_token(i) for i in ids]
         return [t for t in found if t is not None and not (skip_special_tokens and t in self._special)]
+
+    def piece(self, token: int) -> tuple[str, bytes]:
+        """One token by itself: its text as it stands within a text, special or not, and its bytes, which are the true
+        ones of a part of a character."""
+        found = self._pieces.get(token)
+        if found is None:
+            name = self._backend.id_to_token(token)
+            items = [] if name is None else [name]
+            for stage in self.stages():
+                stage.follow()
+                items = stage.feed(items) + stage.finish(False)
+            text = "".join(items)
+            data = raw(name) if name is not None and MISSING in text else text.encode("utf-8", "replace")
+            found = self._pieces[token] = text, data
+        return found
+
+    def sequences(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The ids that make each of these words, at the beginning of a text and after a space, as vLLM has it.
+
+        Raises InvalidRequest naming bad_words.
+        """
+        out: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip() or word
+            try:
+                found = [tuple(self.encode(text, special=False)) for text in (bare, " " + bare)]
+            except InvalidRequest as error:
+                raise InvalidRequest(str(error).replace("prompt", "bad_words", 1), field="bad_words") from error
+            if not any(found):
+                raise InvalidRequest(f"bad_words: {word[:64]!r} has no tokens", field="bad_words")
+            out |= dict.fromkeys(filter(None, found))
+        return tuple(out)
 
     def stages(self) -> list[Stage]:
         """The decoder, for one stream."""

@@ -24,7 +24,7 @@ HELP = """/help            this
 A line that ends in \\ goes on in the next one; // at the beginning stands for /."""
 ALIASES = {"max_tokens": "max_new_tokens"}
 """OpenAI's names of what SamplingParams knows by another one."""
-UNSENDABLE = ("skip_special_tokens", "no_stop_trim")
+UNSENDABLE = ("skip_special_tokens", "no_stop_trim", "logprobs", "prompt_logprobs", "logprob_start_len")
 MAX_TOKENS = 512
 """Of an answer in this process, unless it is set."""
 CONTROLS = {c: None for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
@@ -118,8 +118,8 @@ class Talk:
         from engine.sampling import SamplingParams
 
         settings = self.settings | {name: value}
-        if name in UNSENDABLE:
-            raise InvalidRequest(f"{name}: can't be set here", field=name)
+        if name in UNSENDABLE or (ALIASES.get(name, name) == "max_new_tokens" and value == 0):
+            raise InvalidRequest(f"{name}: can't be {'set' if name in UNSENDABLE else value} here", field=name)
         if value is None:
             del settings[name]
         SamplingParams.of({ALIASES.get(k, k): v for k, v in (settings | {name: value}).items()})

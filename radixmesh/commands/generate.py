@@ -45,6 +45,18 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be repeated.")] = None,
     stop_token_ids: Annotated[list[int] | None, typer.Option(help="An id that ends the text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end of text.")] = False,
+    min_new_tokens: Annotated[int, typer.Option(help="Before so many nothing stops.")] = 0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=VALUE", help="-100 to 100 for a token id; may be repeated.")
+    ] = None,
+    allowed_token_ids: Annotated[list[int] | None, typer.Option(help="Nothing else is made; may be repeated.")] = None,
+    bad_words: Annotated[list[str] | None, typer.Option(help="A text that is never made; may be repeated.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Show logprobs, with so many alternatives.")] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(help="Likewise of the prompt.")] = None,
+    logprob_start_len: Annotated[int, typer.Option(help="The first token of the prompt that is listed.")] = 0,
+    special: Annotated[bool, typer.Option("--special", help="Show special tokens.")] = False,
+    no_stop_trim: Annotated[bool, typer.Option("--no-stop-trim", help="Keep what stopped the text.")] = False,
+    n: Annotated[int, typer.Option("--n", "-n", help="Answers to each prompt.")] = 1,
     as_json: options.Json = False,
 ) -> None:
     """Complete prompts and print the text and how fast it came."""
@@ -61,10 +73,20 @@ def generate(
         "stop": stop,
         "stop_token_ids": stop_token_ids,
         "ignore_eos": ignore_eos,
+        "min_new_tokens": min_new_tokens,
+        "logit_bias": options.read_bias(logit_bias),
+        "allowed_token_ids": allowed_token_ids,
+        "bad_words": bad_words,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "logprob_start_len": logprob_start_len,
+        "skip_special_tokens": not special,
+        "no_stop_trim": no_stop_trim,
     }
     from engine.sampling import SamplingParams
 
     SamplingParams.of(params)  # before anything is opened
+    params["n"] = n
     texts = list(prompts or PROMPTS)
     given = options.flags(model, backend, mesh, dtype, pairs)
     names: list[str | None] = [None]
@@ -127,9 +149,9 @@ def _run(
         assert engine.tokenizer is not None
         if chat:
             ids = [render(engine.tokenizer, [{"role": "user", "content": text}]) for text in texts]
-            results = engine.generate(token_ids=ids, sampling_params=params)
+            results = engine.generate(token_ids=ids, sampling_params=params, return_text_in_logprobs=True)
         else:
-            results = engine.generate(texts, sampling_params=params)
+            results = engine.generate(texts, sampling_params=params, return_text_in_logprobs=True)
         assert isinstance(results, list)
         return Ran(
             backend=engine.resolved.backend,
@@ -156,13 +178,29 @@ def differences(done: Sequence[Ran]) -> list[dict[str, Any]]:
     return out
 
 
+def scores(meta: Mapping[str, Any]) -> list[str]:
+    """A line for each token whose logprob was asked for: its logprob, itself, and the likeliest with theirs."""
+    lines = []
+    for name in ("input", "output"):
+        own = meta.get(f"{name}_token_logprobs", ())
+        likeliest = meta.get(f"{name}_top_logprobs") or [None] * len(own)
+        for (logprob, _, text), top in zip(own, likeliest, strict=True):
+            beside = "  ".join(f"{other!r} {p:.4f}" for p, _, other in top or ())
+            value = f"{'':>9}" if logprob is None else f"{logprob:9.4f}"
+            lines.append(f"{value}  {text!r}  {beside}".rstrip())
+    return lines
+
+
 def _show(texts: Sequence[str], done: Sequence[Ran], differences: Sequence[Mapping[str, Any]]) -> None:
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     for ran in done:
-        for prompt, result in zip(texts, ran.results, strict=True):
+        n = len(ran.results) // len(texts)
+        for i, result in enumerate(ran.results):
             console.rule(f"{ran.backend}, {ran.device}, {ran.dtype}", align="left")
-            console.print(prompt, style="bold", end="", markup=False)
+            console.print(texts[i // n], style="bold", end="", markup=False)
             console.print(result["text"], markup=False)
+            for line in scores(result["meta_info"]):
+                console.print(line, style="dim", markup=False)
         console.print(
             f"[{ran.backend}] {ran.tokens} tokens in {ran.seconds:.2f} s, {ran.tokens / ran.seconds:.0f} tokens/s "
             f"(ready after {ran.start:.1f} s)",

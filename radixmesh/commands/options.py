@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidRequest
 
 Model = Annotated[str | None, typer.Option(help="Folder of a model; the demo model if left out.")]
 Backend = Annotated[str | None, typer.Option(help="auto, jax, torch or reference.")]
@@ -31,6 +31,19 @@ def read_set(pairs: list[str] | None) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             out[key.strip()] = value.strip()
     return out
+
+
+def read_bias(pairs: list[str] | None) -> dict[str, float] | None:
+    """ID=VALUE pairs as a logit bias. Raises InvalidRequest."""
+    out: dict[str, float] = {}
+    for pair in pairs or []:
+        token, _, value = pair.partition("=")
+        try:
+            out[token.strip()] = float(value)
+        except ValueError as error:
+            says = f"logit_bias: {pair}: write it as ID=VALUE, such as 5=-100"
+            raise InvalidRequest(says, field="logit_bias") from error
+    return out or None
 
 
 def flags(

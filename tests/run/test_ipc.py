@@ -25,6 +25,7 @@ from engine.run.messages import Abort, Flush, Info, News, Stats, Submit
 from engine.sampling import SamplingParams
 from engine.sched.request import Output, Request
 from engine.sched.scheduler import Account
+from engine.sched.scores import Scores
 from engine.sched.stop import Finish
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
@@ -50,6 +51,15 @@ PARAMS = st.builds(
     repetition_penalty=st.floats(0, 2, exclude_min=True),
     presence_penalty=st.floats(-2, 2),
     frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=4).map(
+        lambda given: tuple(given.items())
+    ),
+    allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4).map(tuple),
+    bad_words=st.lists(TEXT.filter(bool), max_size=4).map(tuple),
+    logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.integers(0, 20),
+    logprob_start_len=st.integers(0, 2**31 - 1),
+    min_new_tokens=st.integers(0, 1),
 )
 REQUESTS = st.builds(
     Request,
@@ -63,6 +73,7 @@ REQUESTS = st.builds(
     arrival=SECONDS,
     priority=st.integers(-(2**63), 2**63 - 1),
     namespace=st.lists(TEXT | st.integers(-(2**63), 2**64 - 1), max_size=3).map(tuple),
+    bad_words=st.lists(TOKENS, max_size=3).map(tuple),
 )
 
 
@@ -77,8 +88,16 @@ def failures(draw: st.DrawFn) -> RadixmeshError:
 FINISHES = st.builds(
     Finish, kind=st.sampled_from(("length", "stop", "abort", "error")), matched=st.none() | st.integers(0, 2**31) | TEXT
 )
+SCORES = st.builds(Scores, own=st.binary(max_size=40), ids=st.binary(max_size=40), top=st.binary(max_size=40))
 OUTPUTS = st.builds(
-    Output, rid=TEXT, tokens=TOKENS, finish=st.none() | FINISHES, cached_tokens=COUNT, error=st.none() | failures()
+    Output,
+    rid=TEXT,
+    tokens=TOKENS,
+    finish=st.none() | FINISHES,
+    cached_tokens=COUNT,
+    error=st.none() | failures(),
+    logprobs=st.none() | SCORES,
+    prompt_logprobs=st.none() | SCORES,
 )
 STATUS = st.builds(
     Status,

@@ -61,7 +61,7 @@ FAULTS = [
     *_faults(
         "engine.sched.scheduler",
         ("seated row sent as continuing", "start=run.start,", "start=-1,"),
-        ("mask one token stale", "q.grammar.accept(kept)", "q.grammar.accept(kept[:-1])"),
+        ("mask one token stale", "run.masks.accept(kept)", "run.masks.accept(kept[:-1])"),
         ("pages sized without drafts", "run.upper + 1 + k, draft)", "run.upper + 1, draft)"),
         ("lower bound forgets rejections", "run.lower += moved - (fed - row.drafts)", "run.lower += row.drafts"),
         (
@@ -92,6 +92,11 @@ FAULTS = [
             "for i, t in enumerate(run.fill)] if",
             "for i, t in enumerate(run.request.tokens)] if",
         ),
+        # Scores and masks.
+        ("a prompt that is scored branches where another's ends", " or run.unscored <= last", ""),
+        ("scores of tokens past the end", "Scores.of(scores, keep)", "Scores.of(scores, len(new))"),
+        ("nothing ends a request that only reads", "elif row.end == run.length and not run.most", "elif False"),
+        ("the last chunk of one that only reads is not fed", "run.most and run.decoding) or", "run.most) or"),
         # Failure.
         ("tree survives a device failure", "self.store.tree.flush()\n        for run", "for run"),
         ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
@@ -158,6 +163,26 @@ FAULTS = [
             "table if isinstance(table, StateTable) else _table",
             "table if True else _table",
         ),
+    ),
+    *_faults(
+        "engine.sched.request",
+        ("scored again after a preemption", " + 1 + len(self.scores)", " + 1"),
+        ("masks forget the tokens in flight", "return len(self.out) + self.flying", "return len(self.out)"),
+    ),
+    *_faults(
+        "engine.sched.store",
+        ("a scored prompt comes from the cache", "min(run.length, run.unscored) - 1", "run.length - 1"),
+    ),
+    *_faults(
+        "engine.sched.rows",
+        ("bias is not counted", "self.bias -= len(row.run.request.params.logit_bias)", "pass"),
+    ),
+    *_faults(
+        "engine.sched.masks",
+        ("a late mask is not waited for", "self.late = any(s.late for s in sources)", "self.late = False"),
+        ("one token too many before it may stop", "made < self._until", "made <= self._until"),
+        ("a bad word by its last token alone", " if tuple(self._made[1 - len(w) :]) == w[:-1]]", "]"),
+        ("the longest bad word is forgotten", "max(len(w) for w in words) - 1", "min(len(w) for w in words) - 1"),
     ),
     *_faults(
         "engine.cache.node",

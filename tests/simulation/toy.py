@@ -15,7 +15,17 @@ import numpy as np
 from backends.api.check import check_step
 from backends.api.limits import Limits
 from backends.api.protocol import Status
-from backends.api.step import NONFINITE, OK, TOKEN, U32, PageTable, ScheduleStep, StateTable, StepResult
+from backends.api.step import (
+    NONFINITE,
+    OK,
+    TOKEN,
+    U32,
+    Logprobs,
+    PageTable,
+    ScheduleStep,
+    StateTable,
+    StepResult,
+)
 from engine.errors import DeviceFailed, StepRefused
 
 VOCAB, ORDINARY = 97, 90
@@ -32,9 +42,21 @@ def choose(full: int, window: int, state: int, seed: int, position: int) -> int:
     return (full * 3 + window * 5 + state * 7 + seed * 11 + position * 13) % M % ORDINARY
 
 
+def score(picks: Sequence[int], tokens: Sequence[int], k: int) -> Logprobs:
+    """A stand-in for logprobs: what the raw choice was, the token itself, and what follows from both."""
+    own = np.array(picks, np.float32) - np.array(tokens, np.float32) / 128
+    ids = (np.array(tokens, np.int32)[:, None] + np.arange(k, dtype=np.int32)) % VOCAB
+    return Logprobs(own=own, ids=ids.reshape(len(own), k), top=own[:, None] - np.arange(k, dtype=np.float32))
+
+
 def penalise(token: int, seen: Counter[int], made: Counter[int]) -> int:
     """A stand-in for penalties that depends on all of the history."""
     return (token + 17 * len(seen) + 5 * made.total() + 3 * made[token]) % ORDINARY
+
+
+def biased(token: int, bias: Sequence[tuple[int, float]]) -> int:
+    """A stand-in for a logit bias that depends on each entry."""
+    return (token + sum((t + 1) * int(v) for t, v in bias)) % ORDINARY
 
 
 def allowed(token: int, mask: U32 | None) -> int:
@@ -50,17 +72,29 @@ class Truth:
     kinds: tuple[str, ...]
     window: int
 
-    def next(self, tokens: Sequence[int], prompt: int, seed: int, penalised: bool, mask: U32 | None) -> int:
+    def next(
+        self,
+        tokens: Sequence[int],
+        prompt: int,
+        seed: int,
+        penalised: bool,
+        mask: U32 | None,
+        bias: Sequence[tuple[int, float]] = (),
+    ) -> int:
+        token = biased(self.raw(tokens, seed), bias)
+        if penalised:
+            token = penalise(token, Counter(tokens), Counter(tokens[prompt:]))
+        return allowed(token, mask)
+
+    def raw(self, tokens: Sequence[int], seed: int) -> int:
+        """Before all that a request asks for."""
         cells = [cell(t, i) for i, t in enumerate(tokens)]
         state = 0
         for t in tokens:
             state = (state * K31 + t + 1) % M
         full = sum(cells) % M if "full" in self.kinds else 0
         window = sum(cells[-self.window :]) % M if "window" in self.kinds else 0
-        token = choose(full, window, state if "state" in self.kinds else 0, seed, len(tokens))
-        if penalised:
-            token = penalise(token, Counter(tokens), Counter(tokens[prompt:]))
-        return allowed(token, mask)
+        return choose(full, window, state if "state" in self.kinds else 0, seed, len(tokens))
 
 
 @dataclass
@@ -85,6 +119,7 @@ class Fed:
     drafts: int
     picks: list[int]
     makes: bool
+    prompt: Logprobs | None = None
 
 
 class Toy:
@@ -161,7 +196,21 @@ class Toy:
             seed, position = int(step.sampling.seed[r]), slot.length + i + 1
             picks.append(choose(by.get("full", 0), by.get("window", 0), by.get("state", 0), seed, position))
         makes = bool(step.output[r] & TOKEN)
-        return Fed(number, slot.length, tokens, int(step.drafts[r]), picks, makes)
+        return Fed(
+            number, slot.length, tokens, int(step.drafts[r]), picks, makes, self._prompt(step, r, slot, picks, tokens)
+        )
+
+    def _prompt(
+        self, step: ScheduleStep, r: int, slot: Slot, picks: Sequence[int], tokens: Sequence[int]
+    ) -> Logprobs | None:
+        """What a row scores of its prompt."""
+        first, k = step.sampling.prompt_logprobs[r].tolist()
+        if first < 0:
+            return None
+        assert slot.length < first <= slot.length + len(tokens), "a row that can't score what it is asked for"
+        fed = [*tokens[1:], *([int(step.next[r])] if step.next[r] >= 0 else [])]
+        skip = first - slot.length - 1
+        return score(picks[skip : len(fed)], fed[skip:], k)
 
     def _group(
         self, step: ScheduleStep, r: int, g: int, slot: Slot, seated: bool, tokens: list[int], drafts: int
@@ -196,6 +245,7 @@ class Toy:
         self.pending = None
         k = self.limits.max_draft
         tokens, counts = np.full((len(fed), 1 + k), -1, np.int32), np.zeros(len(fed), np.int32)
+        scores: list[Logprobs | None] = [None] * len(fed)
         masked = iter(masks) if masks is not None else iter(())
         for r, row in enumerate(fed):
             mask = next(masked) if step.masked[r] else None
@@ -211,12 +261,18 @@ class Toy:
                 if j < row.drafts and row.tokens[n - row.drafts + j] != got[-1]:
                     break
             tokens[r, : len(got)], counts[r] = got, len(got)
+            if step.sampling.logprobs[r] >= 0:
+                raw = row.picks[n - 1 - row.drafts :][: len(got)]
+                scores[r] = score(raw, got, int(step.sampling.logprobs[r]))
             slot.length, slot.version = row.start + n - row.drafts + len(got) - 1, len(got) - 1
             slot.last = got[-1]
             slot.drafts = self.guess(row.slot, slot.length) if k else []
-        self.out[ticket] = step, StepResult(step=ticket, version=0, tokens=tokens, counts=counts, status=status)
+        result = StepResult(step=ticket, version=0, tokens=tokens, counts=counts, status=status, logprobs=tuple(scores),
+                            prompt_logprobs=tuple(row.prompt for row in fed))  # fmt: skip
+        self.out[ticket] = step, result
 
     def _pick(self, step: ScheduleStep, r: int, slot: Slot, token: int, mask: U32 | None) -> int:
+        token = biased(token, [(int(t), v) for i, t, v in step.sampling.bias if i == r])
         if (step.sampling.penalty[r] != (1, 0, 0)).any():
             token = penalise(token, slot.seen, slot.made)
         token = allowed(token, mask)

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from engine.run.messages import Abort, Submit
 from engine.sampling import SamplingParams
 from engine.sched.request import Output, Request
 from engine.sched.scheduler import Scheduler
-from tests.simulation.toy import DEADLY, NAN, ORDINARY, REFUSED, VOCAB, Toy, Truth
+from engine.sched.scores import Score, Scores
+from tests.simulation.toy import DEADLY, NAN, ORDINARY, REFUSED, VOCAB, Toy, Truth, score
 
 KINDS = (("full",), ("full",), ("full", "window"), ("full", "state"), ("full", "window", "state"))
 EOS = frozenset(range(0, ORDINARY, 9))
@@ -67,9 +69,12 @@ class Case:
     request: Request
     truth: list[int]
     poison: int | None
-    masked: bool
     abort_at: int | None
+    scores: list[Score]
+    prompt: list[Score]
     got: list[int] = field(default_factory=list)
+    scored: list[Score] = field(default_factory=list)
+    told: list[Score] | None = None
     end: Output | None = None
 
 
@@ -113,17 +118,44 @@ def make_limits(rng: random.Random) -> tuple[Limits, int]:
         max_masks=rng.choice([1, rows]),
         max_copies=8,
         max_history=max_len * rng.choice([1, 4]),
+        max_bias=rng.choice([2, 5, 100]),
+        max_logprobs=3,
     )
     return limits, window
 
 
-def truth_of(request: Request, truth: Truth, masked: bool, max_len: int) -> list[int]:
+def may(request: Request, made: Sequence[int]) -> U32 | None:
+    """What may follow, token by token."""
+    p, masked = request.params, request.grammar is not None
+    stops = {*p.stop_token_ids, *(() if p.ignore_eos else EOS)} if len(made) < p.min_new_tokens else set()
+    last = made[-1] if made else request.tokens[-1]
+    bits = np.zeros(VOCAB + -VOCAB % 32, bool)
+    for v in range(VOCAB):
+        said = (*made, v)
+        bits[v] = (
+            (p.allowed_token_ids is None or v in p.allowed_token_ids)
+            and v not in stops
+            and not any(said[-len(w) :] == w for w in request.bad_words)
+            and (not masked or bool(mask_after(last)[v // 32] >> np.uint32(v % 32) & 1))
+        )
+    return None if bits[:VOCAB].all() else np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def scores_of(tokens: Sequence[int], first: int, k: int | None, truth: Truth, seed: int) -> list[Score]:
+    """The logprobs of tokens from position `first` on, each from what stands before it."""
+    if k is None or first >= len(tokens):
+        return []
+    picks = [truth.raw(tokens[:i], seed) for i in range(first, len(tokens))]
+    return Scores.of(score(picks, tokens[first:], k), len(picks)).rows()
+
+
+def truth_of(request: Request, truth: Truth, max_len: int) -> list[int]:
     """The output by sequential decoding."""
-    tokens, made, stopper = list(request.tokens), [], Pair()
+    tokens, made, stopper, p = list(request.tokens), [], Pair(), request.params
     room = min(request.params.max_new_tokens, max_len - len(tokens))
     for _ in range(room):
-        mask = mask_after(tokens[-1]) if masked else None
-        y = truth.next(tokens, len(request.tokens), request.seed, request.params.penalised, mask)
+        mask = may(request, made)
+        y = truth.next(tokens, len(request.tokens), request.seed, p.penalised, mask, p.logit_bias)
         tokens.append(y)
         made.append(y)
         if (y in EOS and not request.params.ignore_eos) or y in request.params.stop_token_ids:
@@ -144,11 +176,13 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
         if poison is not None:
             prompt[rng.randrange(len(prompt))] = poison
         masked = rng.random() < 0.25
+        most = rng.choice([1, 3, 8, 100] if rng.random() < 0.9 else [0])
         params = SamplingParams(
-            max_new_tokens=rng.choice([1, 3, 8, 100]),
+            max_new_tokens=most,
             ignore_eos=rng.random() < 0.5,
             stop_token_ids=(7, 13),
             presence_penalty=1.0 if rng.random() < 0.3 else 0.0,
+            **wishes(rng, len(prompt), min(most, 5), masked),
         )
         request = Request(
             rid=f"r{i}",
@@ -163,6 +197,8 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
             deadline=rng.uniform(1, 60) if chaos and rng.random() < 0.15 else None,
             group=f"g{i}" if rng.random() < 0.3 else "",
         )
+        if rng.random() < 0.25 and poison is None:
+            request = replace(request, bad_words=words(rng, truth_of(request, truth, max_len)))
         answers = rng.randrange(2, 5) if request.group else 1
         for j in range(answers):
             answer = replace(
@@ -172,10 +208,46 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
                 stopper=Pair() if request.stopper else None,
                 grammar=Alternate(prompt[-1]) if masked else None,
             )
-            expected = [] if poison is not None else truth_of(answer, truth, masked, max_len)
+            expected = [] if poison is not None else truth_of(answer, truth, max_len)
             abort_at = rng.randrange(30) if chaos and rng.random() < 0.15 else None
-            cases.append(Case(request=answer, truth=expected, poison=poison, masked=masked, abort_at=abort_at))
+            p = answer.params
+            cases.append(
+                Case(
+                    request=answer,
+                    truth=expected,
+                    poison=poison,
+                    abort_at=abort_at,
+                    scores=scores_of([*prompt, *expected], len(prompt), p.logprobs, truth, answer.seed),
+                    prompt=scores_of(prompt, p.logprob_start_len + 1, p.prompt_logprobs, truth, answer.seed),
+                )
+            )
     return cases
+
+
+def words(rng: random.Random, made: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Some of what would be made, and some that only ends like it."""
+    out = []
+    for k in (1, 2, 2, 3, 3, 3):
+        at = rng.randrange(len(made)) if made else 0
+        word = tuple(made[at : at + k])
+        out += [rng.choice([word, (rng.randrange(ORDINARY), *word)])] if len(word) == k else []
+    return tuple(out)
+
+
+def wishes(rng: random.Random, prompt: int, least: int, masked: bool) -> dict[str, Any]:
+    """Some of what else a request may ask of the sampler."""
+    given: dict[str, Any] = {}
+    if rng.random() < 0.2:
+        given["min_new_tokens"] = least
+    if rng.random() < 0.15 and not masked:  # the two parities may leave nothing
+        given["allowed_token_ids"] = tuple(range(rng.choice([0, 1]), ORDINARY, 2))
+    if rng.random() < 0.2:
+        given["logit_bias"] = tuple((t, float(rng.randrange(1, 50))) for t in rng.sample(range(ORDINARY), 2))
+    if rng.random() < 0.3:
+        given["logprobs"] = rng.randrange(4)
+    if rng.random() < 0.3:
+        given |= {"prompt_logprobs": rng.randrange(4), "logprob_start_len": rng.choice([0, rng.randrange(prompt)])}
+    return given
 
 
 def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
@@ -212,6 +284,10 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
             case = cases[output.rid]
             assert case.end is None, f"{output.rid}: news after the end"
             case.got += output.tokens
+            case.scored += [] if output.logprobs is None else output.logprobs.rows()
+            if output.prompt_logprobs is not None:
+                assert case.told is None, f"{output.rid}: the prompt's logprobs twice"
+                case.told = output.prompt_logprobs.rows()
             case.end = output if output.finish else None
             seen["cached"] += output.cached_tokens > 0 and output.finish is not None
 
@@ -282,3 +358,8 @@ def judge(case: Case, seed: int, lone: bool) -> None:
         assert case.got == case.truth[: len(case.got)], about
     else:
         assert case.got == case.truth, about
+        assert case.told == (None if case.request.params.prompt_logprobs is None else case.prompt), about
+    if case.poison is None:
+        assert case.scored == case.scores[: len(case.scored)], about
+        assert len(case.scored) == (0 if case.request.params.logprobs is None else len(case.got)), about
+        assert case.told is None or case.told == case.prompt, about

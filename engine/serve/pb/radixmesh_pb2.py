@@ -24,41 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65ngine/serve/pb/radixmesh.proto\x12\x0cradixmesh.v1\"\x91\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.radixmesh.v1.TokenIdsH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.radixmesh.v1.MessagesH\x00\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.radixmesh.v1.SamplingParams\x12\x0e\n\x01n\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x02\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"3\n\x08Messages\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.radixmesh.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb6\x04\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\x03\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x19\n\x0cno_stop_trim\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x01H\x0b\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokensB\x0f\n\r_no_stop_trimB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"l\n\rGenerateChunk\x12#\n\x06pieces\x18\x01 \x03(\x0b\x32\x13.radixmesh.v1.Piece\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.radixmesh.v1.Usage\"]\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12$\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x14.radixmesh.v1.Finish\"e\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0cmatched_text\x18\x02 \x01(\tH\x00\x12\x1a\n\x10matched_token_id\x18\x03 \x01(\rH\x00\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x42\t\n\x07matched\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1d\n\nAbortReply\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"\x13\n\x11ListModelsRequest\"6\n\x0fListModelsReply\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.radixmesh.v1.Model\"K\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0f\n\x07max_len\x18\x03 \x01(\r\x12\r\n\x05vocab\x18\x04 \x01(\r2\xe2\x01\n\tRadixmesh\x12H\n\x08Generate\x12\x1d.radixmesh.v1.GenerateRequest\x1a\x1b.radixmesh.v1.GenerateChunk0\x01\x12=\n\x05\x41\x62ort\x12\x1a.radixmesh.v1.AbortRequest\x1a\x18.radixmesh.v1.AbortReply\x12L\n\nListModels\x12\x1f.radixmesh.v1.ListModelsRequest\x1a\x1d.radixmesh.v1.ListModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65ngine/serve/pb/radixmesh.proto\x12\x0cradixmesh.v1\"\xa5\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.radixmesh.v1.TokenIdsH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.radixmesh.v1.MessagesH\x00\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.radixmesh.v1.SamplingParams\x12\x0e\n\x01n\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\t \x01(\tB\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"3\n\x08Messages\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.radixmesh.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x93\x07\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\x03\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x19\n\x0cno_stop_trim\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x01H\x0b\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x0f \x01(\x03H\x0c\x88\x01\x01\x12?\n\nlogit_bias\x18\x10 \x03(\x0b\x32+.radixmesh.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x11 \x03(\x03\x12\x11\n\tbad_words\x18\x12 \x03(\t\x12\x15\n\x08logprobs\x18\x13 \x01(\x03H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x14 \x01(\x03H\x0e\x88\x01\x01\x12\x1e\n\x11logprob_start_len\x18\x15 \x01(\x03H\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokensB\x0f\n\r_no_stop_trimB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x11\n\x0f_min_new_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x14\n\x12_logprob_start_len\"l\n\rGenerateChunk\x12#\n\x06pieces\x18\x01 \x03(\x0b\x32\x13.radixmesh.v1.Piece\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.radixmesh.v1.Usage\"\xc0\x01\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12$\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x14.radixmesh.v1.Finish\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.radixmesh.v1.TokenLogprob\x12\x33\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1a.radixmesh.v1.TokenLogprob\"j\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.radixmesh.v1.AlternativeB\n\n\x08_logprob\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"e\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0cmatched_text\x18\x02 \x01(\tH\x00\x12\x1a\n\x10matched_token_id\x18\x03 \x01(\rH\x00\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x42\t\n\x07matched\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1d\n\nAbortReply\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"\x13\n\x11ListModelsRequest\"6\n\x0fListModelsReply\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.radixmesh.v1.Model\"K\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0f\n\x07max_len\x18\x03 \x01(\r\x12\r\n\x05vocab\x18\x04 \x01(\r2\xe2\x01\n\tRadixmesh\x12H\n\x08Generate\x12\x1d.radixmesh.v1.GenerateRequest\x1a\x1b.radixmesh.v1.GenerateChunk0\x01\x12=\n\x05\x41\x62ort\x12\x1a.radixmesh.v1.AbortRequest\x1a\x18.radixmesh.v1.AbortReply\x12L\n\nListModels\x12\x1f.radixmesh.v1.ListModelsRequest\x1a\x1d.radixmesh.v1.ListModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'engine.serve.pb.radixmesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATEREQUEST']._serialized_start=50
-  _globals['_GENERATEREQUEST']._serialized_end=323
-  _globals['_TOKENIDS']._serialized_start=325
-  _globals['_TOKENIDS']._serialized_end=348
-  _globals['_MESSAGES']._serialized_start=350
-  _globals['_MESSAGES']._serialized_end=401
-  _globals['_MESSAGE']._serialized_start=403
-  _globals['_MESSAGE']._serialized_end=443
-  _globals['_SAMPLINGPARAMS']._serialized_start=446
-  _globals['_SAMPLINGPARAMS']._serialized_end=1012
-  _globals['_GENERATECHUNK']._serialized_start=1014
-  _globals['_GENERATECHUNK']._serialized_end=1122
-  _globals['_PIECE']._serialized_start=1124
-  _globals['_PIECE']._serialized_end=1217
-  _globals['_FINISH']._serialized_start=1219
-  _globals['_FINISH']._serialized_end=1320
-  _globals['_USAGE']._serialized_start=1322
-  _globals['_USAGE']._serialized_end=1402
-  _globals['_ABORTREQUEST']._serialized_start=1404
-  _globals['_ABORTREQUEST']._serialized_end=1438
-  _globals['_ABORTREPLY']._serialized_start=1440
-  _globals['_ABORTREPLY']._serialized_end=1469
-  _globals['_LISTMODELSREQUEST']._serialized_start=1471
-  _globals['_LISTMODELSREQUEST']._serialized_end=1490
-  _globals['_LISTMODELSREPLY']._serialized_start=1492
-  _globals['_LISTMODELSREPLY']._serialized_end=1546
-  _globals['_MODEL']._serialized_start=1548
-  _globals['_MODEL']._serialized_end=1623
-  _globals['_RADIXMESH']._serialized_start=1626
-  _globals['_RADIXMESH']._serialized_end=1852
+  _globals['_GENERATEREQUEST']._serialized_end=343
+  _globals['_TOKENIDS']._serialized_start=345
+  _globals['_TOKENIDS']._serialized_end=368
+  _globals['_MESSAGES']._serialized_start=370
+  _globals['_MESSAGES']._serialized_end=421
+  _globals['_MESSAGE']._serialized_start=423
+  _globals['_MESSAGE']._serialized_end=463
+  _globals['_SAMPLINGPARAMS']._serialized_start=466
+  _globals['_SAMPLINGPARAMS']._serialized_end=1381
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1063
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1111
+  _globals['_GENERATECHUNK']._serialized_start=1383
+  _globals['_GENERATECHUNK']._serialized_end=1491
+  _globals['_PIECE']._serialized_start=1494
+  _globals['_PIECE']._serialized_end=1686
+  _globals['_TOKENLOGPROB']._serialized_start=1688
+  _globals['_TOKENLOGPROB']._serialized_end=1794
+  _globals['_ALTERNATIVE']._serialized_start=1796
+  _globals['_ALTERNATIVE']._serialized_end=1844
+  _globals['_FINISH']._serialized_start=1846
+  _globals['_FINISH']._serialized_end=1947
+  _globals['_USAGE']._serialized_start=1949
+  _globals['_USAGE']._serialized_end=2029
+  _globals['_ABORTREQUEST']._serialized_start=2031
+  _globals['_ABORTREQUEST']._serialized_end=2065
+  _globals['_ABORTREPLY']._serialized_start=2067
+  _globals['_ABORTREPLY']._serialized_end=2096
+  _globals['_LISTMODELSREQUEST']._serialized_start=2098
+  _globals['_LISTMODELSREQUEST']._serialized_end=2117
+  _globals['_LISTMODELSREPLY']._serialized_start=2119
+  _globals['_LISTMODELSREPLY']._serialized_end=2173
+  _globals['_MODEL']._serialized_start=2175
+  _globals['_MODEL']._serialized_end=2250
+  _globals['_RADIXMESH']._serialized_start=2253
+  _globals['_RADIXMESH']._serialized_end=2479
 # @@protoc_insertion_point(module_scope)
