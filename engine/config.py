@@ -33,6 +33,7 @@ class Resolved:
     cache_dtype: of keys and values ("float32" or "bfloat16"). page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
+    mesh: devices along each axis; devices: CPU devices that jax makes, where it runs on a CPU.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
     """
 
@@ -51,6 +52,7 @@ class Resolved:
     radix: bool = True
     policy: str = "lpm"
     mesh: MeshSpec = field(default_factory=MeshSpec)
+    devices: int = 1
     deterministic: bool = False
     stack: str = "list"
     programs: str = ""
@@ -193,10 +195,12 @@ class Serve:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jax:
     """stack: "scan" over stacked layers or a "list" of layers, unrolled. cache: folder that keeps compiled programs
-    from one start to the next; "auto" is one below the user's cache folder, "off" is none."""
+    from one start to the next; "auto" is one below the user's cache folder, "off" is none. devices: that a CPU is cut
+    into, so that meshes can be tried without accelerators; "auto" is what the mesh needs."""
 
     stack: str = _key(_one_of(STACKS), "auto")
     cache: str = _key(_text, "auto")
+    devices: int | None = _key(_or_auto(_whole(1, 64)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,7 @@ class JaxBackend:
         self.plan = Plan(spec=spec, config=config, limits=self.limits, mesh=mesh)
         self.programs = Programs(self.plan)
         self.sharding = replicated(mesh)
+        self.serial = config.platform == "cpu" and mesh.size > 1
         self.weights: Any = None
         self.caches: Any = None
         self.state: Any = None
@@ -91,6 +92,8 @@ class JaxBackend:
         packed, ahead = pack(step, shape, self.limits)
         edit = self.programs.take(EDIT) if ahead else None
         try:
+            if self.serial:
+                self._finish()
             for edits in ahead:
                 assert edit is not None
                 self.state = edit(self.state, jax.device_put(edits, self.sharding))
@@ -166,6 +169,12 @@ class JaxBackend:
     def _open(self) -> None:
         if self.closed:
             raise BackendLost("the jax backend is closed")
+
+    def _finish(self) -> None:
+        """Wait for the steps that are out, where devices are threads of one pool: each device waits in a collective for
+        the others, and the threads of a second step could take those that the first one's devices need."""
+        for flight in self.flights.values():
+            flight.made.block_until_ready()
 
     def _empty(self) -> None:
         """New caches and state."""

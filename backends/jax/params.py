@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from backends.jax.mesh import partition
+from backends.jax.mesh import laid, partition
 from engine.config import Resolved
+from engine.mesh import RULES, MeshSpec, shard_shape
 from engine.model.params import Param, params
 from engine.model.spec import ModelSpec
-from engine.model.weights import WeightSource
+from engine.model.weights import WeightSource, read_part
 
 Tree: TypeAlias = Any
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -29,10 +30,9 @@ class Leaf:
     members: tuple[Param, ...]
     stacked: bool
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """On one device that holds everything."""
-        one = self.members[0].shape
+    def shape(self, mesh: MeshSpec) -> tuple[int, ...]:
+        """Of the array on all devices of a mesh."""
+        one = laid(self.members[0].shape, self.members[0].axes, mesh)
         return (len(self.members), *one) if self.stacked else one
 
     @property
@@ -79,7 +79,10 @@ def map_leaves(make: Callable[[Leaf], Any], leaves: Tree) -> Tree:
 def shapes(leaves: Tree, config: Resolved, mesh: Mesh) -> Tree:
     """Shapes, dtypes and shardings, for a compile without weights."""
     dtype = DTYPES[config.dtype]
-    make = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, leaf.spec))  # noqa: E731
+
+    def make(leaf: Leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape(config.mesh), dtype, sharding=NamedSharding(mesh, leaf.spec))
+
     return map_leaves(make, leaves)
 
 
@@ -93,13 +96,20 @@ def upload(leaves: Tree, config: Resolved, mesh: Mesh, source: WeightSource) -> 
     def fill(leaf: Leaf) -> jax.Array:
         def part(index: tuple[slice, ...]) -> NDArray[Any]:
             if not leaf.stacked:
-                return np.array(source.read(leaf.members[0].name, index), dtype, order="C")
-            rows = [source.read(p.name, index[1:]) for p in leaf.members[index[0]]]
+                return np.array(_read(source, leaf.members[0], index, config.mesh), dtype, order="C")
+            rows = [_read(source, p, index[1:], config.mesh) for p in leaf.members[index[0]]]
             out = np.empty((len(rows), *rows[0].shape), dtype)
             for i, row in enumerate(rows):
                 out[i] = row
             return out
 
-        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.spec), part)
+        return jax.make_array_from_callback(leaf.shape(config.mesh), NamedSharding(mesh, leaf.spec), part)
 
     return map_leaves(fill, leaves)
+
+
+def _read(source: WeightSource, p: Param, index: tuple[slice, ...], mesh: MeshSpec) -> NDArray[Any]:
+    """The part of a parameter that stands at `index` of its array on all devices."""
+    local = shard_shape(p.shape, p.axes, mesh)
+    at = {RULES[axis] or "": (s.start or 0) // n for axis, s, n in zip(p.axes, index, local, strict=True)}
+    return read_part(source, p, mesh, at)
