@@ -16,7 +16,7 @@ from backends.torch.params import DTYPES
 from backends.torch.sampler import choose
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
-from models_torch import decoder
+from models_torch import decoder, ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +55,18 @@ def forward(
     hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps)
     logits = None
     if "logits" in taps:
-        found["logits"] = decoder.logits(spec, weights, hidden)
+        found["logits"] = _logits(spec, weights, hidden)
         logits = found["logits"][batch.ends]
     elif len(batch.ends):
         last = hidden if len(batch.ends) == len(hidden) else hidden.index_select(0, batch.ends)
-        logits = decoder.logits(spec, weights, last)
+        logits = _logits(spec, weights, last)
     inner = {name: value.float() for name, value in found.items()}
     return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner)
+
+
+def _logits(spec: ModelSpec, weights: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """Normed hidden states [R, hidden] -> float32[R, V] on every device."""
+    return ops.gather(decoder.logits(spec, weights, x), "vocab", 1)[:, : spec.vocab]
 
 
 def sample(fed: Fed, caches: Caches) -> torch.Tensor:
