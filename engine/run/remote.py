@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -48,12 +49,12 @@ class RemoteBackend:
 
     A mesh does not outlive a failure: where one process fails, the others wait in a sum for what never comes. So a
     process that fails, dies, is late or disagrees is BackendLost, which names its rank, and ends them all.
-    Raises ConfigError as a process raised it.
+    program: arguments of python, a process. Raises ConfigError as a process raised it.
     """
 
-    def __init__(self, spec: ModelSpec, config: Resolved) -> None:
+    def __init__(self, spec: ModelSpec, config: Resolved, *, program: Sequence[str] = PROGRAM) -> None:
         self.closed = False
-        self._crew = _Crew(config.mesh.size)
+        self._crew = _Crew(config.mesh.size, program)
         self._finalizer = weakref.finalize(self, self._crew.end, 0.0)
         try:
             self._crew.tell(wire.Open(spec=spec, config=config))
@@ -183,8 +184,8 @@ class RemoteBackend:
 class _Crew:
     """The processes and their sockets."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, program: Sequence[str]) -> None:
+        self.size, self._program = size, program
         self.processes: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.mkdtemp(prefix="radixmesh-")
         self._context, self._poller = zmq.Context(), zmq.Poller()
@@ -271,7 +272,7 @@ class _Crew:
         the parent's to handle."""
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         return subprocess.Popen(
-            [sys.executable, "-P", *PROGRAM, self._folder, str(rank), str(self.size), str(os.getpid())],
+            [sys.executable, "-P", *self._program, self._folder, str(rank), str(self.size), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=2,
             env=os.environ | {"PYTHONPATH": path},
