@@ -171,8 +171,8 @@ class JaxBackend:
             raise BackendLost("the jax backend is closed")
 
     def _finish(self) -> None:
-        """Wait for the steps that are out, where devices are threads of one pool: each device waits in a collective for
-        the others, and the threads of a second step could take those that the first one's devices need."""
+        """Wait for the steps that are out, where a CPU was cut into devices: they wait for each other in collectives on
+        the threads of one pool, and a queue of steps can stop them all (docs/decisions/0012)."""
         for flight in self.flights.values():
             flight.made.block_until_ready()
 

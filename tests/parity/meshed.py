@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.api.build import Host
 from backends.api.protocol import Backend
 from engine.config import load
 from engine.mesh import MeshSpec
@@ -81,6 +83,17 @@ def converse(backend: str, mesh: str, folder: Path, prompts: list[list[int]]) ->
         }
 
 
+def finished(device: Any, prompt: Sequence[int]) -> bool:
+    """Whether a step is over when the next one's forward comes back."""
+    host = Host(device)
+    first, second = host.open(), host.open()
+    tickets = [host.enqueue([(text, host.row(text, prompt))]) for text in (first, second)]
+    over = bool(device.flights[tickets[0]].made.is_ready())
+    for ticket in tickets:
+        device.collect(ticket)
+    return over
+
+
 def save(out: dict[str, Any], name: str, reading: Reading) -> None:
     out |= {f"{name}/value/{k}": v for k, v in reading.values.items()}
     out |= {f"{name}/tokens": np.array(reading.tokens), f"{name}/margins": np.array(reading.margins)}
@@ -108,11 +121,12 @@ def main(backend: str, mesh: str, folder: Path, prompts: Path, target: Path) -> 
         counts = collectives(device)
         start.open_device = lambda decided: Kept(device)  # type: ignore[assignment]
         talk = converse(backend, mesh, folder, asked)
+        over = backend == "torch" or finished(device, asked[0])
     alone = start.open_backend(backend, decided.spec, replace(decided.resolved, mesh=MeshSpec()))
     with closing(alone):
         alone.load(Checkpoint(folder, decided.spec))
         save(out, "alone", read_backend("alone", alone, decided.spec, asked[0], MADE, 64))
-    np.savez(target, facts=json.dumps({"collectives": counts, "engine": talk}), **out)
+    np.savez(target, facts=json.dumps({"collectives": counts, "engine": talk, "finished": over}), **out)
 
 
 if __name__ == "__main__":

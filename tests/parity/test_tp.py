@@ -137,6 +137,11 @@ def test_a_step_has_two_sums_a_layer(find: Callable[[str, str], Found], shape: s
     assert found.facts["collectives"] == [want] * 2  # both buckets
 
 
+def test_on_a_cut_cpu_one_step_runs_at_a_time(find: Callable[[str, str], Found]) -> None:
+    """jax's devices are threads there, and a queue of steps can take all of them (docs/decisions/0012)."""
+    assert find("jax", "qwen3").facts["finished"]
+
+
 def test_memory_is_of_one_device(find: Callable[[str, str], Found]) -> None:
     """What explain says is what is held, padding and repeated heads included."""
     for backend in ("jax", "torch"):
