@@ -21,10 +21,19 @@ def several(config: Resolved) -> bool:
 
 
 def open_backend(name: str, spec: ModelSpec, config: Resolved, member: Member | None = None) -> Backend:
-    """Open a backend by name. Imports only that backend's libraries. member: which of several processes this is.
+    """Open a backend by name; config.deterministic: behind what cuts its steps into tiles of one shape. Imports only
+    that backend's libraries. member: which of several processes this is.
 
     Raises ConfigError naming what is missing.
     """
+    if config.deterministic:
+        from backends.api.tiled import Tiled
+
+        return Tiled(spec, config, lambda spec, inner: _open(name, spec, inner, member))
+    return _open(name, spec, config, member)
+
+
+def _open(name: str, spec: ModelSpec, config: Resolved, member: Member | None) -> Backend:
     try:
         if name == "jax":
             from backends.jax.backend import JaxBackend
