@@ -36,6 +36,7 @@ class Comm:
             options = distributed.ProcessGroupNCCL.Options()
             options._timeout = PATIENCE
             self.group = distributed.ProcessGroupNCCL(store, member.rank, member.size, options)
+        self.psum(torch.zeros(1, device=device))  # connects: what can't be is told now, not by the first step
 
     def parts(self, axis: str) -> int:
         """Processes that split the logical axis."""

@@ -6,17 +6,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from backends import open_backend
 from backends.api.conformance import CHECKS, Opener, config
-from backends.api.conformance.bench import ASKS, compare, generate
+from backends.api.conformance.bench import ASKS, Ask, compare, generate, one, prompt
 from engine.mesh import MeshSpec
 from engine.run.remote import RemoteBackend
 
 SLOW = ("closed", "warm")
 """Start a mesh anew."""
+
+
+DRAWN = [
+    Ask(prompt=prompt(n, seed=n), make=6, chunk=32, values={"temperature": 0.9, "seed": n, "top_p": 0.9})
+    for n in (3, 30, 25)
+]
 
 
 def opener(name: str, tp: int) -> Opener:
@@ -74,7 +82,30 @@ except ConfigError as error:
     assert "backend.jax.devices" in ran.stdout
 
 
-if __name__ == "__main__":
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_deterministic_mode_gives_the_same_bits(name: str) -> None:
+    command = [sys.executable, "-m", "tests.backends.test_mesh", name, "2", "deterministic"]
+    subprocess.run(command, timeout=280, check=True)
+
+
+def same_bits(name: str, tp: int) -> None:
+    """Alone, in chunks of another size, and batched."""
+    host = opener(name, tp)(fresh=True, deterministic=True, max_tokens=32)
+    host.taps = ("logits",)
+    alone = [one(host, ask) for ask in DRAWN]
+    again = [one(host, replace(ask, chunk=5)) for ask in DRAWN]
+    batch = generate(host, DRAWN)
+    for a, *others in zip(alone, again, batch, strict=True):
+        for b in others:
+            assert a.tokens == b.tokens
+            assert all(np.array_equal(x, y) for x, y in zip(a.logits, b.logits, strict=True))
+    host.backend.close()
+
+
+if __name__ == "__main__" and sys.argv[3:] == ["deterministic"]:
+    same_bits(sys.argv[1], int(sys.argv[2]))
+elif __name__ == "__main__":
     with closing(opener(sys.argv[1], int(sys.argv[2]))) as mesh:
         for name, check in CHECKS.items():
             check(mesh)
