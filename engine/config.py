@@ -38,6 +38,7 @@ class Resolved:
     eviction: what of it goes first.
     deterministic: what a request gets never depends on what else runs, to the bit.
     penalties: counts for penalties are kept on the device. max_logprobs: alternatives that a token may be asked for.
+    mesh: devices along each axis; devices: CPU devices that jax makes, where it runs on a CPU.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
     """
 
@@ -61,6 +62,7 @@ class Resolved:
     penalties: bool = True
     max_logprobs: int = 20
     mesh: MeshSpec = field(default_factory=MeshSpec)
+    devices: int = 1
     deterministic: bool = False
     stack: str = "list"
     programs: str = ""
@@ -215,10 +217,12 @@ class Serve:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jax:
     """stack: "scan" over stacked layers or a "list" of layers, unrolled. cache: folder that keeps compiled programs
-    from one start to the next; "auto" is one below the user's cache folder, "off" is none."""
+    from one start to the next; "auto" is one below the user's cache folder, "off" is none. devices: that a CPU is cut
+    into, so that meshes can be tried without accelerators; "auto" is what the mesh needs."""
 
     stack: str = _key(_one_of(STACKS), "auto")
     cache: str = _key(_text, "auto")
+    devices: int | None = _key(_or_auto(_whole(1, 64)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

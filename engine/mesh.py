@@ -19,6 +19,10 @@ RULES: Mapping[str, str | None] = {
     "head": None,
 }
 """Logical axis of a parameter -> mesh axis that splits it. None = replicated."""
+REPEATED = ("kv_heads",)
+"""Axes whose entries are repeated where they are fewer than the devices: a device holds the one that it needs."""
+PADDED = ("vocab",)
+"""Axes that are padded with zeros where the mesh does not divide them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +62,46 @@ class MeshSpec:
         return cls(**sizes)
 
 
+def parts(axis: str, mesh: MeshSpec) -> int:
+    """Parts that a mesh splits a logical axis into."""
+    rule = RULES[axis]
+    return 1 if rule is None else int(getattr(mesh, rule))
+
+
+def share(size: int, axis: str, mesh: MeshSpec) -> int:
+    """Entries of a dimension of `size` that each device holds, where the dimension has this logical axis.
+
+    Raises ConfigError when the mesh axis does not divide it. Two kinds of dimension need not be divided: of REPEATED
+    ones, several devices hold the same entry where there are more devices than entries; PADDED ones are rounded up,
+    and the last devices hold fewer real entries.
+    """
+    count = parts(axis, mesh)
+    if axis in PADDED:
+        return -(-size // count)
+    if axis in REPEATED and size < count and count % size == 0:
+        return 1
+    if size % count:
+        neither = " and is not divided by it" if axis in REPEATED and size < count else ""
+        raise ConfigError(f"mesh: {RULES[axis]}={count} does not divide {axis}={size}{neither}", field="mesh")
+    return size // count
+
+
+def shard_shape(shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec) -> tuple[int, ...]:
+    """The shape of a parameter's part on a device, padding included. Raises ConfigError as `share` does."""
+    return tuple(share(size, axis, mesh) for size, axis in zip(shape, axes, strict=True))
+
+
 def shard_slices(
     shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec, coordinate: Mapping[str, int]
 ) -> tuple[slice, ...]:
-    """The part of a parameter that the device at `coordinate` (mesh axis -> index) holds.
+    """The part of a parameter that the device at `coordinate` (mesh axis -> index) holds, without padding.
 
-    shape, axes: the parameter's sizes and logical axes, one name a dimension.
-    Raises ConfigError when a mesh axis does not divide a dimension that it splits.
+    shape, axes: the parameter's sizes and logical axes, one name a dimension. Raises ConfigError as `share` does.
     """
     out = []
     for size, axis in zip(shape, axes, strict=True):
-        rule = RULES[axis]
-        parts = 1 if rule is None else int(getattr(mesh, rule))
-        if size % parts:
-            raise ConfigError(f"mesh: {rule}={parts} does not divide {axis}={size}", field="mesh")
-        step = size // parts
-        start = 0 if rule is None else coordinate.get(rule, 0) * step
-        out.append(slice(start, start + step))
+        rule, held = RULES[axis], share(size, axis, mesh)
+        at = 0 if rule is None else coordinate.get(rule, 0)
+        start = at * size // parts(axis, mesh) if axis in REPEATED else at * held
+        out.append(slice(min(start, size), min(start + held, size)))
     return tuple(out)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from engine.config import Config, Resolved
 from engine.errors import ConfigError
-from engine.mesh import AXES, MeshSpec
+from engine.mesh import AXES, MeshSpec, shard_shape, share
 from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
 from engine.model.params import params
 from engine.model.spec import ModelSpec
@@ -71,20 +71,26 @@ class Memory:
 
 def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, list[Decision]]:
     """Decide every field of Resolved. Raises ConfigError naming the key that can't be honoured."""
+    mesh = MeshSpec(**{axis: getattr(config.mesh, axis) for axis in AXES})
+    check_mesh(mesh, spec, device)
+    if device.platform == "cpu":  # whose devices are threads or processes that share its memory
+        device = replace(device, memory_bytes=device.memory_bytes // mesh.size)
     made: list[Decision] = [
         Decision(field="backend", value=device.backend, why=device.why),
         Decision(
             field="platform",
             value=device.platform,
-            why=f"{device.count} x {device.kind}, {device.memory_bytes / GIB:.1f} GiB free",
+            why=f"{device.count} x {device.kind}, {device.memory_bytes / GIB:.1f} GiB free"
+            + (" for each device" if mesh.size > 1 else ""),
         ),
-        _mesh(config),
+        Decision(field="mesh", value=mesh, why=_split(mesh, spec, device)),
+        _devices(config, mesh, device),
         *_dtypes(config, spec, device),
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
-    groups = cache_groups(spec, config.cache.page)
-    weights = weight_bytes(spec, values["dtype"])
+    groups = local_groups(spec, config.cache.page, mesh)
+    weights = weight_bytes(spec, values["dtype"], mesh)
     made += _lengths(config, spec, device, groups, weights, values)
     made += [
         Decision(field="page", value=config.cache.page, why="cache.page"),
@@ -102,28 +108,70 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
     return Resolved(**{d.field: d.value for d in made}), made
 
 
-def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+def weight_bytes(spec: ModelSpec, dtype: str, mesh: MeshSpec) -> int:
     """Bytes of all parameters on one device."""
-    return sum(prod(p.shape) for p in params(spec).values()) * ITEMSIZE[dtype]
+    return sum(prod(shard_shape(p.shape, p.axes, mesh)) for p in params(spec).values()) * ITEMSIZE[dtype]
+
+
+def local_groups(spec: ModelSpec, page: int, mesh: MeshSpec) -> tuple[CacheGroup, ...]:
+    """The cache groups of a model with the heads that one device holds."""
+    groups = cache_groups(spec, page)
+    return tuple(replace(g, kv_heads=share(g.kv_heads, "kv_heads", mesh)) for g in groups)
 
 
 def plan_memory(spec: ModelSpec, resolved: Resolved) -> Memory:
-    """What weights and cache take."""
-    groups = cache_groups(spec, resolved.page)
+    """What weights and cache take on one device."""
+    groups = local_groups(spec, resolved.page, resolved.mesh)
     return Memory(
-        weights=weight_bytes(spec, resolved.dtype),
+        weights=weight_bytes(spec, resolved.dtype, resolved.mesh),
         cache=tuple(n * g.page_bytes(resolved.cache_dtype) for n, g in zip(resolved.pages, groups, strict=True)),
     )
 
 
-def _mesh(config: Config) -> Decision:
-    mesh = MeshSpec(**{axis: getattr(config.mesh, axis) for axis in AXES})
+def check_mesh(mesh: MeshSpec, spec: ModelSpec, device: Device) -> None:
+    """Refuse a mesh by name: an axis that is not built, devices that aren't there, a dimension that is not divided."""
     for axis in AXES:
-        if getattr(mesh, axis) > 1:
+        if axis != "tp" and getattr(mesh, axis) > 1:
             raise ConfigError(
-                f"mesh: {axis}={getattr(mesh, axis)} is not built yet; use one device ({axis}=1)", field="mesh"
+                f"mesh: {axis}={getattr(mesh, axis)} is not built yet; only tp is, on one host", field="mesh"
             )
-    return Decision(field="mesh", value=mesh, why="one device; more are not built yet")
+    if mesh.size > 1 and device.backend == "reference":
+        raise ConfigError(f"mesh: the reference backend runs on one device, not {mesh}", field="mesh")
+    if device.platform != "cpu" and mesh.size > device.count:
+        raise ConfigError(
+            f"mesh: {mesh} needs {mesh.size} devices, this host has {device.count} x {device.kind}", field="mesh"
+        )
+    for p in params(spec).values():
+        try:
+            shard_shape(p.shape, p.axes, mesh)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (parameter {p.name} of this model)", field="mesh") from error
+
+
+def _split(mesh: MeshSpec, spec: ModelSpec, device: Device) -> str:
+    """What a mesh does to a model, in words."""
+    if mesh.size == 1:
+        return "one device"
+    heads = {layer.mixer.kv_heads for layer in spec.layers}
+    repeated = sorted(n for n in heads if n < mesh.tp)
+    said = [f"query heads, feed-forward and vocabulary in {mesh.tp} parts"]
+    if repeated:
+        said.append(f"each kv head on {mesh.tp // repeated[0]} devices")
+    if spec.vocab % mesh.tp:
+        said.append(f"the vocabulary of {spec.vocab} padded")
+    return ", ".join([*said, "a process each" if device.backend == "torch" else "one process"])
+
+
+def _devices(config: Config, mesh: MeshSpec, device: Device) -> Decision:
+    """CPU devices that jax is to make."""
+    asked = config.backend.jax.devices
+    if (device.backend, device.platform) != ("jax", "cpu") or asked is None:
+        return Decision(field="devices", value=mesh.size, why="as the mesh needs")
+    if asked < mesh.size:
+        raise ConfigError(
+            f"backend.jax.devices: {asked} is less than the {mesh.size} of {mesh}", field="backend.jax.devices"
+        )
+    return Decision(field="devices", value=asked, why="backend.jax.devices")
 
 
 def _dtypes(config: Config, spec: ModelSpec, device: Device) -> list[Decision]:
@@ -238,14 +286,15 @@ def _tokens(
     asked, page = config.cache.tokens, config.cache.page
     if asked is not None:
         return asked, "cache.tokens"
-    share = config.cache.fraction or SHARE[device.platform]
+    portion = config.cache.fraction or SHARE[device.platform]
     weights = device.memory_bytes - free
     if device.platform == "cpu":
-        room = int(share * free) if config.cache.fraction else min(int(share * free), CPU_CACHE)
+        limit = free if config.cache.fraction else CPU_CACHE // values["mesh"].size
+        room = min(int(portion * free), limit)
         source = f"{room / GIB:.2f} GiB of the CPU's free memory"
     else:
-        room = int(share * device.memory_bytes) - weights
-        source = f"{share:.0%} of the free memory, less {weights / GIB:.2f} GiB of weights"
+        room = int(portion * device.memory_bytes) - weights
+        source = f"{portion:.0%} of the free memory, less {weights / GIB:.2f} GiB of weights"
     fixed = sum(c * n for c, n, g in zip(costs, _pages(1 << 40, groups, values), groups, strict=True) if g.window)
     each = sum(c for c, g in zip(costs, groups, strict=True) if not g.window)
     most = SPARE * values["slots"] * reach

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +34,31 @@ class Order(NamedTuple):
     token: Array
     back: Array
     spans: list[tuple[int, int, int]]
+
+
+class Comm(Protocol):
+    """The devices that compute a model together, as one of them sees them. psum may change x."""
+
+    def parts(self, axis: str) -> int: ...
+
+    def index(self, axis: str) -> int: ...
+
+    def psum(self, x: Array) -> Array: ...
+
+    def gather(self, x: Array, dim: int) -> Array: ...
+
+
+_COMM: ContextVar[Comm | None] = ContextVar("comm", default=None)
+
+
+@contextmanager
+def over(comm: Comm | None) -> Iterator[None]:
+    """Inside, a model is computed by these devices together; None is one alone. What shard_map is for jax."""
+    token = _COMM.set(comm)
+    try:
+        yield
+    finally:
+        _COMM.reset(token)
 
 
 def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
@@ -129,7 +156,17 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def embed(tokens: Array, w: Matrix) -> Array:
-    """tokens int32[T], w [vocab, hidden] -> [T, hidden]."""
+    """tokens int32[T], w [vocab, hidden] -> [T, hidden]. A device looks up the part of the vocabulary that it holds."""
+    if parts("vocab") == 1:
+        return _look_up(tokens, w)
+    comm, size = _COMM.get(), w.shape[0]
+    assert comm is not None
+    local = tokens - comm.index("vocab") * size
+    held = (local >= 0) & (local < size)
+    return psum(_look_up(local.clamp(0, size - 1), w).masked_fill_(~held[:, None], 0), "vocab")
+
+
+def _look_up(tokens: Array, w: Matrix) -> Array:
     return w.look_up(tokens) if isinstance(w, Packed) else F.embedding(tokens, w)
 
 
@@ -139,9 +176,22 @@ def unembed(x: Array, w: Matrix) -> Array:
 
 
 def psum(x: Array, axis: str) -> Array:
-    """Sum over the devices that split the logical axis. One device until the torch mesh is built."""
+    """Sum over the devices that split the logical axis. May change x."""
+    comm = _COMM.get()
+    return x if comm is None or comm.parts(axis) == 1 else comm.psum(x)
+
+
+def gather(x: Array, axis: str, dim: int) -> Array:
+    """Join the parts of dimension `dim` that devices hold along the logical axis."""
+    comm = _COMM.get()
+    return x if comm is None or comm.parts(axis) == 1 else comm.gather(x, dim)
+
+
+def parts(axis: str) -> int:
+    """Devices that split the logical axis."""
+    comm = _COMM.get()
     assert axis in RULES, axis
-    return x
+    return 1 if comm is None else comm.parts(axis)
 
 
 def route(scores: Array, top_k: int, renormalised: bool) -> tuple[Array, Array]:

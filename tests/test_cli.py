@@ -158,7 +158,7 @@ def test_explain_says_what_and_why(
         (("generate", "--model", "/nowhere"), "/nowhere: does not exist"),
         (("explain", "--set", "cache.paeg=1"), "did you mean cache.page"),
         (("explain", "--set", "cache.page"), "write it as KEY=VALUE"),
-        (("explain", "--mesh", "tp=2"), "mesh: tp=2 is not built yet"),
+        (("explain", "--mesh", "dp=2"), "mesh: dp=2 is not built yet"),
         (("explain", "--config", "/nowhere.toml"), "/nowhere.toml: No such file"),
         (("explain", "--backend", "jaxx"), "did you mean jax"),
         (("generate", "--temperature", "nan", "--backend", "reference"), "temperature: must be a finite number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,50 @@ def test_stack_follows_the_device_unless_asked() -> None:
     assert resolve(load(None, {"stack": "scan"}), model(), device())[0].stack == "scan"
 
 
-@pytest.mark.parametrize("axis", ["dp", "pp", "tp", "ep"])
+@pytest.mark.parametrize("axis", ["dp", "pp", "ep"])
 def test_mesh_axes_that_are_not_built_are_refused_by_name(axis: str) -> None:
     with pytest.raises(ConfigError, match=f"mesh: {axis}=2 is not built yet") as caught:
         resolve(load(None, {"mesh": f"{axis}=2"}), model(), device())
     assert caught.value.field == "mesh"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "where", "says"),
+    [
+        ("tp=3", {}, "tp=3 does not divide q_heads"),
+        ("tp=2", {"backend": "reference"}, "the reference backend runs on one device"),
+        ("tp=4", {"platform": "gpu", "count": 2}, "needs 4 devices, this host has 2 x"),
+    ],
+)
+def test_a_mesh_that_can_not_be_is_refused_by_name(mesh: str, where: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        resolve(load(None, {"mesh": mesh}), model(), replace(device(), **where))
+    assert caught.value.field == "mesh"
+
+
+def test_a_mesh_is_planned_by_what_one_device_holds() -> None:
+    """Weights, cache and free memory of one device of the mesh; a CPU's devices share its memory."""
+    one, many = (resolve(load(None, {"mesh": m}), model(), replace(device("gpu"), count=2))[0] for m in ("", "tp=2"))
+    whole, half = plan_memory(model(), one), plan_memory(model(), many)
+    assert whole.weights / 2 < half.weights < whole.weights * 0.6  # norms are on both
+    assert [a / p for a, p in zip(half.cache, many.pages, strict=True)] == [
+        b / p / 2 for b, p in zip(whole.cache, one.pages, strict=True)
+    ]
+    small = replace(device(), memory_bytes=1 << 24)
+    cut = [resolve(load(None, {"mesh": m, "cache.fraction": 0.5}), model(), small) for m in ("", "tp=2")]
+    why = [next(d.why for d in made if d.field == "platform") for _, made in cut]
+    assert "for each device" in why[1]
+    assert "for each device" not in why[0]
+
+
+def test_the_devices_of_a_cut_cpu() -> None:
+    given = {"mesh": "tp=2", "backend.jax.devices": 4}
+    assert resolve(load(None, given), model(), device())[0].devices == 4
+    assert resolve(load(None, {"mesh": "tp=2"}), model(), device())[0].devices == 2
+    assert resolve(load(None, given), model(), replace(device(), backend="torch"))[0].devices == 2
+    with pytest.raises(ConfigError, match="1 is less than the 2 of tp=2") as caught:
+        resolve(load(None, given | {"backend.jax.devices": 1}), model(), device())
+    assert caught.value.field == "backend.jax.devices"
 
 
 def test_cache_tokens_are_honoured() -> None:

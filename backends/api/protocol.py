@@ -22,6 +22,16 @@ class Status:
     memory: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One of `size` processes that are one backend together: each opens its own with its own rank. folder: private to
+    them; they find each other there."""
+
+    rank: int
+    size: int
+    folder: str
+
+
 class Backend(Protocol):
     """One engine's device side, on one host.
 

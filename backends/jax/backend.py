@@ -71,6 +71,7 @@ class JaxBackend:
         self.plan = Plan(spec=spec, config=config, limits=self.limits, mesh=mesh)
         self.programs = Programs(self.plan)
         self.sharding = replicated(mesh)
+        self.serial = config.platform == "cpu" and mesh.size > 1
         self.weights: Any = None
         self.caches: Any = None
         self.state: Any = None
@@ -116,6 +117,8 @@ class JaxBackend:
             ahead.append((COPY, pack_copies(step, self.limits)))
         beside = {name: self.programs.take(name) for name in [name for name, _ in ahead] + [SCORE] * scores}
         try:
+            if self.serial:
+                self._finish()
             for name, part in ahead:
                 self._ahead(name, beside[name], self._put(part))
             given = self._put(packed)
@@ -244,6 +247,12 @@ class JaxBackend:
     def _open(self) -> None:
         if self.closed:
             raise BackendLost("the jax backend is closed")
+
+    def _finish(self) -> None:
+        """Wait for the steps that are out, where a CPU was cut into devices: they wait for each other in collectives on
+        the threads of one pool, and a queue of steps can stop them all (docs/decisions/0012)."""
+        for flight in self.flights.values():
+            flight.made.block_until_ready()
 
     def _empty(self) -> None:
         """New caches, state and counts; no slot is seated."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from backends.api.limits import Limits
-from backends.jax.mesh import CACHE, replicated
+from backends.jax.mesh import CACHE, laid, replicated
 from backends.jax.params import DTYPES
 from engine.config import Resolved
 
@@ -46,16 +46,15 @@ def cache_shapes(limits: Limits, config: Resolved, mesh: Mesh) -> tuple[jax.Shap
     """Shapes of the caches, one flat array a group: [layers * pages, page, kv_heads * 2 * head_dim], 2 = key and value.
 
     Page p of the group's layer of rank i is entry i * pages + p: one array that no layer slices is never copied. A
-    token is one line: with dimensions for heads, TPUs pad small heads and copy the cache to do so.
+    token is one line: with dimensions for heads, TPUs pad small heads and copy the cache to do so. A mesh splits the
+    line; where it has more devices than there are heads, the line holds heads several times.
     """
-    return tuple(
-        jax.ShapeDtypeStruct(
-            (len(g.layers) * pages, g.page, g.kv_heads * 2 * g.head_dim),
-            DTYPES[config.cache_dtype],
-            sharding=NamedSharding(mesh, CACHE),
-        )
-        for g, pages in zip(limits.groups, limits.pages, strict=True)
-    )
+    out = []
+    for g, pages in zip(limits.groups, limits.pages, strict=True):
+        (heads,) = laid((g.kv_heads,), ("kv_heads",), config.mesh)
+        shape = len(g.layers) * pages, g.page, heads * 2 * g.head_dim
+        out.append(jax.ShapeDtypeStruct(shape, DTYPES[config.cache_dtype], sharding=NamedSharding(mesh, CACHE)))
+    return tuple(out)
 
 
 def specs(limits: Limits) -> tuple[tuple[PartitionSpec, ...], State]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.config import Resolved
 from engine.errors import ConfigError
-from engine.mesh import AXES, RULES, MeshSpec
+from engine.mesh import AXES, RULES, MeshSpec, parts, shard_shape
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu"}
 """What jax is told to start; "gpu" is CUDA or ROCm, as jax finds."""
@@ -18,13 +19,17 @@ CACHE = PartitionSpec(None, None, RULES["kv_heads"])
 """Of a cache [layers * pages, page, kv_heads * 2 * head_dim]."""
 
 
-def find_devices(platform: str) -> list[jax.Device]:
+def find_devices(platform: str, cpus: int = 1) -> list[jax.Device]:
     """The devices of a platform: "cpu", "gpu" or "tpu". Raises ConfigError where jax sees none.
 
     Where nobody chose jax's platforms, only this one is started: the others cost seconds and print warnings.
+    cpus: devices that a CPU is cut into, unless jax has started in this process before.
     """
     if platform in PLATFORMS and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", PLATFORMS[platform])
+    if platform == "cpu" and cpus > 1:
+        with suppress(RuntimeError):  # jax has started: then it has enough, or the mesh is refused
+            jax.config.update("jax_num_cpu_devices", cpus)
     try:
         return jax.devices(platform)
     except RuntimeError as missing:
@@ -36,21 +41,31 @@ def find_devices(platform: str) -> list[jax.Device]:
 def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh of the first devices, with the axes of engine.mesh. Raises ConfigError naming an axis not built yet."""
     for axis in AXES:
-        if getattr(spec, axis) > 1:
+        if axis != "tp" and getattr(spec, axis) > 1:
             raise ConfigError(f"mesh: {axis}={getattr(spec, axis)} is not built in the jax backend yet", field="mesh")
     if len(devices) < spec.size:
-        raise ConfigError(f"mesh: {spec} needs {spec.size} devices, there are {len(devices)}", field="mesh")
+        started = ""
+        if devices[0].platform == "cpu":
+            started = ": jax had started in this process before; set backend.jax.devices on its first engine"
+        raise ConfigError(f"mesh: {spec} needs {spec.size} devices, there are {len(devices)}{started}", field="mesh")
     return Mesh(np.array(devices[: spec.size]).reshape([getattr(spec, axis) for axis in AXES]), AXES)
 
 
 def open_mesh(config: Resolved) -> Mesh:
     """The mesh that a configuration asks for."""
-    return make_mesh(config.mesh, find_devices(config.platform))
+    return make_mesh(config.mesh, find_devices(config.platform, max(config.devices, config.mesh.size)))
 
 
 def partition(axes: Sequence[str]) -> PartitionSpec:
     """How a parameter with these logical axes is split."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def laid(shape: Sequence[int], axes: Sequence[str], spec: MeshSpec) -> tuple[int, ...]:
+    """The shape of a parameter's array on a mesh: the parts of all devices beside each other, with what is padded and
+    repeated."""
+    local = shard_shape(shape, axes, spec)
+    return tuple(n * parts(axis, spec) for n, axis in zip(local, axes, strict=True))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

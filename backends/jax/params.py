@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from backends.jax.mesh import partition
+from backends.jax.mesh import laid, partition
 from engine.config import Resolved
+from engine.mesh import RULES, MeshSpec, shard_shape
 from engine.model.params import Param, params
 from engine.model.spec import ModelSpec
-from engine.model.weights import WeightSource
+from engine.model.weights import WeightSource, read_part
 from models_jax.turned import Turned
 
 Tree: TypeAlias = Any
@@ -34,10 +35,9 @@ class Leaf:
     stacked: bool
     turned: int = 0
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """On one device that holds everything."""
-        one = self.turn(self.members[0].shape)
+    def shape(self, mesh: MeshSpec) -> tuple[int, ...]:
+        """Of the array on all devices of a mesh."""
+        one = self.turn(laid(self.members[0].shape, self.members[0].axes, mesh))
         return (len(self.members), *one) if self.stacked else one
 
     @property
@@ -100,7 +100,8 @@ def shapes(leaves: Tree, config: Resolved, mesh: Mesh) -> Tree:
     dtype = DTYPES[config.dtype]
 
     def make(leaf: Leaf) -> Any:
-        return leaf.hold(jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, leaf.spec)))
+        sharding = NamedSharding(mesh, leaf.spec)
+        return leaf.hold(jax.ShapeDtypeStruct(leaf.shape(config.mesh), dtype, sharding=sharding))
 
     return map_leaves(make, leaves)
 
@@ -117,13 +118,22 @@ def upload(leaves: Tree, config: Resolved, mesh: Mesh, source: WeightSource) -> 
             if not leaf.stacked:
                 axes = leaf.turn(tuple(range(len(index))))
                 asked = tuple(index[axes.index(d)] for d in range(len(index)))
-                return np.array(source.read(leaf.members[0].name, asked).transpose(axes), dtype, order="C")
-            rows = [source.read(p.name, index[1:]) for p in leaf.members[index[0]]]
+                read = _read(source, leaf.members[0], asked, config.mesh)
+                return np.array(read.transpose(axes), dtype, order="C")
+            rows = [_read(source, p, index[1:], config.mesh) for p in leaf.members[index[0]]]
             out = np.empty((len(rows), *rows[0].shape), dtype)
             for i, row in enumerate(rows):
                 out[i] = row
             return out
 
-        return leaf.hold(jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.spec), part))
+        shape, sharding = leaf.shape(config.mesh), NamedSharding(mesh, leaf.spec)
+        return leaf.hold(jax.make_array_from_callback(shape, sharding, part))
 
     return map_leaves(fill, leaves)
+
+
+def _read(source: WeightSource, p: Param, index: tuple[slice, ...], mesh: MeshSpec) -> NDArray[Any]:
+    """The part of a parameter that stands at `index` of its array on all devices."""
+    local = shard_shape(p.shape, p.axes, mesh)
+    at = {RULES[axis] or "": (s.start or 0) // n for axis, s, n in zip(p.axes, index, local, strict=True)}
+    return read_part(source, p, mesh, at)

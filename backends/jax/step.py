@@ -82,7 +82,7 @@ def run(
 
 def logits(plan: Plan, weights: Any, x: jax.Array) -> jax.Array:
     """Normed hidden states [R, hidden] -> float32[R, V] on every device."""
-    return ops.gather(decoder.logits(plan.spec, weights, x), "vocab", 1)
+    return ops.gather(decoder.logits(plan.spec, weights, x), "vocab", 1)[:, : plan.spec.vocab]
 
 
 def _advance(state: State, batch: Batch, after: jax.Array, made: jax.Array) -> State:

@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from backends.api.build import Host
 from backends.api.check import check_masks, check_step
 from backends.api.limits import Limits, choosing
-from backends.api.protocol import Status
+from backends.api.protocol import Member, Status
 from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import F32, I32, NONFINITE, OK, U32, Logprobs, ScheduleStep, StepResult, Ticket
 from backends.torch import caches, mesh, params, step
 from backends.torch.choosing import Scores, send_masks
+from backends.torch.comm import Comm
 from backends.torch.inputs import Order, pack
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
 from engine.model.weights import WeightSource
+from models_torch.ops import over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +64,11 @@ class Waiting:
 class TorchBackend:
     """backends.api.protocol.Backend on torch. Not thread-safe: one thread calls it, as one loop plans the steps.
 
-    On a CPU everything runs when it is called.
+    On a CPU everything runs when it is called. member: which process of a mesh this is; all of them get the same calls,
+    compute the same logits and choose the same tokens.
     """
 
-    def __init__(self, spec: ModelSpec, config: Resolved) -> None:
+    def __init__(self, spec: ModelSpec, config: Resolved, member: Member | None = None) -> None:
         for key in config.options:
             raise ConfigError(f"backend.torch.{key}: unknown key; torch has none", field=f"backend.torch.{key}")
         for field in ("dtype", "cache_dtype"):
@@ -73,7 +76,9 @@ class TorchBackend:
                 names = ", ".join(params.DTYPES)
                 raise ConfigError(f"{field}: torch knows {names}, not {getattr(config, field)}", field=field)
         self.spec, self.config = spec, config
-        self.device = mesh.open_device(config)
+        self.device = mesh.open_device(config, member)
+        self.rank = 0 if member is None else member.rank
+        self.comm = None if member is None else Comm(config.mesh, member, self.device)
         self.limits = Limits.of(spec, config, taps=True, **choosing(config))
         self.weights: dict[str, Any] = {}
         self.version, self.ready, self.closed = 0, False, False
@@ -88,7 +93,8 @@ class TorchBackend:
         with self._device():
             if not self.flights:
                 self.weights = {}  # the old ones need not stand beside the new
-            self.weights = params.upload(self.spec, weights, params.DTYPES[self.config.dtype], self.device)
+            dtype = params.DTYPES[self.config.dtype]
+            self.weights = params.upload(self.spec, weights, dtype, self.device, self.config.mesh, self.rank)
         self.version = version
 
     def warmup(self) -> None:
@@ -181,6 +187,9 @@ class TorchBackend:
         self.closed, self.weights, self.waiting = True, {}, None
         self.flights.clear()
         self.caches = None
+        if self.comm is not None:
+            self.comm.close()
+            self.comm = None
 
     def _open(self) -> None:
         if self.closed:
@@ -203,14 +212,14 @@ class TorchBackend:
         self.flights.clear()
         self.seats.clear()
         self.caches = None  # the old ones must not stand beside the new
-        self.caches = caches.make(self.limits, self.config.cache_dtype, self.device)
+        self.caches = caches.make(self.limits, self.config.cache_dtype, self.device, self.config.mesh)
 
     @contextmanager
     def _device(self) -> Iterator[None]:
         """Around everything that runs on the device: no autograd, full float32, and its failures as DeviceFailed."""
         self._open()
         try:
-            with torch.inference_mode(), mesh.exact(self.device, self.config.dtype):
+            with torch.inference_mode(), mesh.exact(self.device, self.config.dtype), over(self.comm):
                 yield
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
             self._fail(error)

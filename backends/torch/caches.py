@@ -9,6 +9,7 @@ import torch
 from backends.api.limits import Limits
 from backends.api.step import I32
 from backends.torch.params import DTYPES
+from engine.mesh import MeshSpec, share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +36,15 @@ class Caches:
             store[:, target * page : (target + 1) * page] = store[:, source * page : (source + 1) * page]
 
 
-def make(limits: Limits, dtype: str, device: torch.device) -> Caches:
-    """Empty caches. dtype: of keys and values."""
+def make(limits: Limits, dtype: str, device: torch.device, mesh: MeshSpec) -> Caches:
+    """Empty caches, with the heads that a device of the mesh holds. dtype: of keys and values."""
     slot = lambda *shape: torch.zeros((limits.slots, *shape), dtype=torch.int64, device=device)  # noqa: E731
     return Caches(
         groups=tuple(
             torch.zeros(
-                (len(g.layers), pages * g.page + 1, 2, g.kv_heads, g.head_dim), dtype=DTYPES[dtype], device=device
+                (len(g.layers), pages * g.page + 1, 2, share(g.kv_heads, "kv_heads", mesh), g.head_dim),
+                dtype=DTYPES[dtype],
+                device=device,
             )
             for g, pages in zip(limits.groups, limits.pages, strict=True)
         ),

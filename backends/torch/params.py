@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.errors import ModelError
+from engine.mesh import MeshSpec
 from engine.model.params import params
 from engine.model.spec import ModelSpec
-from engine.model.weights import WeightSource
+from engine.model.weights import WeightSource, read_part
 from models_torch.packed import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,18 +19,18 @@ INNER = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head"
 """Last part of a matrix's name -> how many trailing dimensions a product sums over."""
 
 
-def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Read every parameter: {"embed": ..., "layers": [{"attention": {"q": ...}}], ...}, in `dtype` on `device`.
+def upload(
+    spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: torch.device, mesh: MeshSpec, rank: int = 0
+) -> dict[str, Any]:
+    """Read this rank's part of every parameter: {"embed": ..., "layers": [{"attention": {"q": ...}}], ...}, in `dtype`
+    on `device`.
 
     On a CPU the matrices of a 16-bit checkpoint are packed where that is possible (models_torch.packed).
     Raises ModelError naming the tensor.
     """
     tree: dict[str, Any] = {"layers": [{} for _ in spec.layers]}
     for name, p in params(spec).items():
-        read = source.read(name, tuple(slice(0, n) for n in p.shape))
-        if read.shape != p.shape:
-            raise ModelError(f"{name}: has shape {list(read.shape)}, not {list(p.shape)}", field=name)
-        value = as_tensor(read)
+        value = as_tensor(read_part(source, p, mesh, {"tp": rank}))
         *path, leaf = name.split(".")
         inner = 1 if name == "embed" and spec.tied else INNER.get(leaf)
         at: Any = tree

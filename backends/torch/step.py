@@ -18,7 +18,7 @@ from backends.torch.params import DTYPES
 from backends.torch.sampler import choose
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
-from models_torch import decoder
+from models_torch import decoder, ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +65,23 @@ def forward(
     hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps)
     logits = None
     if "logits" in taps or config.deterministic:  # the head too has one shape
-        found["logits"] = decoder.logits(spec, weights, hidden)
+        found["logits"] = _logits(spec, weights, hidden)
         logits = found["logits"][batch.ends]
     elif len(batch.ends):
         last = hidden if len(batch.ends) == len(hidden) else hidden.index_select(0, batch.ends)
-        logits = decoder.logits(spec, weights, last)
+        logits = _logits(spec, weights, last)
     prompts = None
     if wishes is not None and len(wishes.at) and config.deterministic:
         prompts = fixed.score(found["logits"].index_select(0, wishes.at), wishes.token, alternatives)
     elif wishes is not None and len(wishes.at):
-        prompts = score_prompts(hidden, wishes, alternatives, lambda x: decoder.logits(spec, weights, x))
+        prompts = score_prompts(hidden, wishes, alternatives, lambda x: _logits(spec, weights, x))
     inner = {name: found[name].float() for name in taps}
     return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner, prompts=prompts)
+
+
+def _logits(spec: ModelSpec, weights: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """Normed hidden states [R, hidden] -> float32[R, V] on every device."""
+    return ops.gather(decoder.logits(spec, weights, x), "vocab", 1)[:, : spec.vocab]
 
 
 def sample(

@@ -28,6 +28,7 @@ class Checkpoint:
         """Raises ModelError naming the file at fault, or the tensor: unused, missing, of a wrong shape or dtype."""
         family, layers = FAMILIES[spec.family], range(len(spec.layers))
         found = open_folder(Path(path))
+        self.path = Path(path)
         self._params = params(spec)
         self._files = {t.file: np.asarray(np.memmap(t.file, np.uint8, "r")) for t in found.values()}
         for pattern in family.BUFFERS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ModelError
+from engine.mesh import MeshSpec, shard_shape, shard_slices
 from engine.model.params import Param, params
 from engine.model.spec import ModelSpec
 
@@ -29,6 +31,17 @@ class WeightSource(Protocol):
         May be a read-only view of a file; the caller copies or uploads it. Raises ModelError naming the tensor.
         """
         ...
+
+
+def read_part(source: WeightSource, param: Param, mesh: MeshSpec, coordinate: Mapping[str, int]) -> NDArray[Any]:
+    """What the device at `coordinate` (mesh axis -> index) holds of a parameter, padded with zeros to the size that all
+    devices have. Raises ModelError naming the parameter where the source gives another shape."""
+    part = shard_slices(param.shape, param.axes, mesh, coordinate)
+    read, wanted = source.read(param.name, part), tuple(s.stop - s.start for s in part)
+    if read.shape != wanted:
+        raise ModelError(f"{param.name}: has shape {list(read.shape)}, not {list(wanted)}", field=param.name)
+    local = shard_shape(param.shape, param.axes, mesh)
+    return read if local == wanted else np.pad(read, [(0, n - m) for n, m in zip(local, wanted, strict=True)])
 
 
 class RandomWeights:

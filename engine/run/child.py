@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -12,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
 
 import zmq
 
@@ -31,6 +29,7 @@ from engine.run.ipc import (
     decode_order,
     encode_report,
 )
+from engine.run.lifeline import die_with, end
 from engine.run.loop import Carrier
 from engine.run.messages import Message
 from engine.run.start import Started, decide, start
@@ -41,7 +40,6 @@ HELLO_SECONDS = 60.0
 """How long a new engine waits for its first order."""
 LINGER_MS = 5000
 """How long an engine that ends waits until its last words are read."""
-PR_SET_PDEATHSIG = 1
 
 
 class Link:
@@ -99,7 +97,7 @@ def main() -> int:
     folder, parent, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     for name in (signal.SIGINT, signal.SIGTERM):  # a service manager tells all at once; the parent says when to end
         signal.signal(name, signal.SIG_IGN)
-    _die_with(parent)
+    die_with(parent)
     link = Link(folder)
     try:
         begin = link.first()
@@ -148,25 +146,9 @@ def _open(begin: Begin, link: Link) -> Started | None:
     return None
 
 
-def _die_with(parent: int) -> None:
-    """End when the parent does. Where the system can't, the watchdog looks."""
-    if sys.platform == "linux":
-        libc: Any = ctypes.CDLL(None)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
-        sys.exit(0)
-
-
 def _write(file: int, text: str) -> None:
     with suppress(OSError):
         os.write(file, text.encode())
-
-
-def end(code: int) -> NoReturn:
-    """Leave without the interpreter's teardown: the backend is closed, and libraries take a while over nothing."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

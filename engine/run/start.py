@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends import open_backend
+from backends import open_backend, several
 from backends.api.protocol import Backend
 from backends.probe import probe
 from engine.config import Config, Resolved
@@ -54,6 +54,15 @@ def decide(config: Config, default: Path) -> Decided:
     return Decided(path=path, spec=fit(spec, resolved.max_len), resolved=resolved, decisions=tuple(decisions))
 
 
+def open_device(decided: Decided) -> Backend:
+    """The backend that was decided: in this process, or one that is a process for each device of a mesh."""
+    if not several(decided.resolved):
+        return open_backend(decided.resolved.backend, decided.spec, decided.resolved)
+    from engine.run.remote import RemoteBackend  # a mesh alone needs sockets
+
+    return RemoteBackend(decided.spec, decided.resolved)
+
+
 def start(
     decided: Decided,
     tokenizer: Tokenizer | None,
@@ -75,7 +84,7 @@ def start(
 
     clock = time.monotonic()
     stage("device")
-    backend = open_backend(decided.resolved.backend, decided.spec, decided.resolved)
+    backend = open_device(decided)
     try:
         clock = timed("device", clock)
         stage("weights")

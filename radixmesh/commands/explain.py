@@ -55,7 +55,9 @@ def explain(
         table.add_row(d.field, str(_plain(d.value)), d.why)
     console.print(table)
     cache = " + ".join(_size(b) for b in memory.cache)
-    console.print(f"memory: weights {_size(memory.weights)}, cache {cache}, together {_size(memory.total)}")
+    size = decided.resolved.mesh.size
+    each = f" on each of {size} devices" if size > 1 else ""
+    console.print(f"memory{each}: weights {_size(memory.weights)}, cache {cache}, together {_size(memory.total)}")
     for first, last, kernel in layers:
         console.print(f"layers {first}-{last}: {kernel}" if last > first else f"layer {first}: {kernel}", markup=False)
 

@@ -429,7 +429,7 @@ def test_close_frees_the_device() -> None:
 @pytest.mark.parametrize(
     ("field", "overrides"),
     [
-        ("mesh", {"mesh": MeshSpec(tp=2)}),
+        ("mesh", {"mesh": MeshSpec(pp=2)}),
         ("mesh", {"mesh": MeshSpec(ep=2)}),
         ("backend.jax.speed", {"options": {"speed": 11}}),
         ("platform", {"platform": "tpu"}),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,21 +88,33 @@ CASES: dict[str, tuple[ModelSpec, int, dict[str, Any]]] = {
 """Name -> the model, the bucket, and what of the configuration is its own."""
 
 
-def compile_for(chip: str, case: str) -> dict[str, int]:
-    """Compile a step from shapes alone; of the demo model, also what stands beside it. Bytes on one device."""
+def compile_for(chip: str, case: str, tp: int = 1) -> dict[str, int]:
+    """Compile a step from shapes alone; of the demo model, also what stands beside it. Bytes on one device; how many
+    sums and joins stand in the program."""
     spec, tokens, own = CASES[case]
-    config = Resolved(backend="jax", platform="tpu", dtype="bfloat16", cache_dtype="bfloat16", page=16, **own)
-    mesh = make_mesh(MeshSpec(), topologies.get_topology_desc(chip, "tpu").devices)
+    over = MeshSpec(tp=tp)
+    config = Resolved(
+        backend="jax", platform="tpu", dtype="bfloat16", cache_dtype="bfloat16", page=16, mesh=over, **own
+    )
+    mesh = make_mesh(over, topologies.get_topology_desc(chip, "tpu").devices)
     plan = Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
     programs = Programs(plan)
-    memory = programs.take(Program("step", tokens)).memory_analysis()
-    size = lambda tree: sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(tree))  # noqa: E731
+    compiled = programs.take(Program("step", tokens))
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+
+    def size(tree: Any) -> int:
+        return sum(s.dtype.itemsize * math.prod(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(tree))
+
     beside = {}
     if case == "demo":
         programs.take(SCORE)
         kept = {"copied": COPY, "counted": COUNT, "chosen": Program("choose", tokens)}
         beside = {name: programs.take(p).memory_analysis().alias_size_in_bytes for name, p in kept.items()}
     return beside | {
+        "sums": len(re.findall(r" all-reduce(?:-start)?\(", text)),
+        "joins": len(re.findall(r" all-gather(?:-start)?\(", text)),
         "counts": size(count_shape(plan.limits, mesh)),
         "cache": size(cache_shapes(plan.limits, config, mesh)),
         "weights": size(shapes(plan.leaves, config, mesh)),
@@ -113,29 +127,37 @@ def compile_for(chip: str, case: str) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def memory() -> dict[str, dict[str, dict[str, int]]]:
     """chip -> case -> bytes. In processes of their own: the variables must be set before jax starts."""
+    running = {chip: begin(chip, "1") for chip in HBM}
+    return {chip: finish(process) for chip, process in running.items()}
+
+
+def begin(*arguments: str) -> subprocess.Popen[str]:
+    """A process that compiles. arguments: chip, tp, and one case or all."""
     settings = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_STDERR_LOG_LEVEL": "3",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock is for real chips
     }
-    running = {
-        chip: subprocess.Popen(
-            [sys.executable, "-m", "tests.backends.test_jax_tpu", chip],
-            cwd=ROOT,
-            env=os.environ | settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for chip in HBM
-    }
-    found = {}
-    for chip, process in running.items():
-        out, err = process.communicate(timeout=280)
-        assert process.returncode == 0, f"{chip}: {err[-3000:]}"
-        found[chip] = json.loads(out.splitlines()[-1])
-    return found
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.backends.test_jax_tpu", *arguments],
+        cwd=ROOT,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Any:
+    """What it found."""
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, f"{process.args}: {err[-3000:]}"
+    return json.loads(out.splitlines()[-1])
+
+
+def run(*arguments: str) -> Any:
+    return finish(begin(*arguments))
 
 
 @pytest.mark.parametrize("chip", HBM)
@@ -162,5 +184,19 @@ def test_what_stands_beside_a_step_compiles_and_changes_in_place(
         assert size[held] <= size[name] < size[held] + (4 << 20), f"{name}: a donation is lost: {size}"
 
 
+@pytest.mark.slow
+def test_a_mesh_compiles_with_a_quarter_each(memory: dict[str, dict[str, dict[str, int]]]) -> None:
+    """8B on four devices: a quarter of weights and cache on each, and a scan's body with two sums."""
+    chip, case = "v6e:2x2", "8B decode"
+    whole, quarter = memory[chip][case], run(chip, "4", case)
+    assert quarter["cache"] * 4 == whole["cache"]
+    assert whole["weights"] / 4 < quarter["weights"] < whole["weights"] * 0.251  # norms are whole
+    assert 0 <= quarter["alias"] - quarter["cache"] < 1 << 20, quarter
+    assert quarter["temp"] <= quarter["cache"] // 4, quarter
+    assert (quarter["sums"], quarter["joins"]) == (3, 1)
+
+
 if __name__ == "__main__":
-    print(json.dumps({case: compile_for(sys.argv[1], case) for case in CASES}))
+    chip, tp, *cases = sys.argv[1:]
+    found = {case: compile_for(chip, case, int(tp)) for case in cases or CASES}
+    print(json.dumps(found[cases[0]] if cases else found))

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from engine.errors import ConfigError
-from engine.mesh import RULES, MeshSpec, shard_slices
+from engine.errors import ConfigError, ModelError
+from engine.mesh import RULES, MeshSpec, shard_shape, shard_slices
 from engine.model.checkpoint import Checkpoint
 from engine.model.params import params
 from engine.model.registry import read_spec
-from engine.model.weights import RandomWeights, WeightSource
+from engine.model.weights import RandomWeights, WeightSource, read_part
 from tests.tiny import SHAPES, tiny
 
 
@@ -60,22 +61,69 @@ def test_the_shards_of_a_parameter_make_the_whole(
     for p in params(spec).values():
         whole = source.read(p.name, tuple(slice(None) for _ in p.shape))
         assert whole.shape == p.shape
-        cuts = [shard_slices(p.shape, p.axes, mesh, {"tp": i}) for i in range(tp)]
-        parts = [source.read(p.name, cut) for cut in cuts]
+        pieces = [read_part(source, p, mesh, {"tp": i}) for i in range(tp)]
+        assert {piece.shape for piece in pieces} == {shard_shape(p.shape, p.axes, mesh)}
         over = [i for i, axis in enumerate(p.axes) if RULES[axis] == "tp"]
         if over and tp > 1:
             split += 1
-            assert math.prod(parts[0].shape) * tp == math.prod(p.shape)
-            np.testing.assert_array_equal(np.concatenate(parts, over[0]), whole)
+            assert math.prod(pieces[0].shape) * tp == math.prod(p.shape)
+            np.testing.assert_array_equal(np.concatenate(pieces, over[0]), whole)
         else:
-            for part in parts:
-                np.testing.assert_array_equal(part, whole)
+            for piece in pieces:
+                np.testing.assert_array_equal(piece, whole)
     assert split == (0 if tp == 1 else many)  # all but norms, routers and biases of outputs
 
 
-def test_a_mesh_that_divides_no_heads_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tp=4 does not divide kv_heads=2"):
-        shard_slices((2, 16, 64), ("kv_heads", "head", "hidden"), MeshSpec(tp=4), {"tp": 0})
+@pytest.mark.parametrize(
+    ("heads", "tp", "held"), [(2, 4, [0, 0, 1, 1]), (1, 4, [0, 0, 0, 0]), (3, 6, [0, 0, 1, 1, 2, 2])]
+)
+def test_fewer_kv_heads_than_devices_are_repeated(heads: int, tp: int, held: list[int]) -> None:
+    """Each device holds the head that its query heads read: head h of Q reads h * kv_heads // Q."""
+    mesh, whole = MeshSpec(tp=tp), np.arange(heads)
+    cuts = [shard_slices((heads,), ("kv_heads",), mesh, {"tp": i})[0] for i in range(tp)]
+    assert [whole[cut].tolist() for cut in cuts] == [[h] for h in held]
+    queries = 2 * tp
+    for device in range(tp):
+        assert {q * heads // queries for q in (2 * device, 2 * device + 1)} == {held[device]}
+
+
+def test_a_vocabulary_is_padded_with_zeros(tmp_path: Path) -> None:
+    tiny(tmp_path, vocab=10)
+    spec = read_spec(tmp_path)
+    source, embed = Checkpoint(tmp_path, spec), params(spec)["embed"]
+    whole = source.read("embed", tuple(slice(None) for _ in embed.shape))
+    pieces = [read_part(source, embed, MeshSpec(tp=4), {"tp": i}) for i in range(4)]
+    assert [len(piece) for piece in pieces] == [3] * 4
+    np.testing.assert_array_equal(np.concatenate(pieces)[:10], whole)
+    assert not np.concatenate(pieces)[10:].any()
+
+
+@pytest.mark.parametrize(
+    ("axis", "size", "tp", "says"),
+    [
+        ("kv_heads", 3, 2, "tp=2 does not divide kv_heads=3"),
+        ("kv_heads", 4, 6, "tp=6 does not divide kv_heads=4 and is not divided by it"),
+        ("q_heads", 2, 4, "tp=4 does not divide q_heads=2"),
+        ("ffn", 6, 4, "tp=4 does not divide ffn=6"),
+    ],
+)
+def test_what_a_mesh_can_not_split_is_refused_by_name(axis: str, size: int, tp: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        shard_slices((size, 64), (axis, "hidden"), MeshSpec(tp=tp), {"tp": 0})
+    assert refused.value.field == "mesh"
+
+
+def test_a_source_of_another_shape_is_named(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    spec = read_spec(tmp_path)
+
+    class Short(RandomWeights):
+        def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
+            return super().read(name, part)[:-1]
+
+    with pytest.raises(ModelError, match="embed: has shape") as refused:
+        read_part(Short(spec, seed=1), params(spec)["embed"], MeshSpec(tp=2), {"tp": 1})
+    assert refused.value.field == "embed"
 
 
 def test_the_mesh_grammar() -> None:

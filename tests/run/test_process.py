@@ -329,7 +329,7 @@ def test_a_backend_that_misbehaves(model: Tiny, how: str, said: str, capfd: pyte
     [
         ({"model.path": "nowhere"}, ModelError, "nowhere"),
         ({"backend.platform": "gpu"}, ConfigError, "platform"),
-        ({"mesh": "tp=2"}, ConfigError, "tp=2 is not built yet"),
+        ({"mesh": "dp=2"}, ConfigError, "dp=2 is not built yet"),
     ],
 )
 def test_what_can_not_start_is_raised_here(model: Tiny, given: dict[str, Any], kind: type, said: str) -> None:
