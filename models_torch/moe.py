@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model.spec import Experts
-from models_torch import ops
+from models_torch import experts, ops
 
 
 def moe(e: Experts, p: Mapping[str, Any], x: ops.Array) -> tuple[ops.Array, ops.Array]:
@@ -14,11 +14,11 @@ def moe(e: Experts, p: Mapping[str, Any], x: ops.Array) -> tuple[ops.Array, ops.
 
     Tokens are sorted by expert, so that each expert multiplies the rows that chose it and no others.
     """
-    share, chosen = ops.route(ops.linear(x, p["router"], p.get("router_bias")), e.top_k, e.renormalised)
-    order = ops.sort(chosen, e.count)
-    rows = ops.spread(x, order)
-    gate = ops.experts(rows, p["gate"], p.get("gate_bias"), order)
-    up = ops.experts(rows, p["up"], p.get("up_bias"), order)
+    share, chosen = experts.route(ops.linear(x, p["router"], p.get("router_bias")), e.top_k, e.renormalised)
+    order = experts.sort(chosen, e.count)
+    rows = experts.spread(x, order)
+    gate = experts.multiply(rows, p["gate"], p.get("gate_bias"), order)
+    up = experts.multiply(rows, p["up"], p.get("up_bias"), order)
     h = ops.silu(gate) * up if e.act == "silu" else ops.clamped(gate, up, e.alpha, e.limit)
-    y = ops.psum(ops.collect(ops.experts(h, p["down"], None, order), share, order), "ffn")
-    return (y + ops.mix(p["down_bias"], share, chosen) if e.bias else y), chosen
+    y = ops.psum(experts.collect(experts.multiply(h, p["down"], None, order), share, order), "ffn")
+    return (y + experts.mix(p["down_bias"], share, chosen) if e.bias else y), chosen

@@ -176,9 +176,11 @@ def _features(step: ScheduleStep, limits: Limits) -> None:
 
 
 @lru_cache
-def tap_names(layers: int) -> frozenset[str]:
-    """The inner values that a model of `layers` layers can return; ".routing" where a layer has experts."""
-    inner = [f"layers.{i}{part}" for i in range(layers) for part in (".attention", ".routing", ".mlp", "")]
+def tap_names(layers: int, experts: bool = True) -> frozenset[str]:
+    """The inner values that a model of `layers` layers can return; experts: ".routing" too, which layers of experts
+    have."""
+    parts = (".attention", ".mlp", "", *((".routing",) if experts else ()))
+    inner = [f"layers.{i}{part}" for i in range(layers) for part in parts]
     return frozenset(["embed", *inner, "final_norm", "logits"])
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import models_jax.ops as in_jax
-import models_torch.ops as in_torch
+import models_jax.experts as in_jax
+import models_torch.experts as in_torch
 
 FORMS: dict[str, Callable[..., jax.Array]] = {"tiled": in_jax.tiled, "ragged": in_jax.ragged}
 
@@ -48,11 +48,11 @@ def test_choices_are_sorted_multiplied_and_collected(tokens: int) -> None:
             share = np.exp(scores[t])
             share /= share[best].sum() if renormalised else share.sum()
             expected[t] = sum(share[e] * (w[e] @ x[t] + 2 * bias[e]) for e in best)
-        for ops, array in ((in_jax, jnp.asarray), (in_torch, torch.tensor)):
-            share, chosen = ops.route(array(scores), 3, renormalised)
-            order = ops.sort(chosen, 6)
-            y = ops.experts(ops.spread(array(x), order), array(w), array(bias), order)
-            found = ops.collect(y, share, order) + ops.mix(array(bias), share, chosen)
+        for side, array in ((in_jax, jnp.asarray), (in_torch, torch.tensor)):
+            share, chosen = side.route(array(scores), 3, renormalised)
+            order = side.sort(chosen, 6)
+            y = side.multiply(side.spread(array(x), order), array(w), array(bias), order)
+            found = side.collect(y, share, order) + side.mix(array(bias), share, chosen)
             np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -30,7 +30,6 @@ from tests.tiny import SHAPES, Tiny, assert_honest, prompt, tiny
 BACKENDS = ("jax", "torch", "reference")
 BRIEF = (
     "llama-grouped",
-    "llama-odd-heads",
     "llama-rope-llama3",
     "qwen3-odd-heads",
     "qwen2-yarn",
@@ -44,11 +43,16 @@ BRIEF = (
 )
 """Shapes that jax, which takes seconds to compile each, runs in every test; the others only where all tests run."""
 EXPERTS = tuple(name for name in SHAPES if name.startswith(("gpt_oss", "qwen3_moe", "mixtral")))
-PAIRS = [
-    pytest.param(backend, shape, marks=[pytest.mark.slow] if backend == "jax" and shape not in BRIEF else [])
-    for backend in BACKENDS
-    for shape in SHAPES
-]
+ENGINE = ("llama-grouped", "mistral-window", "gemma3-two-ropes", "phi3-long", "gpt_oss-sinks")
+"""Of them, those that jax runs through the engine in every test: every kind of cache, rope and feed-forward."""
+
+
+def pairs(brief: Sequence[str]) -> list[Any]:
+    """(backend, shape), all of them; those of jax that are not brief are slow."""
+    slow = lambda backend, shape: [pytest.mark.slow] if backend == "jax" and shape not in brief else []  # noqa: E731
+    return [pytest.param(b, shape, marks=slow(b, shape)) for b in BACKENDS for shape in SHAPES]
+
+
 SMALL: dict[str, Any] = {"dtype": "float32", "sched.slots": 4, "cache.page": 8, "model.max_len": 160}
 PROMPT, MADE = 40, 64
 
@@ -89,7 +93,7 @@ def worst(verdict: Verdict) -> str:
     return f"{verdict.name}: first {verdict.first}, tokens differ at {verdict.differs}, {verdict.gaps[-1]}"
 
 
-@pytest.mark.parametrize(("backend", "shape"), PAIRS)
+@pytest.mark.parametrize(("backend", "shape"), pairs(BRIEF))
 def test_agrees_layer_by_layer(models: Callable[[str], tuple[Tiny, Reading]], backend: str, shape: str) -> None:
     """Whole prefill, every inner value; chunked, the same; 64 greedy tokens by the near-tie rule."""
     model, judge = models(shape)
@@ -101,7 +105,7 @@ def test_agrees_layer_by_layer(models: Callable[[str], tuple[Tiny, Reading]], ba
             assert verdict.ok, f"chunks of {chunk}: {worst(verdict)}"
 
 
-@pytest.mark.parametrize(("backend", "shape"), PAIRS)
+@pytest.mark.parametrize(("backend", "shape"), pairs(ENGINE))
 def test_engine_agrees_cold_chunked_and_warm(
     models: Callable[[str], tuple[Tiny, Reading]], backend: str, shape: str
 ) -> None:
@@ -122,6 +126,22 @@ def test_engine_agrees_cold_chunked_and_warm(
                 meta = result["meta_info"]
                 if warm:  # all that can be: whole pages, and one token must be fed
                     assert meta["cached_tokens"] == (meta["prompt_tokens"] - 1) // 8 * 8
+
+
+@pytest.mark.parametrize("shape", ["gemma3-two-ropes", "gpt_oss-sinks", "qwen3_moe-some-dense"])
+def test_preempted_requests_agree(shape: str, tmp_path: Path) -> None:
+    """In a cache too small for three requests, some are put off and computed again, from a prefix or not."""
+    model = tiny(tmp_path, **SHAPES[shape])
+    prompts = [prompt(model, 30, seed=i) for i in range(3)]
+    oracle = [read_oracle_tokens(model, p) for p in prompts]
+    tight = {"sched.max_tokens": 16, "sched.token_buckets": [16], "model.max_len": 96, "cache.tokens": 160}
+    with Engine(str(tmp_path), backend="torch", skip_tokenizer=True, **(SMALL | tight)) as engine:
+        params = {"temperature": 0, "max_new_tokens": MADE, "ignore_eos": True}
+        results = engine.generate(token_ids=prompts, sampling_params=params)
+        assert engine._client.carrier.loop.stats().preemptions > 0
+    for result, (expected, margins) in zip(results, oracle, strict=True):
+        at = first_difference(expected, result["output_ids"])
+        assert at is None or near_tie(margins[at], 1e-5), f"token {at}, margin {margins[at]}"
 
 
 def read_oracle_tokens(model: Tiny, tokens: Sequence[int]) -> tuple[list[int], list[float]]:

@@ -104,7 +104,7 @@ class Opener:
         if warm:
             host.backend.warmup()
         elif host.limits.taps:  # always all of them, so that a backend which compiles has one program a bucket
-            host.taps = tuple(sorted(tap_names(len(SPEC.layers))))
+            host.taps = tuple(sorted(tap_names(len(SPEC.layers), experts=False)))
         if not fresh:
             self.kept[key] = host
         return host
