@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.simulation.faults import Fault, Planter, _faults
 
-EXAMPLES = 300
+EXAMPLES = 500
 
 LEAF = "if not node.lock and not node.children:\n                    self._drop"
 LOOSE = "if not node.holds[g] and node.size[g]:\n                    self._strip"
