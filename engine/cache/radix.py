@@ -96,20 +96,20 @@ class RadixTree:
         root = self.roots.get((self.version, namespace))
         if root is None:
             return [], 0, 0
-        path, at, same, width, children = list[Node](), 0, 0, self._width, root.children
+        path, at, short, children, width = list[Node](), 0, 0, root.children, self._width
         end = min(len(tokens) // width, limit // self.page) * width
-        while same == at < end:
+        tokens = tokens[:end]
+        while at < end:
             node = children.get(tokens[at : at + width])
             if node is None:
                 break
             path.append(node)
             key, children = node.key, node.children
+            if not tokens.startswith(key, at):
+                short = len(key) - common(key, tokens[at : at + len(key)], width)
+                children = {}
             at += len(key)
-            if at <= end and tokens.startswith(key, same):
-                same = at
-            else:
-                same += common(key, tokens[same : min(end, at)], width)
-        count = same // width
+        count = (at - short) // width
         return path, at // width, self._usable(path, count) if self.loose and count else count
 
     def _usable(self, path: Sequence[Node], count: int) -> int:
