@@ -1,7 +1,8 @@
-"""A folder of safetensors as a WeightSource. Every tensor fills one parameter, every parameter has one tensor."""
+"""A folder of safetensors or of Orbax as a WeightSource. Every tensor fills one parameter, every parameter has one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from engine.errors import ModelError
 from engine.model.params import Param, params
 from engine.model.registry import FAMILIES
-from engine.model.shards import DTYPES, Tensor, open_folder
+from engine.model.shards import DTYPES, Tensor
 from engine.model.spec import ModelSpec
+from engine.model.stores import map_file, open_tensors
 
 BLOCK = 1 << 26
 """Bytes compared at once where a tied head stands beside its embedding."""
@@ -26,9 +28,9 @@ class Checkpoint:
     def __init__(self, path: str | Path, spec: ModelSpec) -> None:
         """Raises ModelError naming the file at fault, or the tensor: unused, missing, of a wrong shape or dtype."""
         family, layers = FAMILIES[spec.family], range(len(spec.layers))
-        found = open_folder(Path(path))
+        found = open_tensors(Path(path))
         self._params = params(spec)
-        self._files = {t.file: np.asarray(np.memmap(t.file, np.uint8, "r")) for t in found.values()}
+        self._files = {t.file: map_file(t.file) for t in found.values()}
         for pattern in family.BUFFERS:
             for name in _expand(pattern, layers):
                 found.pop(name, None)
@@ -54,11 +56,18 @@ class Checkpoint:
 
     def _check_tied(self, head: Tensor, embed: Tensor) -> None:
         """A head stored beside the embedding that it is tied to must equal it, bit for bit."""
-        a, b = (self._files[t.file][t.start : t.stop] for t in (head, embed))
+        a, b = (t.view(self._files[t.file]) if t.dtype in DTYPES else None for t in (head, embed))
         same = (head.dtype, head.shape) == (embed.dtype, embed.shape)
-        if not same or any(not np.array_equal(a[i : i + BLOCK], b[i : i + BLOCK]) for i in range(0, len(a), BLOCK)):
+        if not same or a is None or b is None or not _equal(a, b):
             what = f"tie_word_embeddings is true, but tensor {head.name!r} differs from {embed.name!r}"
             raise ModelError(f"{head.file}: {what}; set it to false or remove the tensor", field=head.name)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arrays of one shape and dtype are equal bit for bit, looked at BLOCK bytes at a time."""
+    rows = max(1, BLOCK // max(1, math.prod(a.shape[1:]) * a.dtype.itemsize))
+    blocks = ((np.ascontiguousarray(x[i : i + rows]) for x in (a, b)) for i in range(0, len(a), rows))
+    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in blocks)
 
 
 def _expand(pattern: str, layers: range) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from backends import open_backend
 from backends.api.step import I32
 from engine.config import load
-from engine.model.checkpoint import Checkpoint as open_weights
+from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
 from engine.run.start import Decided, decide
 from radixmesh.engine import DEMO
@@ -71,7 +71,7 @@ def _read(
     decided = settings.decide(subject)
     backend = open_backend(subject.backend, decided.spec, decided.resolved)
     try:
-        backend.load(open_weights(decided.path, decided.spec))
+        backend.load(Checkpoint(decided.path, decided.spec))
         return [
             _keep(i, read_backend(subject.name, backend, decided.spec, text, settings.count))
             for i, text in enumerate(texts)

@@ -15,6 +15,7 @@ from backends.api.protocol import Backend
 from backends.api.step import F32, I32
 from backends.api.ties import margin
 from engine.errors import ConfigError, ModelError
+from engine.model import orbax
 from engine.model.checkpoint import Checkpoint
 from engine.model.spec import ModelSpec
 from engine.run.start import Decided
@@ -84,6 +85,12 @@ def open_oracle(path: Path, dtype: str = "float32") -> Any:
         raise ConfigError(
             "parity: Hugging Face as a judge needs torch: pip install 'radixmesh[torch]'", field="backends"
         ) from missing
+    if orbax.holds(path):
+        raise ModelError(
+            f"parity: {path} is an Orbax checkpoint, which Hugging Face can't read: leave hf out, or "
+            "`radixmesh convert --to safetensors` it",
+            field="backends",
+        )
     asked = getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=asked, attn_implementation="eager").eval()
     wrong = sorted({str(p.dtype) for p in model.parameters()} - {str(asked)})

@@ -153,7 +153,7 @@ def test_parity_catches_a_planted_slip(model: str, slip: str, monkeypatch: pytes
         return replace(decided, spec=bend(decided.spec))
 
     monkeypatch.setattr(read, "decide", bent)
-    monkeypatch.setattr(read, "open_weights", lambda path, spec: Changed(Checkpoint(path, spec), name, value))
+    monkeypatch.setattr(read, "Checkpoint", lambda path, spec: Changed(Checkpoint(path, spec), name, value))
     done = run("parity", "--model", model, "--backends", "torch,hf", "--tokens", "40", "--json")
     assert done.exit_code == 1
     (s,) = json.loads(done.stdout)["subjects"]
