@@ -1,8 +1,7 @@
-"""A folder of safetensors or of Orbax as a WeightSource. Every tensor fills one parameter, every parameter has one."""
+"""A folder of safetensors as a WeightSource. Every tensor fills one parameter, every parameter has one tensor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from engine.model.params import Param, params
 from engine.model.registry import FAMILIES
 from engine.model.shards import DTYPES, Tensor
 from engine.model.spec import ModelSpec
-from engine.model.stores import map_file, open_tensors
+from engine.model.stores import equal, map_file, open_tensors
 
 BLOCK = 1 << 26
 """Bytes compared at once where a tied head stands beside its embedding."""
 
 
 class Checkpoint:
-    """The weights in a folder. Reads headers when opened, and of the data only the bytes that `read` is asked for
+    """The weights in a folder, of safetensors or of Orbax (engine.model.stores says where they lie).
+
+    Reads headers when opened, and of the data only the bytes that `read` is asked for
     (and, where the head is tied and stored all the same, the embedding and the head, which must be equal)."""
 
     def __init__(self, path: str | Path, spec: ModelSpec) -> None:
@@ -58,16 +59,9 @@ class Checkpoint:
         """A head stored beside the embedding that it is tied to must equal it, bit for bit."""
         a, b = (t.view(self._files[t.file]) if t.dtype in DTYPES else None for t in (head, embed))
         same = (head.dtype, head.shape) == (embed.dtype, embed.shape)
-        if not same or a is None or b is None or not _equal(a, b):
+        if not same or a is None or b is None or not equal(a, b, BLOCK):
             what = f"tie_word_embeddings is true, but tensor {head.name!r} differs from {embed.name!r}"
             raise ModelError(f"{head.file}: {what}; set it to false or remove the tensor", field=head.name)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two arrays of one shape and dtype are equal bit for bit, looked at BLOCK bytes at a time."""
-    rows = max(1, BLOCK // max(1, math.prod(a.shape[1:]) * a.dtype.itemsize))
-    blocks = ((np.ascontiguousarray(x[i : i + rows]) for x in (a, b)) for i in range(0, len(a), rows))
-    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in blocks)
 
 
 def _expand(pattern: str, layers: range) -> list[str]:

@@ -68,19 +68,19 @@ class Lazy:
         return np.array(out, dtype) if copy or dtype not in (None, self.dtype) else out
 
     def __getitem__(self, key: Any) -> Any:
-        """A view, for whole numbers and slices of step 1."""
+        """A view, for whole numbers and slices that go forward."""
         parts = key if isinstance(key, tuple) else (key,)
         if Ellipsis in parts and parts.count(Ellipsis) == 1:
             at, rest = parts.index(Ellipsis), len(parts) - 1
             parts = (*parts[:at], *[slice(None)] * (self.ndim - rest), *parts[at + 1 :])
-        plain = all((isinstance(p, slice) and p.step in (None, 1)) or type(p) is int for p in parts)
+        plain = all((isinstance(p, slice) and (p.step or 1) > 0) or type(p) is int for p in parts)
         if not plain or len(parts) > self.ndim:
             return np.asarray(self)[key]
         dims, start = [], list(self._start)
         for d, part in zip(self._dims, (*parts, *[slice(None)] * (self.ndim - len(parts))), strict=True):
             if isinstance(part, slice):
-                low, high, _ = part.indices(d.size)
-                dims.append(d._replace(size=max(0, high - low)))
+                low, high, step = part.indices(d.size)
+                dims.append(Dim(d.axis, d.step * step, len(range(low, high, step))))
             else:
                 low = range(d.size)[part]  # IndexError as numpy raises it
             start[d.axis] += low * d.step

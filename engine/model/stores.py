@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
 def map_file(file: Path) -> NDArray[np.uint8]:
     """The bytes of a file of tensors, mapped; none for a folder, whose tensors read themselves."""
     return np.empty(0, np.uint8) if file.is_dir() else np.asarray(np.memmap(file, np.uint8, "r"))
+
+
+def equal(a: Any, b: Any, block: int) -> bool:
+    """Whether two arrays of one shape and dtype are equal bit for bit. block: bytes that are looked at at once."""
+    rows = max(1, block // max(1, math.prod(a.shape[1:]) * a.dtype.itemsize))
+    parts = ((np.ascontiguousarray(x[i : i + rows]) for x in (a, b)) for i in range(0, len(a), rows))
+    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in parts)
 
 
 def fetch_of(tensor: Tensor, data: NDArray[np.uint8]) -> Fetch:

@@ -13,7 +13,6 @@ from backends import open_backend
 from backends.api.step import I32
 from engine.config import load
 from engine.model.checkpoint import Checkpoint
-from engine.model.registry import read_spec
 from engine.run.start import Decided, decide
 from radixmesh.engine import DEMO
 from radixmesh.parity.readings import ORACLE, Reading, ask_oracle, open_oracle, read_backend
@@ -61,8 +60,8 @@ def _read(
     pinned: Sequence[Mapping[str, I32]] | None,
 ) -> list[Reading]:
     if subject.backend == ORACLE:
-        path = Path(settings.path) if settings.path else DEMO
-        spec, model = read_spec(path), open_oracle(path, subject.dtype)
+        decided = settings.decide(Subject(name="reference", backend="reference"))
+        spec, model = decided.spec, open_oracle(decided.path, subject.dtype)
         pins = pinned or [None] * len(texts)
         return [
             _keep(i, ask_oracle(model, spec, text, settings.count, name=subject.name, pinned=pin))
