@@ -46,10 +46,8 @@ def step(rng: random.Random, shape: tuple[int, ...]) -> tuple[str, Any]:
     if kind == "index" and len(shape) > 1:
         return "getitem", rng.randrange(-shape[0], shape[0])
     if kind == "step":
-        return "getitem", (slice(int(shape[0] > 1), None, rng.choice([2, 3])), ...) if rng.random() < 0.8 else (
-            slice(None, None, -1),
-            ...,
-        )
+        forward = slice(int(shape[0] > 1), None, rng.choice([2, 3]))
+        return "getitem", (rng.choice([forward, forward, slice(None, None, -1)]), ...)
     cut = [sorted(rng.choices(range(n + 1), k=2)) for n in shape]
     parts = [slice(a, b) if b > a else slice(None) for a, b in cut][: rng.randint(1, len(shape))]
     return "getitem", rng.choice([tuple(parts), (..., parts[0]) if len(parts) == len(shape) == 1 else tuple(parts)])
