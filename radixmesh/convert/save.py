@@ -10,9 +10,9 @@ from typing import Any
 from engine.errors import ConfigError, ModelError
 from radixmesh.convert.files import Array
 
-PIECE = 1 << 20
-"""Bytes of a piece of an array that is read at once: small enough that a shard along either axis reads little more than
-itself, large enough that a file system is not slowed by it."""
+PIECES, SMALLEST, LARGEST = 16, 1 << 17, 1 << 20
+"""An array is cut into so many pieces that are read one by one, within these bounds (bytes): small enough that a shard
+along either axis reads little more than itself, large enough that a file system is not slowed by it."""
 
 
 def save(folder: Path, arrays: Mapping[str, Array]) -> None:
@@ -47,7 +47,12 @@ def save(folder: Path, arrays: Mapping[str, Array]) -> None:
     logger.setLevel(logging.ERROR)  # it warns of small pieces
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), tree)
+            pieces = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=piece(x)), tree)
             writer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=pieces))
     finally:
         logger.setLevel(before)
+
+
+def piece(value: Array) -> int:
+    """Bytes that a piece of an array may have."""
+    return min(LARGEST, max(value.nbytes // PIECES, SMALLEST))

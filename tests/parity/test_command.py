@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from engine.errors import ConfigError, InvalidRequest, ModelError
+from engine.mesh import MeshSpec
 from engine.model.checkpoint import Checkpoint
 from engine.model.spec import ModelSpec, Rope
 from engine.model.weights import WeightSource
@@ -179,6 +180,26 @@ def test_a_reference_in_another_dtype_is_refused(model: str, monkeypatch: pytest
     done = run("parity", "--model", model, "--backends", "hf,reference", "--tokens", "8")
     assert isinstance(done.exception, ModelError)
     assert "loaded torch.bfloat16 where float32 was asked for" in str(done.exception)
+
+
+def test_a_mesh_has_a_process_of_its_own(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is broken here works there, and the reading that comes back is the same."""
+    settings, ids = read.Settings(path=model, count=3), [list(range(12)), [5, 4, 3]]
+    one = read.Subject(name="hf", backend="hf")
+    here = read.read_texts(one, settings, ids)
+
+    def broken(*args: Any) -> Any:
+        raise AssertionError("read in this process")
+
+    monkeypatch.setattr(read, "open_oracle", broken)
+    with pytest.raises(AssertionError, match="in this process"):
+        read.read_texts(one, settings, ids)
+    there = read.read_texts(replace(one, mesh=MeshSpec(tp=2)), settings, ids)
+    assert [r.tokens for r in there] == [r.tokens for r in here]
+    assert [set(r.values) == {"logits"} for r in there] == [False, True]  # inner values of the first text alone
+    for a, b in zip(there, here, strict=True):
+        for name, value in b.values.items():
+            np.testing.assert_allclose(a.values[name], value, atol=1e-5)
 
 
 def test_packaged_texts_are_cut_and_say_so() -> None:
