@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from engine.errors import ConfigError
+from radixmesh.bench import record
 from radixmesh.commands import options
 from radixmesh.parity import page, texts
 from radixmesh.parity.read import Settings, read_texts
@@ -91,7 +92,7 @@ def _write(
     out: Path | None,
     html: Path | None,
 ) -> None:
-    report = as_json(Path(path).name, judge, fed, outcomes, made)
+    report = as_json(Path(path).name, judge, fed, outcomes, made) | {"made": record.made()}
     for target, text in ((out, json.dumps(report, indent=1) + "\n"), (html, page.make(report))):
         if target is not None:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -52,8 +52,16 @@ def make(report: dict[str, Any]) -> str:
         f"<style>{CSS}</style></head><body><main><header><h1>{escape(report['model'])}</h1>"
         f'<span class="pill {verdict}">{verdict}</span></header>'
         f"<p>Judge: <b>{escape(report['judge'])}</b> in {escape(report['judge_dtype'])}. Fed: {prompts}; "
-        f"{report['greedy_tokens']} greedy tokens after each.</p>{body}</main></body></html>\n"
+        f"{report['greedy_tokens']} greedy tokens after each.</p>{body}{_footer(report['made'])}</main></body></html>\n"
     )
+
+
+def _footer(made: dict[str, Any]) -> str:
+    """Where and with what it was made."""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    device = made["machine"].get("gpu") or made["machine"]["cpu"]
+    lines = (made["command"], f"{device}, {made['machine']['cores']} cores; {versions}; commit {made['commit'] or '-'}")
+    return f"<footer>{'<br>'.join(escape(line) for line in lines)}</footer>"
 
 
 def _checks(report: dict[str, Any]) -> str:
@@ -67,7 +75,9 @@ def _checks(report: dict[str, Any]) -> str:
         rows.append(_row(METRICS[metric], cells))
     both = [s["summary"]["perplexity"] for s in subjects]
     if all(both):
-        rows.append(_row("perplexity, judge and subject", [(f"{p[0]:.4f}, {p[1]:.4f}", True, "") for p in both]))
+        rows.append(
+            _row("perplexity, judge and subject", [(f"{_number(p[0], 6)}, {_number(p[1], 6)}", True, "") for p in both])
+        )
     told = [s["experts_changed"] for s in subjects]
     if any(told):
         means = [f"{sum(t.values()) / len(t):.2%}" if t else "not told" for t in told]
@@ -83,10 +93,10 @@ def _row(name: str, cells: Sequence[tuple[str, bool, str]]) -> str:
     return f"<tr><th>{escape(name)}</th>{inner}</tr>"
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "not a number"
-    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
 def _layers(report: dict[str, Any]) -> str:
@@ -175,5 +185,6 @@ svg{width:100%;height:auto;display:block}.grid{stroke:var(--rule)}
 .legend{display:flex;flex-wrap:wrap;gap:6px 18px;margin-top:8px;font-size:13px}
 .key{display:flex;align-items:center;gap:7px}
 .swatch{width:12px;height:12px;border-radius:3px;background:var(--c)}
+footer{color:var(--soft);font-size:12px}
 .dash{width:18px;height:0;border-top:2px dashed var(--c);opacity:.7}
 """

@@ -59,6 +59,7 @@ def test_parity_agrees(model: str, tmp_path: Path) -> None:
         assert 0 < s["summary"]["kl_mean"] <= s["summary"]["kl_p99"] <= s["summary"]["kl_max"] < 1e-8
         assert len(s["kl"][0]) == 300
         assert all(c["ok"] for c in s["checks"])
+    assert report["made"]["versions"]["torch"]
     _page(html.read_text(), ["torch", "reference"])
 
 
@@ -169,6 +170,22 @@ def test_parity_catches_a_planted_slip(model: str, subject: str, slip: str, monk
     assert {"kl_mean", "kl_p99", "kl_max"} <= {c["metric"] for c in s["checks"] if not c["ok"]}
 
 
+def test_parity_says_what_is_not_a_number(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(name: str, value: Any) -> Any:
+        return value * np.float32(np.nan) if name == "layers.1.mlp.down" else value
+
+    monkeypatch.setattr(read, "Checkpoint", lambda path, spec: Changed(Checkpoint(path, spec), str, spoil))
+    html = tmp_path / "p.html"
+    args = ("--model", model, "--a", "hf", "--b", "torch", "--tokens", "9", "--html", str(html))
+    done = run("parity", *args, "--json")
+    assert done.exit_code == 1, done.exception
+    (s,) = json.loads(done.stdout)["subjects"]
+    assert s["first"] == "layers.1.mlp"
+    assert (s["gaps"][-1]["worst"], s["summary"]["kl_mean"]) == (None, None)
+    assert "not a number" in html.read_text()
+    _page(html.read_text(), [])
+
+
 def test_a_reference_in_another_dtype_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a library would that follows the checkpoint and not what was asked: every comparison would be green."""
     right = AutoModelForCausalLM.from_pretrained
@@ -261,7 +278,7 @@ def test_bench_writes_where_it_was_made(model: str, tmp_path: Path) -> None:
 def test_bench_offline_measures(model: str) -> None:
     done = run(
         "bench", "offline", "--model", model, "--subjects", "torch,transformers-float32", "--batch", "2",
-        "--length", "8", "--made", "24", "--repeats", "1",
+        "--length", "8", "--made", "12", "--repeats", "1", "--threads", "1",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
