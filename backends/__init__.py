@@ -15,10 +15,19 @@ NAMES = ("jax", "torch", "reference")
 
 
 def open_backend(name: str, spec: ModelSpec, config: Resolved) -> Backend:
-    """Open a backend by name. Imports only that backend's libraries.
+    """Open a backend by name; config.deterministic: behind what cuts its steps into tiles of one shape. Imports only
+    that backend's libraries.
 
     Raises ConfigError naming what is missing.
     """
+    if config.deterministic:
+        from backends.api.tiled import Tiled
+
+        return Tiled(spec, config, lambda spec, inner: _open(name, spec, inner))
+    return _open(name, spec, config)
+
+
+def _open(name: str, spec: ModelSpec, config: Resolved) -> Backend:
     try:
         if name == "jax":
             from backends.jax.backend import JaxBackend

@@ -33,6 +33,7 @@ class Resolved:
     cache_dtype: of keys and values ("float32" or "bfloat16"). page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
+    deterministic: what a request gets never depends on what else runs, to the bit.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
     """
 
@@ -206,10 +207,12 @@ class Torch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """name: which backend; "auto" is torch on NVIDIA and AMD GPUs, jax on TPUs and CPUs. platform: on what it runs."""
+    """name: which backend; "auto" is torch on NVIDIA and AMD GPUs, jax on TPUs and CPUs. platform: on what it runs.
+    deterministic: the same bits for a request whatever else runs, cold or warm, in chunks of any size."""
 
     name: str = _key(_one_of(BACKENDS), "auto")
     platform: str = _key(_one_of(PLATFORMS), "auto")
+    deterministic: bool = _key(_flag, False)
     jax: Jax = field(default_factory=Jax)
     torch: Torch = field(default_factory=Torch)
 

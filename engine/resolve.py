@@ -90,6 +90,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="page", value=config.cache.page, why="cache.page"),
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
         Decision(field="policy", value=config.sched.policy, why="sched.policy"),
+        Decision(field="deterministic", value=config.backend.deterministic, why="backend.deterministic"),
         _stack(config, device),
         _programs(config),
     ]

@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.mesh import RULES
+from models_jax.turned import Turned
 
 Array: TypeAlias = jax.Array
+Matrix: TypeAlias = jax.Array | Turned
+"""A weight that is multiplied with."""
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
@@ -19,27 +22,36 @@ def precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def contract(x: Array, w: Array, last: int = 1, out: Any = None) -> Array:
-    """x [T, ...] times w [..., ...], summed over the last `last` dimensions of both, in float32."""
-    dims = tuple(range(x.ndim - last, x.ndim)), tuple(range(w.ndim - last, w.ndim))
-    y = jax.lax.dot_general(x, w, (dims, ((), ())), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+def contract(x: Array, w: Matrix, out: Any = None) -> Array:
+    """x [T, in] times w [out, in], or what was turned to [in, out], summed in float32 -> [T, out]."""
+    dims = ((1,), (0,)) if isinstance(w, Turned) else ((1,), (1,))
+    body = w.body if isinstance(w, Turned) else w
+    y = jax.lax.dot_general(x, body, (dims, ((), ())), precision=precision(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(out or x.dtype)
 
 
-def linear(x: Array, w: Array, bias: Array | None) -> Array:
+def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
     """x [T, in], w [out, in] -> [T, out]."""
     y = contract(x, w)
     return y if bias is None else y + bias
 
 
-def heads(x: Array, w: Array, bias: Array | None) -> Array:
+def heads(x: Array, w: Matrix, bias: Array | None) -> Array:
     """x [T, hidden], w [heads, head_dim, hidden] -> [T, heads, head_dim]."""
-    y = linear(x, w.reshape(-1, w.shape[-1]), None if bias is None else bias.reshape(-1))
-    return y.reshape(x.shape[0], w.shape[0], w.shape[1])
+    if isinstance(w, Turned):
+        matrix: Matrix = Turned(body=w.body.reshape(w.body.shape[0], -1))
+        count, size = w.body.shape[1:]
+    else:
+        matrix = w.reshape(-1, w.shape[-1])
+        count, size = w.shape[:2]
+    y = linear(x, matrix, None if bias is None else bias.reshape(-1))
+    return y.reshape(x.shape[0], count, size)
 
 
-def merge(o: Array, w: Array) -> Array:
+def merge(o: Array, w: Matrix) -> Array:
     """o [T, heads, head_dim], w [hidden, heads, head_dim] -> [T, hidden]; a partial sum where heads are split."""
+    if isinstance(w, Turned):
+        return contract(o.reshape(o.shape[0], -1), Turned(body=w.body.reshape(-1, w.body.shape[-1])))
     return contract(o.reshape(o.shape[0], -1), w.reshape(w.shape[0], -1))
 
 
@@ -68,16 +80,21 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def embed(tokens: Array, w: Array) -> Array:
+def embed(tokens: Array, w: Matrix) -> Array:
     """tokens int32[T], w [vocab, hidden] -> [T, hidden]. A device looks up the part of the vocabulary that it holds."""
+    size = w.body.shape[1] if isinstance(w, Turned) else w.shape[0]
+
+    def look_up(at: Array) -> Array:
+        return w.body[:, at].T if isinstance(w, Turned) else w[at]
+
     if parts("vocab") == 1:
-        return w[tokens]
-    local = tokens - jax.lax.axis_index(RULES["vocab"]) * w.shape[0]
-    held = (local >= 0) & (local < w.shape[0])
-    return psum(jnp.where(held[:, None], w[jnp.clip(local, 0, w.shape[0] - 1)], 0), "vocab")
+        return look_up(tokens)
+    local = tokens - jax.lax.axis_index(RULES["vocab"]) * size
+    held = (local >= 0) & (local < size)
+    return psum(jnp.where(held[:, None], look_up(jnp.clip(local, 0, size - 1)), 0), "vocab")
 
 
-def unembed(x: Array, w: Array) -> Array:
+def unembed(x: Array, w: Matrix) -> Array:
     """x [R, hidden], w [vocab, hidden] -> float32[R, vocab]."""
     return contract(x, w, out=jnp.float32)
 

@@ -41,8 +41,6 @@ class JaxBackend:
     """backends.api.protocol.Backend on jax. Not thread-safe: one thread calls it, as one loop plans the steps."""
 
     def __init__(self, spec: ModelSpec, config: Resolved) -> None:
-        if config.deterministic:
-            raise ConfigError("deterministic: not built in the jax backend yet", field="deterministic")
         for key in config.options:
             raise ConfigError(f"backend.jax.{key}: unknown key; the jax backend has none", field=f"backend.jax.{key}")
         mesh = open_mesh(config)

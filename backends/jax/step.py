@@ -36,7 +36,7 @@ class Plan:
     @property
     def leaves(self) -> params.Tree:
         """The parameter tree."""
-        return params.tree(self.spec, self.config.stack)
+        return params.tree(self.spec, self.config.stack, self.config.platform)
 
 
 def edit(state: State, edits: jax.Array) -> State:
@@ -92,7 +92,7 @@ def lower_step(plan: Plan, tokens: int, taps: tuple[str, ...] = ()) -> jax.stage
         return run(plan, shape, taps, weights, cache, state, packed)
 
     cache_specs, state_specs = caches.specs(plan.limits)
-    weight_specs = params.map_leaves(lambda leaf: leaf.spec, plan.leaves)
+    weight_specs = params.map_leaves(lambda leaf: leaf.hold(leaf.spec), plan.leaves)
     local = jax.shard_map(
         step,
         mesh=plan.mesh,

@@ -58,8 +58,6 @@ class TorchBackend:
     """
 
     def __init__(self, spec: ModelSpec, config: Resolved) -> None:
-        if config.deterministic:
-            raise ConfigError("deterministic: not built in the torch backend yet", field="deterministic")
         for key in config.options:
             raise ConfigError(f"backend.torch.{key}: unknown key; torch has none", field=f"backend.torch.{key}")
         for field in ("dtype", "cache_dtype"):

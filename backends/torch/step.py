@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from backends.api.limits import Limits
+from backends.torch import fixed
 from backends.torch.attend import Attend, locate
 from backends.torch.caches import Caches
 from backends.torch.inputs import Batch
@@ -50,17 +51,20 @@ def forward(
     tokens = batch.tokens
     if not batch.order.literal:
         tokens = torch.where(tokens >= 0, tokens, caches.last[batch.slots[batch.row]])
-    views = locate(batch, caches, before, positions, limits, DTYPES[config.dtype])
-    attend = Attend(config, batch, views)
+    attend: Any
+    if config.deterministic:
+        attend = fixed.Attend(fixed.locate(batch, caches, positions, limits))
+    else:
+        attend = Attend(config, batch, locate(batch, caches, before, positions, limits, DTYPES[config.dtype]))
     hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps)
     logits = None
-    if "logits" in taps:
+    if "logits" in taps or config.deterministic:  # the head too has one shape
         found["logits"] = decoder.logits(spec, weights, hidden)
         logits = found["logits"][batch.ends]
     elif len(batch.ends):
         last = hidden if len(batch.ends) == len(hidden) else hidden.index_select(0, batch.ends)
         logits = decoder.logits(spec, weights, last)
-    inner = {name: value.float() for name, value in found.items()}
+    inner = {name: found[name].float() for name in taps}
     return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner)
 
 

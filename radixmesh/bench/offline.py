@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.errors import ConfigError
 from engine.model.registry import read_spec
 from radixmesh.engine import Engine
 
@@ -34,6 +35,13 @@ class Speed:
     whole: float
     decode: float
     spread: float
+
+
+def known(shape: str) -> str:
+    """A name of SHAPES. Raises ConfigError for any other."""
+    if shape not in SHAPES:
+        raise ConfigError(f"shape: unknown {shape!r}; there are {', '.join(SHAPES)}", field="shape")
+    return shape
 
 
 def make_model(folder: Path, shape: str) -> Path:

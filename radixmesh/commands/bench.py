@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure, and write the figures down with the machine, versions and commit.")
     group.callback()(lambda: None)
     group.command()(offline)
+    group.command()(prefix)
     group.command()(agree)
     group.command()(serve)
     app.add_typer(group, name="bench")
@@ -45,11 +46,9 @@ def offline(
     from radixmesh.engine import DEMO
 
     sizes, settings = [int(b) for b in batch.split(",")], options.read_set(pairs)
-    if shape is not None and shape not in bench.SHAPES:
-        raise ConfigError(f"shape: unknown {shape!r}; there are {', '.join(bench.SHAPES)}", field="shape")
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        path = bench.make_model(Path(folder), shape) if shape else Path(model) if model else DEMO
+        path = bench.make_model(Path(folder), bench.known(shape)) if shape else Path(model) if model else DEMO
         print(f"{'subject':24} {'batch':>5} {'first s':>8} {'whole s':>8} {'decode tok/s':>12} {'spread':>7}")
         for name in subjects.split(","):
             # a process for each: what one leaves behind (threads above all) must not slow the next
@@ -65,6 +64,43 @@ def offline(
                 )
     if out is not None:
         write(out, "offline", figures)
+
+
+def prefix(
+    model: options.Model = None,
+    shape: Annotated[str | None, typer.Option(help="A random Llama instead: 25m or 100m.")] = None,
+    subjects: Annotated[str, typer.Option(help="Backends.")] = "jax,torch",
+    requests: Annotated[int, typer.Option(help="Prompts, all at once.")] = 64,
+    shared: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 1024,
+    own: Annotated[int, typer.Option(help="Tokens of each prompt's own.")] = 16,
+    made: Annotated[int, typer.Option(help="Tokens made for each.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Timed repeats, each with a fresh prefix.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    pairs: options.Set = None,
+) -> None:
+    """Requests with one prefix, with the prefix cache and without: how many times faster is it?"""
+    from radixmesh.bench import offline as models
+    from radixmesh.bench.prefix import measure
+    from radixmesh.bench.record import write
+    from radixmesh.engine import DEMO
+
+    figures: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = models.make_model(Path(folder), models.known(shape)) if shape else Path(model) if model else DEMO
+        for name in subjects.split(","):
+            both = []
+            for radix in (True, False):
+                given = (path, name.strip(), radix, requests, shared, own, made, repeats, options.read_set(pairs))
+                with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as alone:
+                    both.append(alone.submit(measure, *given).result() | {"model": shape or path.name})
+            figures += both
+            times, took = both[1]["seconds"] / both[0]["seconds"], [b["seconds"] for b in both]
+            print(
+                f"{name}: {took[0]:.2f} s with the cache ({both[0]['cached']} of {both[0]['prompt_tokens']} prompt "
+                f"tokens from it), {took[1]:.2f} s without: {times:.1f} times faster"
+            )
+    if out is not None:
+        write(out, "prefix", figures)
 
 
 def agree(

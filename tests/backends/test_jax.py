@@ -390,7 +390,6 @@ def test_close_frees_the_device() -> None:
     [
         ("mesh", {"mesh": MeshSpec(tp=2)}),
         ("mesh", {"mesh": MeshSpec(ep=2)}),
-        ("deterministic", {"deterministic": True}),
         ("backend.jax.speed", {"options": {"speed": 11}}),
         ("platform", {"platform": "tpu"}),
     ],

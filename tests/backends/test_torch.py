@@ -376,7 +376,6 @@ def test_a_weight_of_another_shape_is_named() -> None:
         ("mesh", MeshSpec(tp=2)),
         ("platform", "tpu"),
         ("platform", "gpu"),
-        ("deterministic", True),
         ("dtype", "float8"),
         ("cache_dtype", "int8"),
         ("options", {"graphs": True}),

@@ -283,4 +283,16 @@ def test_bench_offline_measures(model: str) -> None:
     assert done.exit_code == 0, done.output
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == ["torch", "transformers-float32"]
-    assert all(float(row[4]) > 0 for row in rows)
+    assert all(min(float(row[2]), float(row[3])) > 0 for row in rows)
+
+
+def test_bench_prefix_measures_both_ways(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "prefix.json"
+    done = run(
+        "bench", "prefix", "--model", model, "--subjects", "torch", "--requests", "3", "--shared", "64", "--own", "2",
+        "--made", "2", "--repeats", "1", "--out", str(file), "--set", "sched.max_rows=2", "--set", "sched.slots=2",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    on, off = json.loads(file.read_text())["figures"]
+    assert (on["radix"], off["radix"], on["prompt_tokens"]) == (True, False, 3 * 66)
+    assert on["cached"] > off["cached"] == 0
