@@ -13,6 +13,7 @@ RULES: Mapping[str, str | None] = {
     "q_heads": "tp",
     "kv_heads": "tp",
     "ffn": "tp",
+    "experts": None,
     "vocab": "tp",
     "hidden": None,
     "head": None,

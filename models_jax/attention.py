@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from engine.model.spec import Attention, Rope
@@ -15,16 +15,24 @@ class Attend(Protocol):
     """Writes k and v of this step to the cache and attends over it.
 
     q [T, q_heads, head_dim], k and v [T, kv_heads, head_dim], local heads -> ([T, q_heads, head_dim], cache).
+    sinks [q_heads]: where the layer has them.
     """
 
     def __call__(
-        self, a: Attention, q: ops.Array, k: ops.Array, v: ops.Array, cache: Any, place: stack.Place
+        self,
+        a: Attention,
+        q: ops.Array,
+        k: ops.Array,
+        v: ops.Array,
+        cache: Any,
+        place: stack.Place,
+        sinks: ops.Array | None = None,
     ) -> tuple[ops.Array, Any]: ...
 
 
 def attention(
     a: Attention,
-    eps: float,
+    norm: Callable[[ops.Array, ops.Array], ops.Array],
     p: Mapping[str, Any],
     x: ops.Array,
     angles: Angles,
@@ -32,16 +40,16 @@ def attention(
     cache: Any,
     place: stack.Place,
 ) -> tuple[ops.Array, Any]:
-    """x [T, hidden] -> ([T, hidden], cache)."""
+    """x [T, hidden] -> ([T, hidden], cache). norm: the model's RMSNorm, of x by a weight."""
     q = ops.heads(x, p["q"], p.get("q_bias"))
     k = ops.heads(x, p["k"], p.get("k_bias"))
     v = ops.heads(x, p["v"], p.get("v_bias"))
     if a.qk_norm:
-        q = ops.rms_norm(q, p["q_norm"], eps)
-        k = ops.rms_norm(k, p["k_norm"], eps)
+        q = norm(q, p["q_norm"])
+        k = norm(k, p["k_norm"])
     if a.rope is not None:
         q = ops.rotate(q, *angles[a.rope])
         k = ops.rotate(k, *angles[a.rope])
-    o, cache = attend(a, q, k, v, cache, place)
+    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"))
     y = ops.psum(ops.merge(o, p["out"]), "q_heads")
     return (y + p["out_bias"] if a.out_bias else y), cache

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.mesh import RULES
+from engine.model.spec import Norm
 from models_jax.turned import Turned
 
 Array: TypeAlias = jax.Array
@@ -55,11 +56,14 @@ def merge(o: Array, w: Matrix) -> Array:
     return contract(o.reshape(o.shape[0], -1), w.reshape(w.shape[0], -1))
 
 
-def rms_norm(x: Array, w: Array, eps: float) -> Array:
-    """Over the last dimension, in float32; rounded to x's dtype before the weight, as in Hugging Face's Llama."""
+def rms_norm(x: Array, w: Array, eps: float, kind: Norm = "plain") -> Array:
+    """Over the last dimension, in float32."""
     h = x.astype(jnp.float32)
     h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-    return w * h.astype(x.dtype)
+    if kind == "plain":
+        return w * h.astype(x.dtype)
+    weight = w.astype(jnp.float32)
+    return (h * (1 + weight if kind == "offset" else weight)).astype(x.dtype)
 
 
 def silu(x: Array) -> Array:
@@ -67,10 +71,31 @@ def silu(x: Array) -> Array:
     return jax.nn.silu(x)
 
 
-def angles(frequencies: NDArray[np.float32], positions: Array, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin, [T, 1, dim/2], of positions int32[T] times frequencies float32[dim/2]."""
+def gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh form."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def clamped(gate: Array, up: Array, alpha: float, limit: float) -> Array:
+    """GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), of clamped gate and up."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(alpha * gate))
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap)."""
+    return cap * jnp.tanh(x / cap)
+
+
+def scale(x: Array, by: float) -> Array:
+    """x times a number rounded to x's dtype."""
+    return x * jnp.asarray(by, x.dtype)
+
+
+def angles(frequencies: NDArray[np.float32], magnitude: float, positions: Array, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin times magnitude, [T, 1, dim/2], of positions int32[T] times frequencies float32[dim/2]."""
     a = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(frequencies)
-    return jnp.cos(a).astype(dtype), jnp.sin(a).astype(dtype)
+    return (jnp.cos(a) * magnitude).astype(dtype), (jnp.sin(a) * magnitude).astype(dtype)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.model.spec import Layer, ModelSpec
+from engine.model.spec import Experts, Layer, ModelSpec
 from models_torch import ops, stack
 from models_torch.attention import Angles, Attend, attention
 from models_torch.mlp import mlp
+from models_torch.moe import moe
 
 
 def forward(
@@ -23,18 +24,21 @@ def forward(
     """Run tokens int32[T] at positions int32[T] through all layers.
 
     Returns the normed hidden state [T, hidden], the cache, and the inner values that `taps` names, each [T, ...]:
-    "embed", "layers.i.attention", "layers.i.mlp", "layers.i" (the stream after layer i), "final_norm".
+    "embed", "layers.i.attention", "layers.i.mlp" (experts too), both as they are before a norm of their own,
+    "layers.i.routing" (int[T, top_k], where a layer has experts), "layers.i" (the stream after layer i), "final_norm".
     """
     x = ops.embed(tokens, params["embed"])
+    if spec.embed_scale != 1:
+        x = ops.scale(x, spec.embed_scale)
     found = {"embed": x}
     ropes = {layer.mixer.rope for layer in spec.layers} - {None}
-    angles = {rope: ops.angles(rope.frequencies(), positions, x.dtype) for rope in ropes if rope is not None}
+    angles = {r: ops.angles(r.frequencies(), r.magnitude, positions, x.dtype) for r in ropes if r is not None}
 
     def body(layer: Layer, p: Mapping[str, Any], x: ops.Array, cache: Any, place: stack.Place) -> stack.Step:
         return block(spec, layer, p, x, angles, attend, cache, place)
 
     x, cache, inner = stack.run(spec, params["layers"], x, cache, body, taps)
-    x = ops.rms_norm(x, params["final_norm"], spec.norm_eps)
+    x = ops.rms_norm(x, params["final_norm"], spec.norm_eps, spec.norm)
     found |= inner | {"final_norm": x}
     return x, cache, {name: found[name] for name in taps if name in found}
 
@@ -50,15 +54,24 @@ def block(
     place: stack.Place,
 ) -> stack.Step:
     """One pre-norm layer on x [T, hidden]. Returns the new stream, the cache and the layer's inner values."""
-    h = ops.rms_norm(x, p["attention_norm"], spec.norm_eps)
-    mixed, cache = attention(layer.mixer, spec.norm_eps, p["attention"], h, angles, attend, cache, place)
-    x = x + mixed
-    h = ops.rms_norm(x, p["mlp_norm"], spec.norm_eps)
-    fed = mlp(layer.feed, p["mlp"], h)
-    x = x + fed
-    return x, cache, {".attention": mixed, ".mlp": fed, "": x}
+
+    def norm(x: ops.Array, w: ops.Array) -> ops.Array:
+        return ops.rms_norm(x, w, spec.norm_eps, spec.norm)
+
+    h = norm(x, p["attention_norm"])
+    mixed, cache = attention(layer.mixer, norm, p["attention"], h, angles, attend, cache, place)
+    x = x + (norm(mixed, p["attention_out_norm"]) if layer.sandwich else mixed)
+    h = norm(x, p["mlp_norm"])
+    inner = {".attention": mixed}
+    if isinstance(layer.feed, Experts):
+        fed, inner[".routing"] = moe(layer.feed, p["moe"], h)
+    else:
+        fed = mlp(layer.feed, p["mlp"], h)
+    x = x + (norm(fed, p["mlp_out_norm"]) if layer.sandwich else fed)
+    return x, cache, inner | {".mlp": fed, "": x}
 
 
 def logits(spec: ModelSpec, params: Mapping[str, Any], x: ops.Array) -> ops.Array:
     """Normed hidden states [R, hidden] -> float32 logits [R, vocab of this device]."""
-    return ops.unembed(x, params["embed"] if spec.tied else params["head"])
+    y = ops.unembed(x, params["embed"] if spec.tied else params["head"])
+    return y if spec.logit_cap is None else ops.soft_cap(y, spec.logit_cap)

@@ -177,8 +177,8 @@ def _features(step: ScheduleStep, limits: Limits) -> None:
 
 @lru_cache
 def tap_names(layers: int) -> frozenset[str]:
-    """The inner values that a model of `layers` layers can return."""
-    inner = [f"layers.{i}{part}" for i in range(layers) for part in (".attention", ".mlp", "")]
+    """The inner values that a model of `layers` layers can return; ".routing" where a layer has experts."""
+    inner = [f"layers.{i}{part}" for i in range(layers) for part in (".attention", ".routing", ".mlp", "")]
     return frozenset(["embed", *inner, "final_norm", "logits"])
 
 

@@ -58,7 +58,9 @@ class View(NamedTuple):
     group: int
 
 
-Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Any, Pages, View], tuple[Array, Array]]
+Kernel: TypeAlias = Callable[
+    [Attention, Array, Array, Array, Array | None, Array, Any, Pages, View], tuple[Array, Array]
+]
 
 
 def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
@@ -105,16 +107,31 @@ class Attend:
         self.config, self.view = config, view
 
     def __call__(
-        self, a: Attention, q: Array, k: Array, v: Array, cache: tuple[Array, ...], place: Place
+        self,
+        a: Attention,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: tuple[Array, ...],
+        place: Place,
+        sinks: Array | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         g = place.group
         kernel, _ = choose(a, self.config)
-        o, one = kernel(a, q, k, v, cache[g], place.rank, self.view.groups[g], self.view)
+        o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view)
         return o, (*cache[:g], one, *cache[g + 1 :])
 
 
 def plain(
-    a: Attention, q: Array, k: Array, v: Array, cache: Array, rank: Any, pages: Pages, view: View
+    a: Attention,
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array | None,
+    cache: Array,
+    rank: Any,
+    pages: Pages,
+    view: View,
 ) -> tuple[Array, Array]:
     """Write k, v [T, kv_heads, head_dim] to the cache [layers * pages, page, kv_heads * 2 * head_dim] and attend.
 
@@ -127,17 +144,28 @@ def plain(
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     count, group = view.tiles.shape[0], view.group
     if count <= group:
-        return tiles(a, grouped, jnp.zeros_like(grouped), view.tiles, cache, at, pages, view).reshape(q.shape), cache
+        out = tiles(a, grouped, sinks, jnp.zeros_like(grouped), view.tiles, cache, at, pages, view)
+        return out.reshape(q.shape), cache
 
     def some(i: Array, out: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(view.tiles, i * group, group)
-        return tiles(a, grouped, out, part, cache, at, pages, view)
+        return tiles(a, grouped, sinks, out, part, cache, at, pages, view)
 
     turns = (view.batch.tile_count + group - 1) // group
     return jax.lax.fori_loop(0, turns, some, jnp.zeros_like(grouped)).reshape(q.shape), cache
 
 
-def tiles(a: Attention, q: Array, out: Array, tiles: Array, cache: Array, at: Any, pages: Pages, view: View) -> Array:
+def tiles(
+    a: Attention,
+    q: Array,
+    sinks: Array | None,
+    out: Array,
+    tiles: Array,
+    cache: Array,
+    at: Any,
+    pages: Pages,
+    view: View,
+) -> Array:
     """Attention of the queries of tiles int32[N, 3], put into out. q, out [T, kv_heads, G, head_dim]."""
     batch, step = view.batch, jnp.arange(view.size)
     row, first, count = tiles[:, 0], tiles[:, 1], tiles[:, 2]
@@ -147,6 +175,7 @@ def tiles(a: Attention, q: Array, out: Array, tiles: Array, cache: Array, at: An
     o = blocks(
         a,
         q[jnp.minimum(token, q.shape[0] - 1)],
+        sinks,
         jnp.where(mine, position, -1),
         pages.table[row],
         pages.base[row],
@@ -160,12 +189,21 @@ def tiles(a: Attention, q: Array, out: Array, tiles: Array, cache: Array, at: An
 
 
 def blocks(
-    a: Attention, q: Array, position: Array, table: Array, base: Array, cache: Array, at: Any, size: int
+    a: Attention,
+    q: Array,
+    sinks: Array | None,
+    position: Array,
+    table: Array,
+    base: Array,
+    cache: Array,
+    at: Any,
+    size: int,
 ) -> Array:
     """N tiles of Q queries, each over the pages of its own table: float32 [N, Q, kv_heads, G, head_dim].
 
-    q [N, Q, kv_heads, G, head_dim]; position int32[N, Q], -1 = sees nothing; table int32[N, P]; base int32[N]; at:
-    first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN too.
+    q [N, Q, kv_heads, G, head_dim]; sinks [kv_heads * G]; position int32[N, Q], -1 = sees nothing; table int32[N, P];
+    base int32[N]; at: first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN
+    too.
     """
     n, queries, kv_heads, group, head = q.shape
     entries = min(max(BLOCK // size, 1), table.shape[1])
@@ -186,7 +224,8 @@ def blocks(
         kv = kv.transpose(3, 0, 2, 1, 4).reshape(2, batch, block, head)
         bias = jnp.where(seen(key), jnp.float32(0), jnp.float32(FAR))[:, None, :, None]
         bias = jnp.broadcast_to(bias, (n, kv_heads, queries, group, block)).reshape(batch, many, block)
-        s = _product(q, kv[0], 2, exact) * a.scale + bias
+        s = _product(q, kv[0], 2, exact) * a.scale
+        s = (s if a.cap is None else a.cap * jnp.tanh(s / a.cap)) + bias
         # where a query saw nothing yet, top is FAR and p is 1: the first real score fades that to nothing
         peak = jnp.maximum(top, s.max(-1, keepdims=True))
         p, fade = jnp.exp(s - peak), jnp.exp(top - peak)
@@ -194,12 +233,11 @@ def blocks(
         return peak, total * fade + p.sum(-1, keepdims=True), acc
 
     first = jnp.where(high >= 0, low + 1, jnp.iinfo(jnp.int32).max).min() // block if a.window else jnp.int32(0)
-    flat = batch, many, 1
-    empty = (
-        jnp.full(flat, FAR, jnp.float32),
-        jnp.zeros(flat, jnp.float32),
-        jnp.zeros((batch, many, head), jnp.float32),
-    )
+    top, total = jnp.full((batch, many, 1), FAR, jnp.float32), jnp.zeros((batch, many, 1), jnp.float32)
+    if sinks is not None:  # seen before any key, with a value of nothing
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, 1, group)
+        top, total = jnp.broadcast_to(sink, (n, kv_heads, queries, group)).reshape(top.shape), total + 1
+    empty = top, total, jnp.zeros((batch, many, head), jnp.float32)
     _, total, acc = jax.lax.fori_loop(first, high.max() // block + 1, one, empty)
     o = acc / jnp.where(total == 0, 1, total)
     return o.reshape(n, kv_heads, queries, group, head).transpose(0, 2, 1, 3, 4)

@@ -85,7 +85,8 @@ def _layer(flat: dict[str, Param], layers: Sequence[int], turned: Mapping[str, i
             at = out
             for part in path:
                 at = at.setdefault(part, {})
-            at[last] = Leaf(members=members, stacked=stacked, turned=turned.get(last, 0))
+            stack = members[0].axes[0] == "experts"
+            at[last] = Leaf(members=members, stacked=stacked, turned=0 if stack else turned.get(last, 0))
     return out
 
 

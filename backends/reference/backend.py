@@ -18,7 +18,7 @@ from backends.api.limits import Limits
 from backends.api.protocol import Status
 from backends.api.step import I32, NONFINITE, OK, TOKEN, U32, ScheduleStep, StepResult, Ticket
 from backends.reference.caches import Caches, Row
-from backends.reference.model import forward
+from backends.reference.model import forward, logits
 from backends.reference.sampler import Counts, sample
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError, StepRefused
@@ -186,18 +186,18 @@ class ReferenceBackend:
             self.length[row.slot] = row.end
             self.last[row.slot] = UNKNOWN
 
-        def attend(place: Place, a: Attention, q: Any, k: Any, v: Any) -> Any:
-            return self.caches.attend(place, a, rows, cells, q, k, v)
+        def attend(place: Place, a: Attention, q: Any, k: Any, v: Any, sinks: Any) -> Any:
+            return self.caches.attend(place, a, rows, cells, q, k, v, sinks)
 
         positions = np.concatenate([np.arange(row.start, row.end) for row in rows])
-        head = self.weights["embed" if self.spec.tied else "head"]
         taps: dict[str, NDArray[Any]] = {}
         with np.errstate(all="ignore"):
             hidden = forward(self.spec, self.weights, fed.tokens, positions, attend, taps)
             for row, drafts in zip(rows, step.drafts.tolist(), strict=True):
-                fed.logits.append((hidden[row.at.stop - 1 - drafts : row.at.stop] @ head.T).astype(np.float32))
+                last = logits(self.spec, self.weights, hidden[row.at.stop - 1 - drafts : row.at.stop])
+                fed.logits.append(last.astype(np.float32))
             if "logits" in step.taps:
-                taps["logits"] = hidden @ head.T
+                taps["logits"] = logits(self.spec, self.weights, hidden)
         fed.taps.update({name: taps[name].astype(np.float32) for name in step.taps})
 
     def _result(self, fed: Fed, masks: U32 | None) -> StepResult:

@@ -97,7 +97,15 @@ class Caches:
         return found
 
     def attend(
-        self, place: Place, a: Attention, rows: Sequence[Row], cells: Sequence[Sequence[Cells]], q: Any, k: Any, v: Any
+        self,
+        place: Place,
+        a: Attention,
+        rows: Sequence[Row],
+        cells: Sequence[Sequence[Cells]],
+        q: Any,
+        k: Any,
+        v: Any,
+        sinks: Any = None,
     ) -> Any:
         """Write k and v [T, kv_heads, d] of one layer, then attend with q [T, q_heads, d] -> [T, q_heads, d]."""
         memory, out = self.groups[place.group].memory[place.rank], np.empty_like(q)
@@ -105,5 +113,5 @@ class Caches:
             memory[0, cell.new], memory[1, cell.new] = k[row.at], v[row.at]
         for row, cell in zip(rows, cells[place.group], strict=True):
             keys, values = memory[:, cell.seen].astype(q.dtype)
-            out[row.at] = attend(a, q[row.at], keys, values, row.start, cell.first)
+            out[row.at] = attend(a, q[row.at], keys, values, row.start, cell.first, sinks)
         return out

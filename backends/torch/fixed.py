@@ -66,16 +66,21 @@ class Attend:
     def __init__(self, views: list[View]) -> None:
         self.views = views
 
-    def __call__(self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place) -> tuple[Array, Caches]:
+    def __call__(
+        self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place, sinks: Array | None = None
+    ) -> tuple[Array, Caches]:
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
         store.index_copy_(0, view.write, torch.stack((k, v), 1).to(store.dtype))
         tokens, kv_heads, size = k.shape
         grouped = q.reshape(tokens, kv_heads, -1, size).float()
         top = grouped.new_full((*grouped.shape[:3], 1), FAR)
         total, acc = torch.zeros_like(top), torch.zeros_like(grouped)
+        if sinks is not None:  # seen before any key, with a value of nothing
+            top, total = sinks.float().view(kv_heads, -1, 1).expand_as(top), total + 1
         for read, seen in view.blocks:
             kv = store.index_select(0, read).view(tokens, BLOCK, 2, kv_heads, size).float()
-            s = (torch.matmul(grouped, kv[:, :, 0].permute(0, 2, 3, 1)) * a.scale).masked_fill_(~seen, FAR)
+            s = torch.matmul(grouped, kv[:, :, 0].permute(0, 2, 3, 1)) * a.scale
+            s = (s if a.cap is None else torch.tanh(s / a.cap) * a.cap).masked_fill_(~seen, FAR)
             peak = torch.maximum(top, s.amax(-1, keepdim=True))
             p, fade = (s - peak).exp_(), (top - peak).exp_()
             total = total * fade + p.sum(-1, keepdim=True)

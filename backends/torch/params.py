@@ -25,7 +25,7 @@ def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: to
     On a CPU the matrices of a 16-bit checkpoint are packed where that is possible (models_torch.packed).
     Raises ModelError naming the tensor.
     """
-    tree: dict[str, Any] = {"layers": [{"attention": {}, "mlp": {}} for _ in spec.layers]}
+    tree: dict[str, Any] = {"layers": [{} for _ in spec.layers]}
     for name, p in params(spec).items():
         read = source.read(name, tuple(slice(0, n) for n in p.shape))
         if read.shape != p.shape:
@@ -33,12 +33,22 @@ def upload(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, device: to
         value = as_tensor(read)
         *path, leaf = name.split(".")
         inner = 1 if name == "embed" and spec.tied else INNER.get(leaf)
-        packed = pack(value, inner, dtype, name == "embed") if device.type == "cpu" and inner else None
         at: Any = tree
         for part in path:
-            at = at[int(part)] if isinstance(at, list) else at[part]
-        at[leaf] = value.to(device=device, dtype=dtype) if packed is None else packed
+            at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
+        if p.axes[0] == "experts" and inner and device.type == "cpu":
+            at[leaf] = [_placed(one, inner, dtype, device) for one in value]
+        else:
+            at[leaf] = _placed(value, inner, dtype, device, name == "embed")
     return tree
+
+
+def _placed(
+    value: torch.Tensor, inner: int | None, dtype: torch.dtype, device: torch.device, embed: bool = False
+) -> Any:
+    """A parameter on its device, packed where that is possible. inner: as INNER has it, None for no matrix."""
+    packed = pack(value, inner, dtype, embed) if device.type == "cpu" and inner else None
+    return value.to(device=device, dtype=dtype) if packed is None else packed
 
 
 def as_tensor(read: NDArray[Any]) -> torch.Tensor:

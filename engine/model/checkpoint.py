@@ -1,4 +1,4 @@
-"""A folder of safetensors as a WeightSource. Every tensor fills one parameter, every parameter has one tensor."""
+"""A folder of safetensors as a WeightSource. Every tensor fills parameters, every parameter is filled."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ModelError
-from engine.model.params import Param, params
+from engine.model.params import params
 from engine.model.registry import FAMILIES
+from engine.model.rules import Origin, origins
 from engine.model.shards import DTYPES, Tensor
 from engine.model.spec import ModelSpec
 from engine.model.stores import equal, map_file, open_tensors
@@ -33,27 +34,38 @@ class Checkpoint:
         self._params = params(spec)
         self._files = {t.file: map_file(t.file) for t in found.values()}
         for pattern in family.BUFFERS:
-            for name in _expand(pattern, layers):
-                found.pop(name, None)
-        names = {
-            param: name
-            for rule in family.RULES.items()
-            for name, param in zip(_expand(rule[0], layers), _expand(rule[1], layers), strict=True)
-        }
-        if spec.tied and names["head"] in found and names["embed"] in found:
-            self._check_tied(found.pop(names["head"]), found[names["embed"]])
-        _check_names(Path(path), found, dict.fromkeys(names[p] for p in self._params))
-        self._tensors = {p: found[names[p]] for p in self._params}
-        for param in self._params.values():
-            _check(self._tensors[param.name], param)
+            for i in layers:
+                found.pop(pattern.replace("{i}", str(i)), None)
+        wanted = origins(family.RULES, len(layers), self._params)
+        if spec.tied:
+            head, embed = (next(n for n, r in family.RULES.items() if r == name) for name in ("head", "embed"))
+            if head in found and embed in found:
+                self._check_tied(found.pop(head), found[embed])
+        _check_names(Path(path), found, wanted)
+        for name, origin in wanted.items():
+            _check(found[name], origin)
+        self._parts: dict[str, list[tuple[Tensor, Origin]]] = {name: [] for name in self._params}
+        for name, origin in wanted.items():
+            for param in origin.params:
+                self._parts[param.name].append((found[name], origin))
+        unfilled = next((name for name, parts in self._parts.items() if not parts), None)
+        if unfilled is not None:
+            raise ModelError(f"family {spec.family}: no rule fills parameter {unfilled!r}", field=unfilled)
 
     def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
-        """The slice `part` of a parameter, as a read-only view of the file where its bytes are aligned, or a copy."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
+        """The slice `part` of a parameter, as a read-only view of the file where its bytes are aligned and in one
+        tensor, or a copy."""
+        parts = self._parts.get(name)
+        if parts is None:
             raise ModelError(f"no parameter is called {name!r}", field=name)
-        whole = tensor.view(self._files[tensor.file]).reshape(self._params[name].shape)
-        return np.require(whole[part], requirements="A")
+        if parts[0][1].expert is None:
+            return np.require(self._whole(name, parts[0])[part], requirements="A")
+        return np.stack([self._whole(name, one)[part[1:]] for one in parts[part[0]]])
+
+    def _whole(self, name: str, part: tuple[Tensor, Origin]) -> NDArray[Any]:
+        """A view of what one tensor holds of a parameter."""
+        tensor, origin = part
+        return origin.cut(tensor.view(self._files[tensor.file]), name)
 
     def _check_tied(self, head: Tensor, embed: Tensor) -> None:
         """A head stored beside the embedding that it is tied to must equal it, bit for bit."""
@@ -62,11 +74,6 @@ class Checkpoint:
         if not same or a is None or b is None or not equal(a, b, BLOCK):
             what = f"tie_word_embeddings is true, but tensor {head.name!r} differs from {embed.name!r}"
             raise ModelError(f"{head.file}: {what}; set it to false or remove the tensor", field=head.name)
-
-
-def _expand(pattern: str, layers: range) -> list[str]:
-    """A name with {i} written out for every layer."""
-    return [pattern.replace("{i}", str(i)) for i in layers] if "{i}" in pattern else [pattern]
 
 
 def _check_names(folder: Path, found: Collection[str], wanted: Collection[str]) -> None:
@@ -80,23 +87,11 @@ def _check_names(folder: Path, found: Collection[str], wanted: Collection[str]) 
         raise ModelError(f"{folder}: {what}; config.json and weights don't match", field=(unused + missing)[0])
 
 
-def _check(tensor: Tensor, param: Param) -> None:
-    """Refuse a tensor of another shape than the parameter's as stored, or of a dtype that is not a plain float."""
+def _check(tensor: Tensor, origin: Origin) -> None:
+    """Refuse a tensor of another shape than its parameters ask for, or of a dtype that is not a plain float."""
     at = f"{tensor.file}: tensor {tensor.name!r}"
-    shape = stored_shape(param)
-    if tensor.shape != shape:
-        what = f"{at} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+    if tensor.shape != origin.shape:
+        what = f"{at} has shape {list(tensor.shape)}, config.json asks for {list(origin.shape)}"
         raise ModelError(f"{what}; they are not of one model", field=tensor.name)
     if tensor.dtype not in DTYPES:
         raise ModelError(f"{at} has dtype {tensor.dtype}; {', '.join(DTYPES)} are supported", field=tensor.name)
-
-
-def stored_shape(param: Param) -> tuple[int, ...]:
-    """A parameter's shape in the file, where heads and their dimensions are one: [q_heads * head, hidden] for q."""
-    out: list[int] = []
-    for i, (size, axis) in enumerate(zip(param.shape, param.axes, strict=True)):
-        if axis == "head" and i and param.axes[i - 1] in ("q_heads", "kv_heads"):
-            out[-1] *= size
-        else:
-            out.append(size)
-    return tuple(out)

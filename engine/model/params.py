@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.model.spec import Attention, Mlp, ModelSpec
+from engine.model.spec import Attention, Experts, Mlp, ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,15 @@ def _params(spec: ModelSpec) -> Iterator[Param]:
         at = f"layers.{i}."
         yield _param(at + "attention_norm", hidden=spec.hidden)
         yield from _attention(at + "attention.", spec.hidden, layer.mixer)
+        if layer.sandwich:
+            yield _param(at + "attention_out_norm", hidden=spec.hidden)
         yield _param(at + "mlp_norm", hidden=spec.hidden)
-        yield from _mlp(at + "mlp.", spec.hidden, layer.feed)
+        if isinstance(layer.feed, Experts):
+            yield from _experts(at + "moe.", spec.hidden, layer.feed)
+        else:
+            yield from _mlp(at + "mlp.", spec.hidden, layer.feed)
+        if layer.sandwich:
+            yield _param(at + "mlp_out_norm", hidden=spec.hidden)
     yield _param("final_norm", hidden=spec.hidden)
     if not spec.tied:
         yield _param("head", vocab=spec.vocab, hidden=spec.hidden)
@@ -51,6 +58,8 @@ def _attention(at: str, hidden: int, a: Attention) -> Iterator[Param]:
     if a.qk_norm:
         yield _param(at + "q_norm", head=a.head_dim)
         yield _param(at + "k_norm", head=a.head_dim)
+    if a.sinks:
+        yield _param(at + "sinks", q_heads=a.q_heads)
     yield _param(at + "out", hidden=hidden, q_heads=a.q_heads, head=a.head_dim)
     if a.out_bias:
         yield _param(at + "out_bias", hidden=hidden)
@@ -64,3 +73,16 @@ def _mlp(at: str, hidden: int, m: Mlp) -> Iterator[Param]:
         yield _param(at + "gate_bias", ffn=m.size)
         yield _param(at + "up_bias", ffn=m.size)
         yield _param(at + "down_bias", hidden=hidden)
+
+
+def _experts(at: str, hidden: int, e: Experts) -> Iterator[Param]:
+    """Each expert is split over "ffn" as an Mlp is; the router is whole on every device."""
+    yield _param(at + "router", experts=e.count, hidden=hidden)
+    yield _param(at + "gate", experts=e.count, ffn=e.size, hidden=hidden)
+    yield _param(at + "up", experts=e.count, ffn=e.size, hidden=hidden)
+    yield _param(at + "down", experts=e.count, hidden=hidden, ffn=e.size)
+    if e.bias:
+        yield _param(at + "router_bias", experts=e.count)
+        yield _param(at + "gate_bias", experts=e.count, ffn=e.size)
+        yield _param(at + "up_bias", experts=e.count, ffn=e.size)
+        yield _param(at + "down_bias", experts=e.count, hidden=hidden)

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import ModelError
-from engine.model.archs import llama, qwen3
+from engine.model.archs import gemma2, gemma3, gpt_oss, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from engine.model.fields import Fields, read_eos
+from engine.model.rules import Rules
 from engine.model.spec import ModelSpec
 
 
 class Family(Protocol):
-    """A file of `archs`. In names of tensors and parameters, {i} stands for each layer's index."""
+    """A file of `archs`. docs/porting.md says how one is written."""
 
     @property
-    def RULES(self) -> Mapping[str, str]:
-        """Name of a checkpoint's tensor -> name of the parameter that it fills."""
+    def RULES(self) -> Rules:
+        """Name of a checkpoint's tensor -> the parameters that it fills."""
         ...
 
     @property
@@ -33,10 +34,32 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: Mapping[str, Family] = {"llama": llama, "qwen3": qwen3}
+FAMILIES: Mapping[str, Family] = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "gpt_oss": gpt_oss,
+    "llama": llama,
+    "mistral": mistral,
+    "mixtral": mixtral,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+}
 """`ModelSpec.family`, which is Hugging Face's `model_type` too -> its file."""
 
-ARCHITECTURES: Mapping[str, str] = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES: Mapping[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "MistralForCausalLM": "mistral",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+    "GptOssForCausalLM": "gpt_oss",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+}
 """Hugging Face's name of a model class -> family."""
 
 

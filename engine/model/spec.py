@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+from engine.model.rope import Rope as Rope
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rope:
-    """Rotary position embedding, rotate-half form: the pair of dimension i is i + dim/2.
-
-    dim: rotated dimensions of a head; theta: base. kind "linear" divides frequencies by factor; "llama3" divides the
-    long wavelengths by factor and blends between original_max / high_freq and original_max / low_freq (Llama 3.1).
-    """
-
-    dim: int
-    theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq: float = 1.0
-    high_freq: float = 4.0
-    original_max: int = 8192
-
-    def frequencies(self) -> NDArray[np.float32]:
-        """Angle per position of each pair: float32[dim/2]. Computed in float32, as Hugging Face does."""
-        exponent = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
-        freq: NDArray[np.float32] = (1 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
-        if self.kind == "linear":
-            freq = (freq / np.float32(self.factor)).astype(np.float32)
-        if self.kind == "llama3":
-            length = (2 * math.pi / freq).astype(np.float32)
-            smooth = (self.original_max / length - self.low_freq) / (self.high_freq - self.low_freq)
-            blended = (1 - smooth) * freq / self.factor + smooth * freq
-            long = length > self.original_max / self.low_freq
-            short = length < self.original_max / self.high_freq
-            freq = np.where(long, freq / self.factor, np.where(short, freq, blended)).astype(np.float32)
-        return freq
+Norm: TypeAlias = Literal["plain", "wide", "offset"]
+"""RMSNorm, in float32. "plain": rounded, then times the weight (Llama); "wide": times the weight, then rounded
+(GPT-OSS); "offset": times 1 + weight, then rounded (Gemma). In float32 the first two are one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +18,8 @@ class Attention:
 
     bias: on q, k, v. out_bias: on the output projection. qk_norm: RMSNorm over each head of q and k, before rope.
     window: how many positions back a query sees, itself included; None = all. scale: multiplies the scores.
+    cap: a scaled score s becomes cap * tanh(s / cap). sinks: each query head has a score of its own, learnt, that takes
+    part in the softmax and has no value.
     """
 
     q_heads: int
@@ -59,31 +31,55 @@ class Attention:
     out_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
+    cap: float | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
-    """Gated feed-forward: down(act(gate(x)) * up(x))."""
+    """Gated feed-forward: down(act(gate(x)) * up(x)). "gelu_tanh": GELU in its tanh form."""
 
     size: int
-    act: Literal["silu"] = "silu"
+    act: Literal["silu", "gelu_tanh"] = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """`count` gated feed-forwards, of which each token takes the top_k that the router scores highest.
+
+    size: of one expert. The weights of the chosen are their shares of the softmax over all scores; renormalised: over
+    the scores of the chosen alone, so that they sum to 1.
+    act: "silu" as in Mlp; "clamped": gate is at most `limit`, up within +-limit, and the product is
+    (up + 1) * gate * sigmoid(alpha * gate) (GPT-OSS). bias: on the router and on every matrix.
+    """
+
+    count: int
+    top_k: int
+    size: int
+    renormalised: bool
+    act: Literal["silu", "clamped"] = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
     bias: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One pre-norm block: x += mixer(norm(x)); x += feed(norm(x))."""
+    """One pre-norm block: x += mixer(norm(x)); x += feed(norm(x)). sandwich: a norm on what each adds, too."""
 
     mixer: Attention
-    feed: Mlp
+    feed: Mlp | Experts
+    sandwich: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A decoder-only language model.
 
-    family: name of the file in archs that made it. norm_eps: of every RMSNorm. tied: the head is the embedding.
+    family: name of the file in archs that made it. norm_eps, norm: of every RMSNorm. tied: the head is the embedding.
     max_len: positions the model was made for. dtype: of the checkpoint. eos: ids that end a text.
+    embed_scale: multiplies embeddings, rounded to their dtype. logit_cap: a logit y becomes cap * tanh(y / cap).
     """
 
     family: str
@@ -95,6 +91,9 @@ class ModelSpec:
     max_len: int
     dtype: str
     eos: tuple[int, ...] = ()
+    norm: Norm = "plain"
+    embed_scale: float = 1.0
+    logit_cap: float | None = None
 
     def period(self) -> int:
         """The smallest p such that layer i equals layer i - p: length of the pattern that can be scanned."""
@@ -102,3 +101,15 @@ class ModelSpec:
         return next(
             p for p in range(1, n + 1) if n % p == 0 and all(self.layers[i] == self.layers[i - p] for i in range(p, n))
         )
+
+
+def fit(spec: ModelSpec, reach: int) -> ModelSpec:
+    """The description as an engine runs it that goes to `reach` positions: ropes that depend on a length get it."""
+
+    def fitted(layer: Layer) -> Layer:
+        rope = layer.mixer.rope
+        if rope is None or rope.kind not in ("dynamic", "longrope"):
+            return layer
+        return replace(layer, mixer=replace(layer.mixer, rope=replace(rope, reach=reach)))
+
+    return replace(spec, layers=tuple(fitted(layer) for layer in spec.layers))

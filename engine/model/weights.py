@@ -32,7 +32,7 @@ class WeightSource(Protocol):
 
 
 class RandomWeights:
-    """Gaussian weights at the speed of a copy, for benchmarks; in the spec's dtype, norms are ones.
+    """Gaussian weights at the speed of a copy, for benchmarks; in the spec's dtype, norms do nothing.
 
     The same for the same seed and name, however it is sliced. A row (the last dimension) is a window of one long random
     tape; where it starts follows from the row's index and the parameter's name.
@@ -41,7 +41,7 @@ class RandomWeights:
     def __init__(self, spec: ModelSpec, seed: int, std: float | None = None) -> None:
         """std: of every matrix and bias; None = fan_in ** -0.5, which keeps the size of activations."""
         self._params, self._std, self._seed = params(spec), std, seed
-        self._dtype = DTYPES[spec.dtype]
+        self._dtype, self._offset = DTYPES[spec.dtype], spec.norm == "offset"
         width = max(p.shape[-1] for p in self._params.values())
         tape = np.random.default_rng(seed).standard_normal(PERIOD, np.float32)
         self._tape = np.concatenate([tape, np.resize(tape, width)])
@@ -55,7 +55,7 @@ class RandomWeights:
         bounds = [s.indices(n)[:2] for s, n in zip(part, param.shape, strict=True)]
         sizes = [stop - start for start, stop in bounds]
         if name.endswith("norm"):
-            return np.ones(sizes, self._dtype)
+            return np.full(sizes, 0 if self._offset else 1, self._dtype)
         row = np.zeros(1, np.int64)
         for (start, stop), size in zip(bounds[:-1], param.shape[:-1], strict=True):
             row = (row[:, None] * size + np.arange(start, stop)).ravel()

@@ -13,7 +13,7 @@ from backends.probe import probe
 from engine.config import Config, Resolved
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
-from engine.model.spec import ModelSpec
+from engine.model.spec import ModelSpec, fit
 from engine.resolve import Decision, resolve
 from engine.run.messages import Info
 from engine.sampling import SamplingParams
@@ -51,7 +51,7 @@ def decide(config: Config, default: Path) -> Decided:
     path = Path(config.model.path) if config.model.path is not None else default
     spec = read_spec(path)
     resolved, decisions = resolve(config, spec, probe(config.backend.name, config.backend.platform))
-    return Decided(path=path, spec=spec, resolved=resolved, decisions=tuple(decisions))
+    return Decided(path=path, spec=fit(spec, resolved.max_len), resolved=resolved, decisions=tuple(decisions))
 
 
 def start(

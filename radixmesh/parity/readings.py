@@ -116,6 +116,7 @@ def ask_oracle(
     """What Hugging Face's model computes. pinned: experts to take for the prompt, as in Reading.routing."""
     import torch
 
+    _pin(model, spec)
     values: dict[str, F32] = {}
 
     def keep(label: str) -> Any:
@@ -148,3 +149,21 @@ def ask_oracle(
             out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
     ordered = {n: values[n] for n in names(spec)}
     return Reading(name=name, values=ordered, tokens=tokens, margins=margins, routing=experts)
+
+
+def _pin(model: Any, spec: ModelSpec) -> None:
+    """Give the oracle's rope the one length that the engine's has (docs/decisions/0007-what-fixes-a-rope.md).
+
+    transformers chooses dynamic and longrope frequencies anew for each sequence, by its length so far; keys already
+    cached stay as they were. Both are computed by transformers all the same.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rotary = model.model.rotary_emb
+    for rope in {layer.mixer.rope for layer in spec.layers}:
+        if rope is not None and rope.kind in ("dynamic", "longrope"):
+            frequencies, _ = ROPE_INIT_FUNCTIONS[rope.kind](model.config, seq_len=rope.reach)
+            rotary.inv_freq.copy_(frequencies)
+            rotary.original_inv_freq.copy_(frequencies)
+            rotary.long_inv_freq = frequencies
+            rotary.max_seq_len_cached, rotary.original_max_seq_len = rope.reach, 0

@@ -137,8 +137,8 @@ def _norm_epsilon(patch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
 def _head_group(patch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
     attend = decoder.attend
 
-    def slip(a: Any, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], start: int, first: int) -> NDArray[Any]:
-        return attend(a, q, np.roll(k, 1, axis=1), np.roll(v, 1, axis=1), start, first)
+    def slip(a: Any, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *rest: Any) -> NDArray[Any]:
+        return attend(a, q, np.roll(k, 1, axis=1), np.roll(v, 1, axis=1), *rest)
 
     patch.setattr("backends.reference.caches.attend", slip)
     return spec

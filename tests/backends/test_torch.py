@@ -388,7 +388,7 @@ def test_what_is_not_built_is_refused_by_name(field: str, value: Any, monkeypatc
     assert error.value.field == ("backend.torch.graphs" if field == "options" else field)
 
 
-@pytest.mark.parametrize("name", ["attention", "decoder", "mlp"])
+@pytest.mark.parametrize("name", ["attention", "decoder", "mlp", "moe"])
 def test_the_model_files_differ_from_jax_only_in_their_imports(name: str) -> None:
     ours, theirs = (
         (Path(room.__path__[0]) / f"{name}.py").read_text().splitlines() for room in (models_torch, models_jax)

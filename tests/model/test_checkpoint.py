@@ -20,7 +20,8 @@ from engine.errors import ModelError
 from engine.model import checkpoint
 from engine.model.checkpoint import Checkpoint
 from engine.model.params import params
-from engine.model.registry import read_spec
+from engine.model.registry import FAMILIES, read_spec
+from engine.model.rules import origins
 from tests.tiny import SHAPES, Tiny, tiny
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +38,7 @@ WHERE = {
     "attention.out_bias": "self_attn.o_proj.bias",
     "attention.q_norm": "self_attn.q_norm.weight",
     "attention.k_norm": "self_attn.k_norm.weight",
+    "attention.sinks": "self_attn.sinks",
     "mlp_norm": "post_attention_layernorm.weight",
     "mlp.gate": "mlp.gate_proj.weight",
     "mlp.up": "mlp.up_proj.weight",
@@ -44,8 +46,28 @@ WHERE = {
     "mlp.gate_bias": "mlp.gate_proj.bias",
     "mlp.up_bias": "mlp.up_proj.bias",
     "mlp.down_bias": "mlp.down_proj.bias",
+    "moe.router": "mlp.gate.weight",
+    "moe.gate": "mlp.experts.gate_up_proj",
+    "moe.up": "mlp.experts.gate_up_proj",
+    "moe.down": "mlp.experts.down_proj",
 }
-"""Parameter of a layer -> where transformers' own layer has it."""
+GEMMA = {
+    "attention_out_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
+}
+PHI3 = dict.fromkeys(("attention.q", "attention.k", "attention.v"), "self_attn.qkv_proj.weight") | dict.fromkeys(
+    ("mlp.gate", "mlp.up"), "mlp.gate_up_proj.weight"
+)
+GPT_OSS = {
+    "moe.router": "mlp.router.weight",
+    "moe.router_bias": "mlp.router.bias",
+    "moe.gate_bias": "mlp.experts.gate_up_proj_bias",
+    "moe.up_bias": "mlp.experts.gate_up_proj_bias",
+    "moe.down_bias": "mlp.experts.down_proj_bias",
+}
+OWN = {"gemma2": GEMMA, "gemma3_text": GEMMA, "phi3": PHI3, "gpt_oss": GPT_OSS}
+"""Parameter of a layer -> where transformers' own layer has it, alone or with others."""
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:
@@ -55,23 +77,38 @@ def load(folder: Path) -> dict[str, np.ndarray]:
     return {name: source.read(name, tuple(slice(None) for _ in p.shape)) for name, p in params(spec).items()}
 
 
-def of_transformers(model: Tiny, name: str) -> torch.Tensor:
-    """The parameter in the live model."""
+def of_transformers(model: Tiny, name: str) -> np.ndarray:
+    """The parameter in the live model, with heads told apart."""
+    config = model.hf.config
     top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
     if name in top:
-        return model.hf.get_parameter(top[name])
+        return model.hf.get_parameter(top[name]).detach().float().numpy()
     _, i, rest = name.split(".", 2)
-    return model.hf.get_parameter(f"model.layers.{i}.{WHERE[rest]}")
+    where = (WHERE | OWN.get(config.model_type, {}))[rest]
+    value = model.hf.get_parameter(f"model.layers.{i}.{where}").detach().float()
+    last = rest.rpartition(".")[2].removesuffix("_bias")
+    q_heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if "qkv" in where:
+        value = torch.cat(value.split(len(value) // (q_heads + 2 * kv_heads))[SPAN[last](q_heads, kv_heads)])
+    elif where.startswith("mlp.experts.") and config.model_type == "gpt_oss":
+        if "gate_up" in where:
+            value = value[..., 0 if last == "gate" else 1 :: 2]
+        value = value if where.endswith("bias") else value.mT
+    elif "gate_up" in where:
+        value = value.chunk(2, dim=-2)[last == "up"]
+    if last in ("q", "k", "v"):
+        value = value.reshape(q_heads if last == "q" else kv_heads, -1, *value.shape[1:])
+    if rest == "attention.out":
+        value = value.reshape(len(value), q_heads, -1)
+    return value.numpy()
 
 
-def heads_of(model: Tiny, name: str) -> list[int]:
-    """The shape with heads told apart."""
-    heads = {"q": model.hf.config.num_attention_heads} | dict.fromkeys("kv", model.hf.config.num_key_value_heads)
-    shape = list(of_transformers(model, name).shape)
-    last = name.rpartition(".")[2].removesuffix("_bias")
-    if last in heads:
-        return [heads[last], -1, *shape[1:]]
-    return [shape[0], heads["q"], -1] if name.endswith("attention.out") else shape
+SPAN = {
+    "q": lambda q, kv: slice(0, q),
+    "k": lambda q, kv: slice(q, q + kv),
+    "v": lambda q, kv: slice(q + kv, q + 2 * kv),
+}
+"""Heads of q, k and v in one tensor."""
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
@@ -80,13 +117,40 @@ def test_every_parameter_is_transformers(name: str, sharded: bool, tmp_path: Pat
     model = tiny(tmp_path, **SHAPES[name], **({"max_shard_size": "50KB"} if sharded else {}))
     assert (tmp_path / INDEX).exists() == sharded
     assert len(list(tmp_path.glob("*.safetensors"))) >= (3 if sharded else 1)
-    seen = []
+    total = 0
     for name, found in load(tmp_path).items():
-        expected = of_transformers(model, name)
         assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, expected.detach().numpy().reshape(heads_of(model, name)))
-        seen.append(expected)
-    assert {id(p) for p in seen} == {id(p) for p in model.hf.parameters()}
+        np.testing.assert_array_equal(found, of_transformers(model, name), err_msg=name)
+        total += found.size
+    assert total == sum(p.numel() for p in model.hf.parameters())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tensors_are_made_of_their_parameters_again(name: str, tmp_path: Path) -> None:
+    """The rules are a bijection: what was cut from a tensor joins to that tensor, bit for bit."""
+    tiny(tmp_path, **SHAPES[name])
+    spec, values = read_spec(tmp_path), load(tmp_path)
+    file = load_file(tmp_path / SINGLE)
+    found = origins(FAMILIES[spec.family].RULES, len(spec.layers), params(spec))
+    assert set(found) == set(file)
+    for tensor, origin in found.items():
+        parts = [values[p.name] if origin.expert is None else values[p.name][origin.expert] for p in origin.params]
+        np.testing.assert_array_equal(origin.join(parts), file[tensor].numpy())
+
+
+@pytest.mark.parametrize("name", ["gpt_oss-sinks", "mixtral-window", "phi3-short"])
+def test_a_slice_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
+    """Of split, turned, interleaved and stacked parameters; what is in one tensor is never copied."""
+    tiny(tmp_path, **SHAPES[name])
+    spec = read_spec(tmp_path)
+    source = Checkpoint(tmp_path, spec)
+    for param, p in params(spec).items():
+        whole = source.read(param, tuple(slice(None) for _ in p.shape))
+        part = tuple(slice(n // 3, n) for n in p.shape)
+        found = source.read(param, part)
+        np.testing.assert_array_equal(found, whole[part])
+        stacked = name.startswith("mixtral") and ".moe." in param and "router" not in param
+        assert found.flags.owndata == stacked, param
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -96,8 +160,7 @@ def test_half_precision(dtype: str, tmp_path: Path) -> None:
     assert read_spec(tmp_path).dtype == dtype
     for name, found in load(tmp_path).items():
         assert found.dtype == {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
-        expected = of_transformers(model, name).detach().float().numpy().reshape(heads_of(model, name))
-        np.testing.assert_array_equal(found.astype(np.float32), expected)
+        np.testing.assert_array_equal(found.astype(np.float32), of_transformers(model, name))
 
 
 def test_reading_a_slice_is_a_view_of_the_file(tmp_path: Path) -> None:
@@ -124,9 +187,7 @@ def test_bytes_that_are_not_aligned_are_copied(tmp_path: Path) -> None:
     assert len(load_file(tmp_path / SINGLE)) == len(list(model.hf.parameters()))
     for name, found in load(tmp_path).items():
         assert found.flags.aligned
-        np.testing.assert_array_equal(
-            found, of_transformers(model, name).detach().numpy().reshape(heads_of(model, name))
-        )
+        np.testing.assert_array_equal(found, of_transformers(model, name))
 
 
 def test_a_name_that_is_no_parameter(tmp_path: Path) -> None:

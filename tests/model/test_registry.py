@@ -71,7 +71,13 @@ def test_a_broken_config(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("MistralForCausalLM", None), ("Qwen2ForCausalLM", "Qwen3ForCausalLM"), ("LLaMAForCausalLM", "LlamaForCausalLM")],
+    [
+        ("FalconForCausalLM", None),
+        ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+        ("LLaMAForCausalLM", "LlamaForCausalLM"),
+        ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"),
+        ("GptOss2ForCausalLM", "GptOssForCausalLM"),
+    ],
 )
 def test_another_architecture_is_refused_with_the_nearest(name: str, nearest: str | None, tmp_path: Path) -> None:
     words = [name] + ([f"nearest that is: {nearest}"] if nearest else list(ARCHITECTURES))

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from backends import open_backend
+from backends.api.build import Host
+from engine.config import load
+from engine.model.checkpoint import Checkpoint
+from engine.run.start import decide
 from radixmesh import Engine
+from tests.tiny import SHAPES, prompt, tiny
 
 TEXTS = ("def fibonacci(n):\n", "class Stack:\n    def push(self", "import os\n\n\n" * 8, "x")
 PARAMS: list[dict[str, Any]] = [
@@ -38,3 +46,29 @@ def test_the_same_tokens_whatever_else_runs(backend: str) -> None:
             assert any(r["meta_info"]["cached_tokens"] for r in batch)
             made += [[r["output_ids"] for r in runs] for runs in (alone, batch)]
     assert made[1:] == made[:-1]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    [("torch", "gemma2-caps"), ("torch", "gpt_oss-sinks"), ("torch", "mixtral-window"), ("jax", "gpt_oss-sinks")],
+)
+def test_the_same_values_with_caps_sinks_windows_and_experts(backend: str, shape: str, tmp_path: Path) -> None:
+    """To the bit, alone and beside others; and they are those of Hugging Face."""
+    model = tiny(tmp_path, **SHAPES[shape])
+    steps = {"backend.deterministic": True, "sched.slots": 4, "sched.max_tokens": 64, "cache.page": 8}
+    asked = {"model": str(tmp_path), "backend": backend, "dtype": "float32", "model.max_len": 64}
+    decided = decide(load(None, steps | asked), tmp_path)
+    device = open_backend(backend, decided.spec, decided.resolved)
+    device.load(Checkpoint(tmp_path, decided.spec))
+    host = Host(device, taps=("logits",))
+    tokens, others = prompt(model, 40), [prompt(model, n, seed=n) for n in (3, 10)]  # the tiles are cut elsewhere
+    slot = host.open()
+    alone = host.run([(slot, host.row(slot, tokens, output=1))]).taps["logits"]
+    seen = [host.open() for _ in others]
+    slot = host.open()
+    rows = [(s, host.row(s, text, output=1)) for s, text in zip(seen, others, strict=True)]
+    beside = host.run([*rows, (slot, host.row(slot, tokens, output=1))]).taps["logits"][-len(tokens) :]
+    np.testing.assert_array_equal(alone, beside)
+    np.testing.assert_allclose(alone, model.logits(tokens).numpy(), rtol=0, atol=4e-4)
+    device.close()

@@ -1,0 +1,111 @@
+"""GPT-OSS: a sink on each head, windows on every other layer, experts with biases and a clamped gate. bfloat16.
+
+Source: transformers, models/gpt_oss. The experts' tensors stand input first, gate and up in turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.model.archs import llama
+from engine.model.fields import (
+    FULL,
+    SLIDING,
+    Fields,
+    longest,
+    read_dtype,
+    read_eos,
+    read_heads,
+    read_rope,
+    read_windows,
+)
+from engine.model.rules import Rule, Rules
+from engine.model.spec import Attention, Experts, Layer, ModelSpec
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+
+
+def spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The description, from the content of config.json. Raises ModelError naming a field that can't be honoured."""
+    named = config.get("rope_parameters") or config.get("rope_scaling")
+    f = Fields(config if named else {**config, "rope_parameters": YARN})
+    quantised = f.take("quantization_config")
+    if quantised is not None:
+        what = "MXFP4 experts are not built; convert the checkpoint to bfloat16, with transformers' dequantize"
+        f.refuse("quantization_config", quantised, what)
+    hidden, vocab, count = f.size("hidden_size"), f.size("vocab_size"), f.size("num_hidden_layers")
+    q_heads, kv_heads, head_dim = read_heads(f, hidden, kv_heads=8, head_dim=64)
+    max_len, bias = f.size("max_position_embeddings", 131072), f.flag("attention_bias", True)
+    rope = read_rope(f, head_dim, max_len, theta=150000.0)
+    f.only("hidden_act", "silu")
+    feed = _experts(f)
+    layers = tuple(
+        Layer(
+            mixer=Attention(
+                q_heads=q_heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                rope=rope,
+                scale=head_dim**-0.5,
+                bias=bias,
+                out_bias=bias,
+                window=window,
+                sinks=True,
+            ),
+            feed=feed,
+        )
+        for window in read_windows(
+            f, f.may_size("sliding_window", 128), [FULL if i % 2 else SLIDING for i in range(count)]
+        )
+    )
+    found = ModelSpec(
+        family="gpt_oss",
+        vocab=vocab,
+        hidden=hidden,
+        layers=layers,
+        norm_eps=f.number("rms_norm_eps", 1e-5),
+        norm="wide",
+        tied=f.flag("tie_word_embeddings"),
+        max_len=longest(rope, max_len),
+        dtype=read_dtype(f),
+        eos=read_eos(f, vocab),
+    )
+    f.close()
+    return found
+
+
+def _experts(f: Fields) -> Experts:
+    found = Experts(
+        count=f.size("num_local_experts", 128),
+        top_k=f.size("num_experts_per_tok", 4),
+        size=f.size("intermediate_size", 2880),
+        renormalised=True,
+        act="clamped",
+        alpha=f.number("swiglu_alpha", 1.702),
+        limit=f.number("swiglu_limit", 7.0),
+        bias=True,
+    )
+    if found.top_k > found.count:
+        f.refuse("num_experts_per_tok", found.top_k, f"must be at most num_local_experts = {found.count}")
+    f.only("experts_per_token", found.top_k)
+    f.drop("initial_context_length")  # original_max_position_embeddings of the rope, again
+    return found
+
+
+RULES: Rules = {
+    **llama.RULES,
+    "model.layers.{i}.self_attn.sinks": "layers.{i}.attention.sinks",
+    "model.layers.{i}.mlp.router.weight": "layers.{i}.moe.router",
+    "model.layers.{i}.mlp.router.bias": "layers.{i}.moe.router_bias",
+    "model.layers.{i}.mlp.experts.gate_up_proj": Rule(
+        "layers.{i}.moe.gate", "layers.{i}.moe.up", dim=1, interleaved=True, transposed=True
+    ),
+    "model.layers.{i}.mlp.experts.gate_up_proj_bias": Rule(
+        "layers.{i}.moe.gate_bias", "layers.{i}.moe.up_bias", dim=1, interleaved=True
+    ),
+    "model.layers.{i}.mlp.experts.down_proj": Rule("layers.{i}.moe.down", transposed=True),
+    "model.layers.{i}.mlp.experts.down_proj_bias": "layers.{i}.moe.down_bias",
+}
+
+BUFFERS: tuple[str, ...] = ()

@@ -1,0 +1,89 @@
+"""Rows to experts and back, for JAX. models_torch/experts.py has the same names and the same meaning."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models_jax import ops
+from models_jax.ops import Array
+
+TILE = 16
+"""Rows of one expert that a CPU multiplies at once."""
+
+
+class Order(NamedTuple):
+    """The T * k choices of T tokens, sorted by expert. token int32[T*k]: whose choice a row is; expert int32[T*k];
+    back int32[T, k]: the row of each choice; sizes int32[E]: rows of each expert."""
+
+    token: Array
+    expert: Array
+    back: Array
+    sizes: Array
+
+
+def route(scores: Array, top_k: int, renormalised: bool) -> tuple[Array, Array]:
+    """scores [T, E] -> shares [T, k] of the softmax, of the chosen alone where renormalised, and int32[T, k] chosen."""
+    high = scores.astype(jnp.float32)
+    top, chosen = jax.lax.top_k(high, top_k)
+    total = jax.nn.logsumexp(top if renormalised else high, axis=-1, keepdims=True)
+    return jnp.exp(top - total).astype(scores.dtype), chosen
+
+
+def sort(chosen: Array, count: int) -> Order:
+    """Sort the choices int32[T, k] of `count` experts."""
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
+    return Order(order // chosen.shape[1], flat[order], back.reshape(chosen.shape), sizes)
+
+
+def spread(x: Array, order: Order) -> Array:
+    """x [T, hidden] -> a row for each choice, [T*k, hidden]."""
+    return x[order.token]
+
+
+def multiply(rows: Array, w: Array, bias: Array | None, order: Order) -> Array:
+    """rows [T*k, in], w [E, out, in] -> [T*k, out]: each row by the matrix of its expert."""
+    y = jax.lax.platform_dependent(rows, w, order.sizes, cpu=tiled, default=ragged)
+    return y if bias is None else y + bias[order.expert]
+
+
+def ragged(rows: Array, w: Array, sizes: Array) -> Array:
+    """`multiply` in one operation of XLA's, which on a CPU would multiply every row by every expert."""
+    dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    y = jax.lax.ragged_dot_general(
+        rows, w, sizes, dims, precision=ops.precision(rows.dtype), preferred_element_type=jnp.float32
+    )
+    return y.astype(rows.dtype)
+
+
+def tiled(rows: Array, w: Array, sizes: Array) -> Array:
+    """`multiply` for CPUs: a loop over tiles of at most TILE rows of one expert, as many as there are."""
+    count, tile = rows.shape[0], min(TILE, rows.shape[0])
+    tiles = (sizes + tile - 1) // tile
+    ends, first = jnp.cumsum(tiles), jnp.cumsum(sizes) - sizes
+    padded = jnp.pad(rows, ((0, tile), (0, 0)))
+
+    def one(i: Array, out: Array) -> Array:
+        e = jnp.searchsorted(ends, i, side="right")
+        at = first[e] + (i - (ends[e] - tiles[e])) * tile
+        part = jax.lax.dynamic_slice_in_dim(padded, at, tile)
+        # past its expert's rows a tile writes what the next tiles write again, or padding
+        return jax.lax.dynamic_update_slice_in_dim(out, ops.contract(part, w[e]), at, 0)
+
+    empty = jnp.zeros((count + tile, w.shape[1]), rows.dtype)
+    return jax.lax.fori_loop(0, ends[-1], one, empty)[:count]
+
+
+def collect(y: Array, share: Array, order: Order) -> Array:
+    """y [T*k, hidden] -> [T, hidden]: the sum of each token's choices, by their shares."""
+    return (y[order.back] * share[:, :, None]).sum(1)
+
+
+def mix(bias: Array, share: Array, chosen: Array) -> Array:
+    """bias [E, hidden] -> [T, hidden]: the chosen experts' biases, by their shares."""
+    return (bias[chosen] * share[:, :, None]).sum(1)
