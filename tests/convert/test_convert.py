@@ -34,7 +34,7 @@ from radixmesh.convert.convert import PARTIAL, convert
 from radixmesh.engine import DEMO
 from radixmesh.parity.read import Settings, read_texts
 from radixmesh.parity.subjects import parse
-from tests.tiny import tiny
+from tests.tiny import SHAPES, tiny
 
 jax.config.update("jax_platforms", "cpu")
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -115,6 +115,19 @@ def test_jax_loads_it(made: Path) -> None:
             trees.append(jax.tree.map(np.asarray, backend.weights))
     assert len(jax.tree.leaves(trees[0])) > 20
     jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+@pytest.mark.parametrize("shape", ["gpt_oss-sinks", "phi3-short", "mixtral-window"])
+def test_rules_that_turn_split_and_stack_read_it(tmp_path: Path, shape: str) -> None:
+    """Whole, and the second half of every dimension."""
+    model = tiny(tmp_path / "m", **SHAPES[shape])
+    convert(model.path, tmp_path / "o", "orbax")
+    spec = read_spec(model.path)
+    source, expected = Checkpoint(tmp_path / "o", spec), Checkpoint(model.path, spec)
+    for p in params(spec).values():
+        for part in (tuple(map(slice, p.shape)), tuple(slice(n // 2, n) for n in p.shape)):
+            part = tuple(slice(s.start or 0, s.stop) for s in part)
+            np.testing.assert_array_equal(source.read(p.name, part), expected.read(p.name, part))
 
 
 def test_reading_imports_neither_jax_nor_orbax(made: Path) -> None:

@@ -23,6 +23,7 @@ from engine.model.spec import ModelSpec, Rope
 from engine.model.weights import WeightSource
 from engine.run.start import Decided
 from radixmesh.cli import make_app
+from radixmesh.commands import parity as command
 from radixmesh.engine import DEMO
 from radixmesh.parity import read, texts
 from radixmesh.parity.thresholds import FILE
@@ -168,6 +169,60 @@ def test_parity_catches_a_planted_slip(model: str, subject: str, slip: str, monk
     assert s["first"] == where
     assert s["gaps"][-1]["worst"] > (10 if subject == "torch" else 1) * s["gaps"][-1]["allowed"]
     assert {"kl_mean", "kl_p99", "kl_max"} <= {c["metric"] for c in s["checks"] if not c["ok"]}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny(tmp_path_factory.mktemp("mixed"), **SHAPES["mixtral-window"]).path)
+
+
+def test_experts_are_pinned(mixed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 some tokens go to other experts. The judge goes with them, or the values beside would not compare."""
+    args = (
+        "parity",
+        "--model",
+        mixed,
+        "--a",
+        "hf",
+        "--b",
+        "torch:bfloat16",
+        "--b",
+        "torch",
+        "--tokens",
+        "200",
+        "--json",
+    )
+    done = run(*args)
+    half, full = json.loads(done.stdout)["subjects"]
+    assert done.exit_code == 0, half["checks"]
+    assert set(half["experts_changed"]) == {"layers.0.routing", "layers.1.routing"}
+    assert 0 < max(half["experts_changed"].values()) < 0.1
+    assert set(full["experts_changed"].values()) == {0}
+    assert half["experts_pinned"]
+    assert full["experts_pinned"]
+    monkeypatch.setattr(command, "_pin", lambda *_: None)
+    free = json.loads(run(*args).stdout)["subjects"][0]
+    assert not free["experts_pinned"]
+    assert free["experts_changed"] == half["experts_changed"]
+    worst = [max(g["worst"] / g["allowed"] for g in s["gaps"]) for s in (half, free)]
+    assert worst[0] < 1 < 2 < worst[1], worst
+
+
+@pytest.mark.parametrize("subject", ["torch", "torch:bfloat16"])
+def test_parity_catches_a_swapped_expert(mixed: str, subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two experts of the last layer stand in each other's place."""
+
+    def swap(name: str, value: Any) -> Any:
+        inside = name.startswith("layers.1.moe.") and name.endswith((".gate", ".up", ".down"))
+        return value[[1, 0, *range(2, len(value))]] if inside else value
+
+    monkeypatch.setattr(read, "Checkpoint", lambda path, spec: Changed(Checkpoint(path, spec), str, swap))
+    done = run("parity", "--model", mixed, "--a", "hf", "--b", subject, "--tokens", "40", "--json")
+    assert done.exit_code == 1
+    (s,) = json.loads(done.stdout)["subjects"]
+    assert s["first"] == "layers.1.mlp"
+    assert s["gaps"][-1]["worst"] > (10 if subject == "torch" else 1) * s["gaps"][-1]["allowed"]
+    assert {"kl_mean", "kl_p99", "kl_max", "overlap"} <= {c["metric"] for c in s["checks"] if not c["ok"]}
 
 
 def test_parity_says_what_is_not_a_number(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
