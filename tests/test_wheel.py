@@ -46,6 +46,7 @@ def test_the_wheel_holds_the_rooms_and_the_demo_model_alone(wheel: Path) -> None
     demo = {f"radixmesh/demo/{f.name}" for f in (ROOT / "radixmesh" / "demo").iterdir()}
     assert demo <= names
     assert {"radixmesh/demo/config.json", "radixmesh/demo/model.safetensors", "radixmesh/demo/tokenizer.json"} <= demo
+    assert {f"radixmesh/parity/{name}" for name in ("thresholds.toml", "prompts/code.txt")} <= names
     assert {"engine/py.typed", "backends/py.typed", "radixmesh/py.typed"} <= names
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
 

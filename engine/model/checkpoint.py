@@ -13,24 +13,27 @@ from engine.errors import ModelError
 from engine.model.params import params
 from engine.model.registry import FAMILIES
 from engine.model.rules import Origin, origins
-from engine.model.shards import DTYPES, Tensor, open_folder
+from engine.model.shards import DTYPES, Tensor
 from engine.model.spec import ModelSpec
+from engine.model.stores import equal, map_file, open_tensors
 
 BLOCK = 1 << 26
 """Bytes compared at once where a tied head stands beside its embedding."""
 
 
 class Checkpoint:
-    """The weights in a folder. Reads headers when opened, and of the data only the bytes that `read` is asked for
+    """The weights in a folder, of safetensors or of Orbax (engine.model.stores says where they lie).
+
+    Reads headers when opened, and of the data only the bytes that `read` is asked for
     (and, where the head is tied and stored all the same, the embedding and the head, which must be equal)."""
 
     def __init__(self, path: str | Path, spec: ModelSpec) -> None:
         """Raises ModelError naming the file at fault, or the tensor: unused, missing, of a wrong shape or dtype."""
         family, layers = FAMILIES[spec.family], range(len(spec.layers))
-        found = open_folder(Path(path))
+        found = open_tensors(Path(path))
         self.path = Path(path)
         self._params = params(spec)
-        self._files = {t.file: np.asarray(np.memmap(t.file, np.uint8, "r")) for t in found.values()}
+        self._files = {t.file: map_file(t.file) for t in found.values()}
         for pattern in family.BUFFERS:
             for i in layers:
                 found.pop(pattern.replace("{i}", str(i)), None)
@@ -67,9 +70,9 @@ class Checkpoint:
 
     def _check_tied(self, head: Tensor, embed: Tensor) -> None:
         """A head stored beside the embedding that it is tied to must equal it, bit for bit."""
-        a, b = (self._files[t.file][t.start : t.stop] for t in (head, embed))
+        a, b = (t.view(self._files[t.file]) if t.dtype in DTYPES else None for t in (head, embed))
         same = (head.dtype, head.shape) == (embed.dtype, embed.shape)
-        if not same or any(not np.array_equal(a[i : i + BLOCK], b[i : i + BLOCK]) for i in range(0, len(a), BLOCK)):
+        if not same or a is None or b is None or not equal(a, b, BLOCK):
             what = f"tie_word_embeddings is true, but tensor {head.name!r} differs from {embed.name!r}"
             raise ModelError(f"{head.file}: {what}; set it to false or remove the tensor", field=head.name)
 

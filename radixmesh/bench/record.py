@@ -64,16 +64,14 @@ def command(arguments: Sequence[str]) -> str:
     return re.sub(r"(api[_-]key[= ])\S+", r"\1***", line)
 
 
+def made() -> dict[str, Any]:
+    """Where, with what and how figures are made, now."""
+    return {"command": command(sys.argv[1:]), "commit": commit(), "machine": machine(), "versions": versions()}
+
+
 def write(path: Path, name: str, figures: Any) -> None:
     """One JSON file: the figures, and where, with what and how they were made."""
-    record = {
-        "benchmark": name,
-        "command": command(sys.argv[1:]),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
-        "figures": figures,
-    }
+    record = {"benchmark": name, **made(), "figures": figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,27 +1,26 @@
-"""`radixmesh parity`: the same token ids through several backends and Hugging Face, layer by layer, in float32."""
+"""`radixmesh parity`: the same token ids through several subjects, layer by layer and logit by logit."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
 
-from backends import NAMES
-from engine.config import load
-from engine.errors import ConfigError, InvalidRequest
-from engine.run.start import Decided, decide
+from engine.errors import ConfigError
+from radixmesh.bench import record
 from radixmesh.commands import options
-from radixmesh.engine import DEMO
-from radixmesh.parity.compare import Verdict, compare
-from radixmesh.parity.readings import ORACLE, Reading, read_model, read_oracle
-
-TEXT = "def parse(text: str) -> dict[str, int]:\n    "
+from radixmesh.parity import page, texts
+from radixmesh.parity.read import Settings, read_texts
+from radixmesh.parity.readings import ORACLE, Reading
+from radixmesh.parity.report import Outcome, Text, as_json, assess
+from radixmesh.parity.show import show
+from radixmesh.parity.subjects import WHAT, Subject, choose
+from radixmesh.parity.thresholds import FILE, thresholds
 
 
 def register(app: typer.Typer) -> None:
@@ -32,95 +31,73 @@ def register(app: typer.Typer) -> None:
 def parity(
     model: options.Model = None,
     backends: Annotated[
-        str, typer.Option(help="Subjects, the judge among them: hf, else the first.")
+        str, typer.Option(help=f"Subjects, each {WHAT}; the judge is hf, else the first.")
     ] = "jax,torch,reference,hf",
-    prompt: Annotated[str | None, typer.Option(help="Text to feed; needs a tokenizer.")] = None,
-    tokens: Annotated[int, typer.Option(help="Feed so many random ids instead of a text.")] = 0,
+    a: Annotated[str | None, typer.Option("--a", help="The judge, instead of a list.")] = None,
+    b: Annotated[list[str] | None, typer.Option("--b", help="A subject beside it; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to feed, instead of the packaged ones; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="Feed so many random ids instead of a text.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random ids.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 32,
+    limits: Annotated[Path, typer.Option("--thresholds", help="A TOML of thresholds instead of the packaged.")] = FILE,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
     file: options.File = None,
     pairs: options.Set = None,
-    as_json: options.Json = False,
+    as_json_: options.Json = False,
 ) -> None:
-    """Where do backends first differ, and by how much? Exit code 1 when one is out of tolerance."""
-    subjects = _subjects(backends)
-    given = options.read_set(pairs) | {"dtype": "float32", "sched.slots": 1} | ({"model": model} if model else {})
-    decided = {name: decide(load(file, given | {"backend": name}), DEMO) for name in subjects if name != ORACLE}
-    first = next(iter(decided.values()), None) or decide(load(file, given), DEMO)
-    ids = _ids(first, prompt, tokens, seed, max_new_tokens)
-    readings = {
-        name: read_oracle(first.spec, first.path, ids, max_new_tokens)
-        if name == ORACLE
-        else read_model(decided[name], ids, max_new_tokens)
-        for name in subjects
-    }
-    judge = readings.pop(ORACLE if ORACLE in readings else subjects[0])
-    verdicts = [compare(judge, reading) for reading in readings.values()]
-    if as_json:
-        print(json.dumps(report(str(first.path), ids, judge, verdicts)))
-    else:
-        show(str(first.path), ids, judge, verdicts)
-    sys.exit(0 if all(v.ok for v in verdicts) else 1)
-
-
-def _subjects(text: str) -> list[str]:
-    subjects = [name.strip() for name in text.split(",") if name.strip()]
-    for name in subjects:
-        if name not in (*NAMES, ORACLE):
-            raise ConfigError(
-                f"backends: unknown name {name!r}; there are {', '.join((*NAMES, ORACLE))}", field="backends"
-            )
-    if len(set(subjects)) < 2:
-        raise ConfigError("backends: give at least two, such as jax,hf", field="backends")
-    return list(dict.fromkeys(subjects))
-
-
-def _ids(first: Decided, prompt: str | None, tokens: int, seed: int, count: int) -> list[int]:
-    """The token ids to feed. Raises InvalidRequest when they do not fit."""
-    if tokens:
-        ids = np.random.default_rng(seed).integers(0, first.spec.vocab, tokens).tolist()
-    else:
-        from engine.text.tokenizer import Tokenizer
-
-        ids = Tokenizer.open(first.path).encode(prompt or TEXT)
-    if not ids or count < 1 or len(ids) + count > first.resolved.max_len:
-        raise InvalidRequest(
-            f"prompt: {len(ids)} tokens and {count} new ones must be at least 1 each and fit {first.resolved.max_len}",
-            field="prompt",
+    """Where do backends, dtypes or meshes first differ, and by how much? Exit code 1 past a threshold."""
+    judge, subjects = choose(backends, a, b or [])
+    if prompt and tokens:
+        raise ConfigError("prompt, tokens: give one of them", field="tokens")
+    settings = Settings(path=model, count=max_new_tokens, file=file, pairs=options.read_set(pairs))
+    allowed = {s.name: thresholds(judge.dtype, s.dtype, limits) for s in subjects}
+    first = next((s for s in (judge, *subjects) if s.backend != ORACLE), None)
+    decided = settings.decide(first or Subject(name="reference", backend="reference"))
+    for subject in (judge, *subjects):  # what is refused is refused before anything is computed
+        if subject.backend != ORACLE:
+            settings.decide(subject)
+    fed = texts.pick(decided, prompt, tokens, seed, max_new_tokens)
+    judged = read_texts(judge, settings, [t.ids for t in fed])
+    outcomes = []
+    for subject in subjects:
+        readings = read_texts(subject, settings, [t.ids for t in fed])
+        pinned = _pin(judge, settings, fed, judged, readings)
+        outcomes.append(
+            assess(subject, allowed[subject.name], fed, pinned or judged, readings, judged if pinned else None)
         )
-    return list(ids)
+    _write(str(decided.path), judge, fed, outcomes, max_new_tokens, as_json_, out, html)
+    sys.exit(0 if all(o.ok for o in outcomes) else 1)
 
 
-def report(model: str, ids: Sequence[int], judge: Reading, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """The result as JSON."""
-    return {
-        "model": Path(model).name,
-        "judge": judge.name,
-        "prompt_tokens": len(ids),
-        "greedy_tokens": judge.tokens,
-        "ok": all(v.ok for v in verdicts),
-        "subjects": [asdict(v) | {"ok": v.ok} for v in verdicts],
-    }
+def _pin(
+    judge: Subject, settings: Settings, fed: Sequence[Text], judged: Sequence[Reading], readings: Sequence[Reading]
+) -> list[Reading] | None:
+    """The judge once more, with the subject's experts, where there are any and the judge can be told."""
+    if judge.backend != ORACLE or not any(r.routing for r in readings):
+        return None
+    once = read_texts(judge, replace(settings, count=1), [t.ids for t in fed], [r.routing for r in readings])
+    return [replace(a, tokens=b.tokens, margins=b.margins) for a, b in zip(once, judged, strict=True)]
 
 
-def show(model: str, ids: Sequence[int], judge: Reading, verdicts: Sequence[Verdict]) -> None:
-    """The result as a table: one line a value, one column a subject."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{model}: {len(ids)} tokens, max |difference| from {judge.name}")
-    table.add_column("value")
-    for verdict in verdicts:
-        table.add_column(verdict.name, justify="right")
-    table.add_column("allowed", justify="right")
-    for i, name in enumerate(judge.values):
-        cells = [f"{v.gaps[i].worst:.1e}" + ("" if v.gaps[i].ok else " !") for v in verdicts]
-        table.add_row(name, *cells, f"{verdicts[0].gaps[i].allowed:.1e}")
-    console = Console()
-    console.print(table)
-    for v in verdicts:
-        where = "every value within tolerance" if v.first is None else f"first differs at {v.first}"
-        greedy = f"{len(judge.tokens)} greedy tokens equal"
-        if v.differs is not None:
-            greedy = f"greedy tokens differ from {v.differs} on" + (" (a near-tie)" if v.tie else "")
-        console.print(f"{v.name}: {where}; {greedy}: {'ok' if v.ok else 'NOT OK'}")
+def _write(
+    path: str,
+    judge: Subject,
+    fed: Sequence[Text],
+    outcomes: Sequence[Outcome],
+    made: int,
+    json_: bool,
+    out: Path | None,
+    html: Path | None,
+) -> None:
+    report = as_json(Path(path).name, judge, fed, outcomes, made) | {"made": record.made()}
+    for target, text in ((out, json.dumps(report, indent=1) + "\n"), (html, page.make(report))):
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+    if json_:
+        print(json.dumps(report))
+    else:
+        show(path, judge, fed, outcomes)

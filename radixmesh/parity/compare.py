@@ -8,9 +8,9 @@ import numpy as np
 
 from backends.api.ties import first_difference, near_tie
 from radixmesh.parity.readings import Reading
+from radixmesh.parity.thresholds import Thresholds, thresholds
 
-TOLERANCE = 2e-4
-"""A value may be off by so much times max(1, its standard deviation), in float32."""
+FLOAT32 = thresholds("float32", "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +43,13 @@ class Verdict:
         return self.first is None and (self.differs is None or self.tie)
 
 
-def compare(judge: Reading, subject: Reading) -> Verdict:
+def compare(judge: Reading, subject: Reading, limits: Thresholds = FLOAT32) -> Verdict:
     """Value by value in the order of computation, then the greedy tokens by the near-tie rule."""
     gaps = []
     for name, right in judge.values.items():
         worst = float(np.abs(right - subject.values[name]).max())
-        gaps.append(Gap(name=name, worst=worst, allowed=TOLERANCE * max(1.0, float(right.std()))))
+        allowed = limits.value * max(1.0, float(right.std())) + limits.peak * float(np.abs(right).max())
+        gaps.append(Gap(name=name, worst=worst, allowed=allowed))
     differs = first_difference(judge.tokens, subject.tokens)
     return Verdict(
         name=subject.name,

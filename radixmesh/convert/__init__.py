@@ -1,0 +1,1 @@
+"""Checkpoints from one form to another: safetensors, and Orbax as JAX programs read it."""
