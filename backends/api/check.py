@@ -244,8 +244,8 @@ def _rows(step: ScheduleStep, limits: Limits) -> None:
         _unless(~step.masked | (step.output != 0), "masked", "a mask needs a row that returns a token")
         if masked > limits.max_masks:
             _refuse("masked", f"{masked} rows, the limit is {limits.max_masks}", np.flatnonzero(step.masked))
-    first, count = step.sampling.prompt_logprobs.T
-    if first.max() > -1 or count.max() > -1:
+    if np.count_nonzero(step.sampling.prompt_logprobs != -1):
+        first, count = step.sampling.prompt_logprobs.T
         field = "sampling.prompt_logprobs"
         _unless((first < 0) == (count < 0), field, "a first position and how many alternatives, or neither")
         _unless(first != 0, field, "nothing comes before position 0 that could score it")
@@ -261,10 +261,9 @@ def _choices(step: ScheduleStep, limits: Limits) -> None:
         _unless(good[0], "sampling.temperature", "must be finite and at least 0")
         _unless(good[1], "sampling.top_p", "must be above 0 and at most 1")
         _unless(good[2], "sampling.min_p", "must be between 0 and 1")
-    if not limits.max_history:
-        good = s.penalty == NEUTRAL
-        what = "penalties are not built in this backend"
-    else:
+    good = s.penalty == NEUTRAL
+    what = "penalties are not built in this backend"
+    if limits.max_history and np.count_nonzero(good) != good.size:
         good = (s.penalty >= PENALTIES[0]) & (s.penalty <= PENALTIES[1])
         what = "must be finite, repetition above 0"
     if np.count_nonzero(good) != good.size:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.api.check import NEUTRAL
-from backends.api.step import F32, I32, Bool, Logprobs, Sampling, ScheduleStep
+from backends.api.step import F32, I32, Bool, Logprobs, ScheduleStep
 from engine.errors import StepRefused
 
 UNSEATED = -1
@@ -29,31 +29,47 @@ class Seats:
         self.length.fill(UNSEATED)
         self.counted.fill(False)
 
-    def before(self, step: ScheduleStep) -> I32:
+    def before(self, step: ScheduleStep, asks: Asks) -> I32:
         """Lengths before the step, int32[R]. Raises StepRefused for what a slot can't do."""
         before = np.where(step.starts < 0, self.length[step.slots], step.starts)
-        _refuse(before == UNSEATED, "starts", "the slot was never seated")
-        _refuse(before + step.lens > step.upper, "upper", "below the slot's own length")
-        self.check_penalties(step)
+        over = before + step.lens > step.upper
+        if np.count_nonzero(over) or np.count_nonzero(before == UNSEATED):
+            _refuse(before == UNSEATED, "starts", "the slot was never seated")
+            _refuse(over, "upper", "below the slot's own length")
+        self.check_penalties(step, asks)
         return before
 
-    def check_penalties(self, step: ScheduleStep) -> None:
+    def check_penalties(self, step: ScheduleStep, asks: Asks) -> None:
         """Refuse penalties that begin in mid-text."""
-        late = penalised(step.sampling) & (step.starts < 0) & ~self.counted[step.slots]
-        _refuse(late, "sampling.penalty", "the slot was seated without penalties, so nothing was counted")
+        if asks.counted is not None:
+            late = asks.counted & (step.starts < 0) & ~self.counted[step.slots]
+            _refuse(late, "sampling.penalty", "the slot was seated without penalties, so nothing was counted")
 
-    def take(self, step: ScheduleStep, before: I32) -> None:
+    def take(self, step: ScheduleStep, before: I32, asks: Asks) -> None:
         """The step is on its way."""
         self.length[step.slots] = before + step.lens
         seated = step.starts >= 0
-        if seated.any():
-            self.counted[step.slots[seated]] = penalised(step.sampling)[seated]
+        if np.count_nonzero(seated):
+            self.counted[step.slots[seated]] = False if asks.counted is None else asks.counted[seated]
 
 
-def penalised(sampling: Sampling) -> Bool:
-    """bool[R]: rows with penalties."""
-    apart: Bool = np.any(sampling.penalty != NEUTRAL, axis=1)
-    return apart
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asks:
+    """What a step asks beyond a plain choice. counted bool[R]: rows with penalties, None = there are none. any: whether
+    any row has a penalty, a bias, a mask or logprobs of its tokens."""
+
+    counted: Bool | None
+    any: bool
+
+    @classmethod
+    def of(cls, step: ScheduleStep) -> Asks:
+        """Read every step, so the usual answer, nothing, is found fast."""
+        s, counted = step.sampling, None
+        apart = s.penalty != NEUTRAL
+        if np.count_nonzero(apart):
+            counted = apart.any(axis=1)
+        more = len(s.bias) or np.count_nonzero(step.masked) or np.count_nonzero(s.logprobs != -1)
+        return cls(counted=counted, any=counted is not None or bool(more))
 
 
 def tally(step: ScheduleStep) -> I32:
@@ -79,26 +95,33 @@ class Scored:
 
 def scored(step: ScheduleStep, before: NDArray[np.int32]) -> Scored | None:
     """What a step scores of its prompts, where any row asks. before int32[R]: lengths before the step."""
-    first, asked = step.sampling.prompt_logprobs.T
-    if asked.max() < 0:
+    if not np.count_nonzero(step.sampling.prompt_logprobs != -1):
         return None
+    first, asked = step.sampling.prompt_logprobs.T.copy()
     ends, at, token = np.cumsum(step.lens), list[I32](), list[I32]()
     counts = np.zeros(len(asked), np.int32)
     for r in np.flatnonzero(asked >= 0).tolist():
         fed = int(step.lens[r] - step.drafts[r])  # guesses are no prompt
         begin, following = int(ends[r] - step.lens[r]), int(step.next[r])
         here = np.arange(max(int(first[r]) - 1 - int(before[r]), 0), fed - (following < 0), dtype=np.int32)
-        at.append(begin + here)
+        at.append((begin + here).astype(np.int32))
         token.append(np.append(step.tokens[begin + 1 : begin + fed], np.int32(following))[here])
         counts[r] = len(here)
     return Scored(at=np.concatenate(at), token=np.concatenate(token), counts=counts, asked=asked)
 
 
-def deal(asked: I32, counts: Sequence[int] | I32, own: F32, ids: I32, top: F32) -> tuple[Logprobs | None, ...] | None:
+def deal(
+    asked: I32, counts: Sequence[int] | I32, scores: tuple[F32, I32, F32] | None
+) -> tuple[Logprobs | None, ...] | None:
     """Logprobs of all rows, N tokens in the order of the rows, as StepResult has them. asked int32[R]: alternatives;
-    counts int32[R]; own float32[N], ids int32[N, K], top float32[N, K]."""
-    if asked.max() < 0:
+    counts int32[R]; scores: own float32[N], ids int32[N, K] and top float32[N, K], None = of no token."""
+    most = int(asked.max())
+    if most < 0:
         return None
+    if scores is None:
+        none = np.zeros((0, most), np.float32)
+        scores = np.zeros(0, np.float32), none.astype(np.int32), none
+    own, ids, top = scores
     out: list[Logprobs | None] = []
     end = 0
     for k, n in zip(asked.tolist(), np.asarray(counts).tolist(), strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 from backends.api.check import check_masks, check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.seats import Scored, Seats, deal, scored
+from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, TOKEN, U8, U32, ScheduleStep, StepResult, Ticket
 from backends.jax import params
 from backends.jax.buckets import make_shape, pick
@@ -24,7 +24,6 @@ from backends.jax.choosing import (
     pack_masks,
     pack_scored,
     pack_wishes,
-    special,
 )
 from backends.jax.inputs import pack, pack_copies
 from backends.jax.mesh import open_mesh, replicated
@@ -41,7 +40,7 @@ class Flight:
     """A step that is out. made: int32[R, 2] on the device, on its way to the host; taps likewise.
 
     logits float32[R, V]: kept until `sample` chooses from them, for steps whose own program doesn't choose. asked
-    int32[R]: logprobs of the tokens; scores: theirs. prompts: what is scored of prompts, and how.
+    int32[R]: logprobs of the tokens; scores: theirs. wanted: what is scored of prompts; prompts: how.
     """
 
     version: int
@@ -52,13 +51,13 @@ class Flight:
     asked: I32
     logits: jax.Array | None = None
     scores: Scores | None = None
-    prompts: tuple[Scored, Scores] | None = None
+    wanted: Scored | None = None
+    prompts: Scores | None = None
 
     @property
     def arrays(self) -> list[jax.Array]:
         """What comes back to the host."""
-        prompts = () if self.prompts is None else self.prompts[1]
-        return [self.made, *self.taps.values(), *(self.scores or ()), *prompts]
+        return [self.made, *self.taps.values(), *(self.scores or ()), *(self.prompts or ())]
 
 
 class JaxBackend:
@@ -104,6 +103,48 @@ class JaxBackend:
     def forward(self, step: ScheduleStep) -> Ticket:
         """Enqueue the whole step, sampling included: where no row is masked they are one program."""
         self._open()
+        self._may_start(step)
+        check_step(step, self.limits)
+        asks = Asks.of(step)
+        before = self.seats.before(step, asks)
+        wanted = scored(step, before)
+        scores = wanted is not None and len(wanted.at) > 0
+        tokens = self.limits.max_tokens if scores else len(step.tokens)
+        shape = make_shape(pick(tokens, self.limits), self.limits)
+        program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
+        packed, edits = pack(step, shape, self.limits, chosen=not asks.any)
+        ahead = [(EDIT, part) for part in edits] + [(COUNT, part) for part in pack_counts(step, asks, self.limits)]
+        if len(step.copies):
+            ahead.append((COPY, pack_copies(step, self.limits)))
+        beside = {name: self.programs.take(name) for name in [name for name, _ in ahead] + [SCORE] * scores}
+        try:
+            for name, part in ahead:
+                self._ahead(name, beside[name], self._put(part))
+            given = self._put(packed)
+            self.caches, self.state, made, kept, taps = program(self.weights, self.caches, self.state, given)
+            flight = Flight(
+                version=self.version,
+                output=step.output.copy(),
+                tokens=len(step.tokens),
+                made=made,
+                taps=taps,
+                asked=step.sampling.logprobs.copy(),
+                logits=kept.logits if asks.any else None,
+                wanted=wanted,
+            )
+            if wanted is not None and scores:
+                places = self._put(pack_scored(wanted, self.limits))
+                flight = replace(flight, prompts=beside[SCORE](self.weights, kept.hidden, places))
+            if not asks.any:
+                _send(flight)
+        except jax.errors.JaxRuntimeError as error:
+            self._fail(error)
+        self.seats.take(step, before, asks)
+        self.flights[step.step], self.unsampled = flight, step
+        return step.step
+
+    def _may_start(self, step: ScheduleStep) -> None:
+        """Refuse a forward that comes too early."""
         if self.weights is None:
             raise StepRefused("step: no weights are loaded", field="step")
         if self.unsampled is not None:
@@ -112,52 +153,12 @@ class JaxBackend:
             raise StepRefused(f"step: {self.limits.depth} steps are out, collect one first", field="step")
         if step.step in self.flights:
             raise StepRefused(f"step: step {step.step} is out already", field="step")
-        check_step(step, self.limits)
-        before = self.seats.before(step)
-        asked, late = scored(step, before), special(step)
-        tokens = len(step.tokens) if asked is None else self.limits.max_tokens
-        shape = make_shape(pick(tokens, self.limits), self.limits)
-        program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed, edits = pack(step, shape, self.limits, chosen=not late)
-        ahead = [(EDIT, part) for part in edits] + [(COUNT, part) for part in pack_counts(step, self.limits)]
-        if len(step.copies):
-            ahead.append((COPY, pack_copies(step, self.limits)))
-        for name in {name for name, _ in ahead} | ({SCORE} if asked is not None else set()):
-            self.programs.take(name)
-        try:
-            for name, part in ahead:
-                self._ahead(name, part)
-            self.caches, self.state, made, kept, taps = program(
-                self.weights, self.caches, self.state, self._put(packed)
-            )
-            prompts = None
-            if asked is not None:
-                score = self.programs.take(SCORE)
-                prompts = asked, score(self.weights, kept.hidden, self._put(pack_scored(asked, self.limits)))
-            flight = Flight(
-                version=self.version,
-                output=step.output.copy(),
-                tokens=len(step.tokens),
-                made=made,
-                taps=taps,
-                asked=step.sampling.logprobs,
-                logits=kept.logits if late else None,
-                prompts=prompts,
-            )
-            if not late:
-                _send(flight)
-        except jax.errors.JaxRuntimeError as error:
-            self._fail(error)
-        self.seats.take(step, before)
-        self.flights[step.step], self.unsampled = flight, step
-        return step.step
 
     def _put(self, value: Any) -> jax.Array:
         return jax.device_put(value, self.sharding)
 
-    def _ahead(self, name: Program, packed: I32) -> None:
+    def _ahead(self, name: Program, program: Any, given: jax.Array) -> None:
         """Run a program that changes what the step's program finds."""
-        program, given = self.programs.take(name), self._put(packed)
         if name == EDIT:
             self.state = program(self.state, given)
         elif name == COPY:
@@ -172,29 +173,28 @@ class JaxBackend:
         if step is None or step.step != ticket:
             raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
         check_masks(masks, step, self.limits)
-        flight = self.flights[ticket]
-        if flight.logits is not None:
-            rows = flight.made.shape[0]
-            program = self.programs.take(Program("choose", rows))
-            free, unbiased = self._neutral(rows)
+        if self.flights[ticket].logits is not None:
             try:
-                self.state, self.counts, made, scores = program(
-                    self.state,
-                    self.counts,
-                    flight.logits,
-                    flight.made,
-                    self._put(pack_wishes(step, rows, self.limits)),
-                    free if masks is None else self._put(pack_masks(masks, step, rows, self.limits)),
-                    self._put(pack_bias(step, self.limits)) if len(step.sampling.bias) else unbiased,
-                )
-                if flight.asked.max() < 0:
-                    scores = None
-                flight = replace(flight, logits=None, made=made, scores=scores)
-                _send(flight)
+                self.flights[ticket] = self._choose(step, self.flights[ticket], masks)
+                _send(self.flights[ticket])
             except jax.errors.JaxRuntimeError as error:
                 self._fail(error)
-            self.flights[ticket] = flight
         self.unsampled = None
+
+    def _choose(self, step: ScheduleStep, flight: Flight, masks: U32 | None) -> Flight:
+        """Run the program that chooses from the logits of a step."""
+        rows = flight.made.shape[0]
+        free, unbiased = self._neutral(rows)
+        self.state, self.counts, made, scores = self.programs.take(Program("choose", rows))(
+            self.state,
+            self.counts,
+            flight.logits,
+            flight.made,
+            self._put(pack_wishes(step, Asks.of(step), rows, self.limits)),
+            free if masks is None else self._put(pack_masks(masks, step, rows, self.limits)),
+            self._put(pack_bias(step, self.limits)) if len(step.sampling.bias) else unbiased,
+        )
+        return replace(flight, logits=None, made=made, scores=scores if flight.asked.max() >= 0 else None)
 
     def _neutral(self, rows: int) -> tuple[jax.Array, jax.Array]:
         """Masks that allow everything and no bias, which stay on the device."""
@@ -282,10 +282,10 @@ def _result(ticket: Ticket, flight: Flight) -> StepResult:
     logprobs = prompts = None
     if flight.scores is not None:
         own, ids, top = (np.asarray(array)[:rows][given] for array in flight.scores)
-        logprobs = deal(flight.asked, given, own, ids, top)
-    if flight.prompts is not None:
-        wanted, scores = flight.prompts
-        prompts = deal(wanted.asked, wanted.counts, *(np.asarray(array) for array in scores))
+        logprobs = deal(flight.asked, given, (own, ids, top))
+    if flight.wanted is not None:
+        found = None if flight.prompts is None else tuple(np.asarray(array) for array in flight.prompts)
+        prompts = deal(flight.wanted.asked, flight.wanted.counts, found)
     return StepResult(
         step=ticket,
         version=flight.version,

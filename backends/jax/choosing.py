@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from backends.api.limits import Limits
-from backends.api.seats import Scored, penalised, tally
+from backends.api.seats import Asks, Scored, tally
 from backends.api.step import I32, TOKEN, U32, ScheduleStep
 from backends.jax import caches, params, sampler
 from backends.jax.caches import State
@@ -32,7 +32,8 @@ FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency"
 
 
 class Wishes(NamedTuple):
-    """What the rows want, [R] each, as in backends.jax.inputs.Batch; counted: has penalties; logprobs: -1 = none."""
+    """What the rows want, [R] each, named as in backends.jax.inputs.Batch. counted, masked: whether it has penalties, a
+    mask; logprobs: -1 = none."""
 
     slot: Any
     output: Any
@@ -40,6 +41,7 @@ class Wishes(NamedTuple):
     seed_high: Any
     seed_low: Any
     counted: Any
+    masked: Any
     logprobs: Any
     temperature: Any
     top_p: Any
@@ -57,13 +59,7 @@ class Scores(NamedTuple):
     top: Any
 
 
-def special(step: ScheduleStep) -> bool:
-    """Whether a step's own program can't choose for it."""
-    s = step.sampling
-    return bool(step.masked.any() or len(s.bias) or s.logprobs.max() >= 0 or penalised(s).any())
-
-
-def pack_wishes(step: ScheduleStep, rows: int, limits: Limits) -> I32:
+def pack_wishes(step: ScheduleStep, asks: Asks, rows: int, limits: Limits) -> I32:
     """int32[lines, rows]: the fields of Wishes."""
     s, count = step.sampling, len(step.slots)
     out = np.zeros((len(Wishes._fields), rows), np.int32)
@@ -77,7 +73,8 @@ def pack_wishes(step: ScheduleStep, rows: int, limits: Limits) -> I32:
         "top_k": s.top_k,
         "seed_high": (s.seed >> np.uint64(32)).astype(np.uint32).view(np.int32),
         "seed_low": s.seed.astype(np.uint32).view(np.int32),
-        "counted": penalised(s),
+        "counted": 0 if asks.counted is None else asks.counted,
+        "masked": step.masked,
         "logprobs": s.logprobs,
         **{name: getattr(s, name).view(np.int32) for name in ("temperature", "top_p", "min_p")},
         **dict(zip(FLOATS[3:], np.ascontiguousarray(s.penalty.T).view(np.int32), strict=True)),
@@ -104,9 +101,11 @@ def pack_bias(step: ScheduleStep | None, limits: Limits) -> I32:
     return out
 
 
-def pack_counts(step: ScheduleStep, limits: Limits) -> list[I32]:
+def pack_counts(step: ScheduleStep, asks: Asks, limits: Limits) -> list[I32]:
     """What `count` takes in each of its calls, as many as the rows that are seated with penalties need."""
-    seated = step.slots[(step.starts >= 0) & penalised(step.sampling)]
+    if asks.counted is None:
+        return []
+    seated = step.slots[(step.starts >= 0) & asks.counted]
     if not len(seated):
         return []
     entries, out = tally(step), []
@@ -152,7 +151,7 @@ def choose(
     if limits.max_history:
         x = jax.lax.cond(w.counted.any(), lambda: penalise(logits, counts[w.slot], w), lambda: logits)
     x = jax.lax.cond(bias[0, 0] > 0, lambda: _biased(x, bias), lambda: x)
-    x = jnp.where(allowed(masks, x.shape[1]), x, -jnp.inf)
+    x = jax.lax.cond(w.masked.any(), lambda: jnp.where(allowed(masks, x.shape[1]), x, -jnp.inf), lambda: x)
     tokens = sampler.pick(jax.lax.optimization_barrier(x), w, state.length[w.slot])
     if limits.max_history:
         at = jnp.where((w.counted > 0) & ((w.output & TOKEN) > 0), w.slot, limits.slots + 1)

@@ -17,7 +17,7 @@ from backends.api.check import check_masks, check_step
 from backends.api.choice import score
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.seats import Seats, deal, scored
+from backends.api.seats import Asks, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
 from backends.reference.caches import Caches, Row
 from backends.reference.model import forward
@@ -104,7 +104,7 @@ class ReferenceBackend:
         self._open()
         self._may_start(step)
         check_step(step, self.limits)
-        self.seats.check_penalties(step)
+        self.seats.check_penalties(step, Asks.of(step))
         rows, tokens = self._rows(step)
         fed = Fed(step=step, rows=rows, tokens=tokens, version=self.version, doomed=self.fails(step))
         self._run(fed)
@@ -184,7 +184,7 @@ class ReferenceBackend:
         cells = self.caches.prepare(step, rows)
         self.counts.seat(step)
         before = np.array([row.start for row in rows], np.int32)
-        self.seats.take(step, before)
+        self.seats.take(step, before, Asks.of(step))
         asked = scored(step, before)
         for row in rows:
             self.length[row.slot] = row.end
@@ -202,7 +202,7 @@ class ReferenceBackend:
                 fed.logits.append((hidden[row.at.stop - 1 - drafts : row.at.stop] @ head.T).astype(np.float32))
             if asked is not None:
                 found = score((hidden[asked.at] @ head.T).astype(np.float32), asked.token, self.limits.max_logprobs)
-                fed.prompts = deal(asked.asked, asked.counts, found.own, found.ids, found.top)
+                fed.prompts = deal(asked.asked, asked.counts, (found.own, found.ids, found.top))
             if "logits" in step.taps:
                 taps["logits"] = hidden @ head.T
         fed.taps.update({name: taps[name].astype(np.float32) for name in step.taps})

@@ -17,7 +17,7 @@ from backends.api.build import Host
 from backends.api.check import check_masks, check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
-from backends.api.seats import Scored, Seats, deal, scored
+from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import F32, I32, NONFINITE, OK, U32, Logprobs, ScheduleStep, StepResult, Ticket
 from backends.torch import caches, mesh, params, step
 from backends.torch.choosing import Scores, send_masks
@@ -112,15 +112,17 @@ class TorchBackend:
         self._open()
         self._may_start(step_)
         check_step(step_, self.limits)
-        before = self.seats.before(step_)
+        asks = Asks.of(step_)
+        before = self.seats.before(step_, asks)
         asked = scored(step_, before)
         most = 0 if asked is None else int(asked.asked.max())
         with self._device():
             started = self._mark()
-            batch = pack(step_, self.limits, self.device, asked)
-            self.caches.copy(self.limits, step_.copies)
+            batch = pack(step_, self.limits, self.device, asks, asked)
+            if len(step_.copies):
+                self.caches.copy(self.limits, step_.copies)
             fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, step_.taps, most)
-        self.seats.take(step_, before)
+        self.seats.take(step_, before, asks)
         self.waiting = Waiting(step=step_, fed=fed, asked=asked, version=self.version, started=started)
         return step_.step
 
@@ -140,7 +142,7 @@ class TorchBackend:
             taps = {name: self._bring(value) for name, value in now.fed.taps.items()}
             self.flights[ticket] = Flight(
                 version=now.version,
-                asked=now.step.sampling.logprobs,
+                asked=now.step.sampling.logprobs.copy(),
                 order=now.fed.batch.order,
                 started=now.started,
                 made=made,
@@ -284,22 +286,24 @@ def _result(ticket: Ticket, flight: Flight, micros: int) -> StepResult:
 def _logprobs(flight: Flight, rows: NDArray[np.int64], counts: I32) -> tuple[Logprobs | None, ...] | None:
     """Of the tokens made. rows int64[O]: that return one; counts int32[R]: tokens of each."""
     asked = flight.asked
-    own, ids, top = _host(flight.scores, asked)
+    if not np.count_nonzero(asked != -1):
+        return None
     told = rows[asked[rows] >= 0]  # as the scores stand
     order = np.argsort(told)
     order = order[counts[told[order]] > 0]
-    return deal(asked, np.where(asked >= 0, counts, 0), own[order], ids[order], top[order])
+    scores = _host(flight.scores)
+    some = None if scores is None else (scores[0][order], scores[1][order], scores[2][order])
+    return deal(asked, np.where(asked >= 0, counts, 0), some)
 
 
 def _prompts(flight: Flight) -> tuple[Logprobs | None, ...] | None:
     """Of the prompts' tokens."""
     wanted = flight.wanted
-    return None if wanted is None else deal(wanted.asked, wanted.counts, *_host(flight.prompts, wanted.asked))
+    return None if wanted is None else deal(wanted.asked, wanted.counts, _host(flight.prompts))
 
 
-def _host(scores: Scores | None, asked: I32) -> tuple[F32, I32, F32]:
-    """Scores as arrays; those of no token where there are none."""
+def _host(scores: Scores | None) -> tuple[F32, I32, F32] | None:
+    """Scores as arrays."""
     if scores is None:
-        none = np.zeros((0, max(int(asked.max()), 0)), np.float32)
-        return none[:, 0:0].reshape(0), none.astype(np.int32), none
+        return None
     return scores.own.numpy(), scores.ids.numpy().astype(np.int32), scores.top.numpy()

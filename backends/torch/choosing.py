@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.api.seats import Scored, penalised, tally
+from backends.api.seats import Asks, Scored, tally
 from backends.api.step import U32, ScheduleStep
 
 Array: TypeAlias = torch.Tensor
@@ -51,14 +51,16 @@ class Wishes:
     token: Array
 
 
-def lay_out(step: ScheduleStep, rows: I64, order: I64, vocab: int, asked: Scored | None) -> list[NDArray[Any]] | None:
+def lay_out(
+    step: ScheduleStep, asks: Asks, rows: I64, order: I64, vocab: int, asked: Scored | None
+) -> list[NDArray[Any]] | None:
     """The host's side of Wishes, integers and bits of float64; None where a step asks for none of it.
 
     rows int64[O]: row of the step at each place; order int64[T]: fed token at each place of the device.
     """
-    s, fed = step.sampling, penalised(step.sampling)
-    if asked is None and not (step.masked.any() or len(s.bias) or s.logprobs.max() >= 0 or fed.any()):
+    if asked is None and not asks.any:
         return None
+    s, fed = step.sampling, np.zeros(len(step.slots), np.bool_) if asks.counted is None else asks.counted
     place = np.full(len(step.slots), -1, np.int64)
     place[rows] = np.arange(len(rows))
     known = tally(step).astype(np.int64) if fed.any() else np.zeros((0, 3), np.int64)

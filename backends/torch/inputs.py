@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from backends.api.limits import Limits
-from backends.api.seats import Scored
+from backends.api.seats import Asks, Scored
 from backends.api.step import TOKEN, PageTable, Sampling, ScheduleStep
 from backends.torch.choosing import Wishes, lay_out, read
 
@@ -121,7 +121,9 @@ def _bunch(lens: list[int], upper: list[int], reaches: list[NDArray[Any]]) -> tu
     return tuple(reversed(out))
 
 
-def pack(step: ScheduleStep, limits: Limits, device: torch.device, asked: Scored | None = None) -> Batch:
+def pack(
+    step: ScheduleStep, limits: Limits, device: torch.device, asks: Asks | None = None, asked: Scored | None = None
+) -> Batch:
     """Bring a step to the device: everything in one int64 buffer, floats as bits of float64. Doesn't wait."""
     order = arrange(step, limits)
     rows, n = order.rows, step.lens[order.rows]
@@ -137,7 +139,7 @@ def pack(step: ScheduleStep, limits: Limits, device: torch.device, asked: Scored
     noisy = picked[drawn]
     if len(drawn):
         parts += [drawn, *_choices(sampling, noisy, limits.vocab)]
-    more = lay_out(step, picked, order.tokens, limits.vocab, asked) or []
+    more = lay_out(step, asks or Asks.of(step), picked, order.tokens, limits.vocab, asked) or []
     parts += more
     slots, starts, lens, tokens, row, offset, last, chosen, *rest = _send(parts, device)
     groups, rest = rest[: 3 * len(step.tables)], rest[3 * len(step.tables) :]

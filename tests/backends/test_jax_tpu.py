@@ -13,11 +13,12 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from backends.api.limits import Limits
-from backends.jax.caches import cache_shapes
+from backends.api.limits import Limits, choosing
+from backends.jax.caches import cache_shapes, count_shape
 from backends.jax.mesh import make_mesh
 from backends.jax.params import shapes
-from backends.jax.step import Plan, lower_step
+from backends.jax.step import Plan
+from backends.jax.warmup import COPY, COUNT, SCORE, Program, Programs
 from engine.config import Resolved
 from engine.mesh import MeshSpec
 from engine.model.registry import read_spec
@@ -71,14 +72,21 @@ CASES: dict[str, tuple[ModelSpec, int, dict[str, Any]]] = {
 
 
 def compile_for(chip: str, case: str) -> dict[str, int]:
-    """Compile a step from shapes alone. Bytes on one device."""
+    """Compile a step from shapes alone; of the demo model, also what stands beside it. Bytes on one device."""
     spec, tokens, own = CASES[case]
     config = Resolved(backend="jax", platform="tpu", dtype="bfloat16", cache_dtype="bfloat16", page=16, **own)
     mesh = make_mesh(MeshSpec(), topologies.get_topology_desc(chip, "tpu").devices)
-    plan = Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True), mesh=mesh)
-    memory = lower_step(plan, tokens).compile().memory_analysis()
+    plan = Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
+    programs = Programs(plan)
+    memory = programs.take(Program("step", tokens)).memory_analysis()
     size = lambda tree: sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(tree))  # noqa: E731
-    return {
+    beside = {}
+    if case == "demo":
+        programs.take(SCORE)
+        kept = {"copied": COPY, "counted": COUNT, "chosen": Program("choose", tokens)}
+        beside = {name: programs.take(p).memory_analysis().alias_size_in_bytes for name, p in kept.items()}
+    return beside | {
+        "counts": size(count_shape(plan.limits, mesh)),
         "cache": size(cache_shapes(plan.limits, config, mesh)),
         "weights": size(shapes(plan.leaves, config, mesh)),
         "alias": memory.alias_size_in_bytes,
@@ -127,6 +135,16 @@ def test_compiles_fits_and_keeps_the_donated_cache(
     # a scan over stacked bfloat16 weights copies them once a step on 7x (docs/decisions/0004-stacked-or-listed.md)
     copied = size["weights"] if (chip, case) == ("tpu7x:2x2x1", "8B decode") else 0
     assert size["temp"] <= copied + min(size["cache"], GIB) // 4, size
+
+
+@pytest.mark.parametrize("chip", HBM)
+def test_what_stands_beside_a_step_compiles_and_changes_in_place(
+    memory: dict[str, dict[str, dict[str, int]]], chip: str
+) -> None:
+    """Page copies, histories, choosing and scoring; TPUs pad small arrays, so that a little more is aliased."""
+    size = memory[chip]["demo"]
+    for name, held in (("copied", "cache"), ("counted", "counts"), ("chosen", "counts")):
+        assert size[held] <= size[name] < size[held] + (4 << 20), f"{name}: a donation is lost: {size}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from backends.api.build import Host, Row, build
 from backends.api.choice import Choice, kept, scaled, score
 from backends.api.conformance.bench import SPEC, Weights, config, prompt, refused
 from backends.api.limits import Limits, choosing
-from backends.api.seats import tally
+from backends.api.seats import Asks, tally
 from backends.api.step import ScheduleStep
 from backends.jax import choosing as on_jax
 from backends.jax.caches import State
@@ -141,7 +141,7 @@ def by_jax(
         jnp.concatenate([counts, counts[:1]]),
         jnp.asarray(logits),
         jnp.zeros((rows, 2), jnp.int32),
-        on_jax.pack_wishes(step, rows, limits),
+        on_jax.pack_wishes(step, Asks.of(step), rows, limits),
         on_jax.pack_masks(masks, step, rows, limits),
         on_jax.pack_bias(step, limits),
     )
@@ -260,7 +260,7 @@ def test_histories_are_counted_whole() -> None:
     entries = tally(step)
     assert len(entries) == len(set(map(tuple, entries[:, :2].tolist()))) > 2 * on_jax.COUNTS
     counts = jnp.full((5, 5000), 77, jnp.int32)
-    calls = on_jax.pack_counts(step, limits)
+    calls = on_jax.pack_counts(step, Asks.of(step), limits)
     assert len(calls) > 1
     for packed in calls:
         counts = jax.jit(on_jax.count, static_argnums=0)(limits, counts, packed)
@@ -270,7 +270,8 @@ def test_histories_are_counted_whole() -> None:
     assert batch.wishes is not None
     on_torch.seat(held, batch.wishes)
     assert np.array_equal(held.numpy(), want)
-    assert not on_jax.pack_counts(build(limits, 0, [rows[1]]), limits)
+    plain = build(limits, 0, [rows[1]])
+    assert not on_jax.pack_counts(plain, Asks.of(plain), limits)
 
 
 @pytest.mark.parametrize("name", ["reference", *DEVICES])

@@ -93,6 +93,8 @@ def test_nothing_compiles_after_ready() -> None:
                     "top_k": rng.choice([-1, 20]),
                     "top_p": rng.choice([1.0, 0.9]),
                     "min_p": rng.choice([0.0, 0.1]),
+                    "repetition_penalty": rng.choice([1.0, 1.2]),
+                    "presence_penalty": rng.choice([0.0, 0.5]),
                     "stop_token_ids": [rng.randrange(1600)],
                 }
                 for _ in ids
@@ -117,3 +119,30 @@ def test_output_reads_like_python(engines: list[Engine]) -> None:
         assert "\n" in text
         assert np.mean([c.isascii() for c in text]) > 0.99
         assert any(word in text for word in ("self", "return", "def ", "if ", "raise")), text
+
+
+def test_penalised_text_is_hugging_faces(engines: list[Engine]) -> None:
+    """Through the scheduler, with steps in flight and a warm cache: the device counts what it makes."""
+    hf, tokenizer = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32), Tokenizer.open(DEMO)
+    asked = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
+    texts = prompts()[:4]
+    want = []
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text)])
+        made = hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
+            min_new_tokens=24,
+            repetition_penalty=1.3,
+            pad_token_id=0,
+        )
+        want.append(made[0, ids.shape[1] :].tolist())
+    for engine in engines:
+        for _ in range(2):
+            given = engine.generate(texts, sampling_params=asked | {"repetition_penalty": 1.3})
+            assert [r["output_ids"] for r in given] == want
+        plain = engine.generate(texts, sampling_params=asked)
+        assert [r["output_ids"] for r in plain] != want
+        assert engine.status().compiles_after_ready == 0

@@ -248,7 +248,12 @@ ASKS = [
 
 FULL = [
     Ask(prompt=prompt(6), make=9, values={"penalty": (1.4, 0.0, 0.0)}),
-    Ask(prompt=prompt(5), make=9, values={"penalty": (0.8, 0.6, 0.3), "temperature": 0.9, "seed": 5, "top_p": 0.9}),
+    Ask(
+        prompt=prompt(5),
+        make=9,
+        chunk=2,
+        values={"penalty": (0.8, 0.6, 0.3), "temperature": 0.9, "seed": 5, "top_p": 0.9},
+    ),
     Ask(prompt=prompt(9), make=9, chunk=4, values={"bias": [(3, 2.0), (70, -9.0), (90, 1.5)]}),
     Ask(prompt=prompt(7), make=9, chunk=3, values={"logprobs": 5, "prompt_logprobs": (2, 3), "temperature": 1.2}),
     Ask(prompt=prompt(4), make=9, values={"bias": [(8, 4.0)], "penalty": (1.0, 0.0, 1.5), "logprobs": 0, "top_k": 9}),

@@ -133,17 +133,19 @@ def step_on(host: Host, rows: Sequence[Followed], allowed: Sequence[NDArray[np.b
 
 
 def penalties(open: Opener) -> None:
-    """Repetition, presence and frequency penalties, over a history and what was made since, beside a row without."""
+    """Repetition, presence and frequency penalties, over a history and what was made since, beside a row without. Bias
+    brings the tokens of the history back to where a penalty decides."""
     host, ids, earlier = open(), prompt(2), [5, 9, 5]
     if not host.limits.max_history or not host.taps:
         return
     for penalty in ((1.7, 0.0, 0.0), (1.0, 1.5, 0.0), (1.0, 0.0, 0.8), (0.6, -1.0, 0.3)):
+        likely: dict[str, Any] = {"bias": [(t, 5.0) for t in (*ids, *set(earlier))]} if host.limits.max_bias else {}
         drawn: dict[str, Any] = {"temperature": 0.8, "seed": 3}
         rows = [
-            follow(host, ids, earlier, penalty=penalty, **drawn),
+            follow(host, ids, earlier, penalty=penalty, **drawn, **likely),
             follow(host, ids, **drawn),
             follow(host, ids, earlier, penalty=(1.0, 0.5, 0.5), **drawn),
-            follow(host, ids, penalty=penalty),
+            follow(host, ids, penalty=penalty, **likely),
         ]
         for _ in range(10):
             step_on(host, rows)
