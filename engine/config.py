@@ -22,6 +22,7 @@ BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
 POLICIES = ("lpm", "fcfs", "dfs-weight")
+EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
 
 
@@ -34,6 +35,7 @@ class Resolved:
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
     policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
+    eviction: what of it goes first.
     penalties: counts for penalties are kept on the device. max_logprobs: alternatives that a token may be asked for.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
     """
@@ -51,6 +53,7 @@ class Resolved:
     token_buckets: tuple[int, ...] = (1, 8, 32, 128, 512)
     depth: int = 2
     radix: bool = True
+    eviction: str = "lru"
     policy: str = "lpm"
     priority_preemption: int = 10
     ageing: int = 30
@@ -151,13 +154,16 @@ class Mesh:
 class Cache:
     """tokens: positions that the pool of pages holds. fraction: share of the device's free memory that weights and
     cache may take, where tokens is not given. page: tokens per page. dtype: of keys and values. radix: keep prefixes.
+    eviction: what goes first when pages are short, in the order of: last use; uses, last use; used once, last use;
+    priority of the requests, last use.
     """
 
     tokens: int | None = _key(_or_auto(_whole(1)), None)
     fraction: float | None = _key(_or_auto(_share), None)
-    page: int = _key(_whole(1, 1024), 16)
+    page: int = _key(_whole(1, 128), 16)
     dtype: str = _key(_one_of(DTYPES), "auto")
     radix: bool = _key(_flag, True)
+    eviction: str = _key(_one_of(EVICTIONS), "lru")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

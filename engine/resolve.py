@@ -89,6 +89,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
     made += [
         Decision(field="page", value=config.cache.page, why="cache.page"),
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
+        Decision(field="eviction", value=config.cache.eviction, why="cache.eviction"),
         Decision(field="policy", value=config.sched.policy, why="sched.policy"),
         Decision(field="priority_preemption", value=config.sched.priority_preemption, why="sched.priority_preemption"),
         Decision(field="ageing", value=config.sched.ageing, why="sched.ageing"),

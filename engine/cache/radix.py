@@ -6,112 +6,126 @@ page per page of its key (-1 where a window had passed), and for state groups a 
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Sequence
+from array import array
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engine.cache.pages import PagePool
+from engine.cache.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, chain
+from engine.cache.evict import Queue
+from engine.cache.node import NONE, Node, Root, below, common, joined, owned, solid, upwards
+from engine.cache.pages import PagePool, Pages, ids
 from engine.model.groups import CacheGroup
 
-NONE = -1
-
-
-class Node:
-    """An edge of the tree and what it owns. tick: last use.
-
-    ends: locks that end here. lock: locks that end here or below. holds: per group, those of them that still need
-    this node's pages: all for full groups, for a window those that end less than a window away, for state the own.
-    """
-
-    __slots__ = ("alive", "children", "ends", "holds", "key", "lock", "pages", "parent", "queued", "states", "tick")
-
-    def __init__(self, key: bytes, pages: list[list[int]], states: list[int], parent: Node | None, tick: int) -> None:
-        self.key, self.pages, self.states, self.parent, self.tick = key, pages, states, parent, tick
-        self.children: dict[bytes, Node] = {}
-        self.ends = self.lock = 0
-        self.holds = [0] * len(states)
-        self.alive, self.queued = True, False
+__all__ = ("NONE", "Match", "Node", "RadixTree", "as_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
     """The longest usable prefix. length: tokens, whole pages. node: ends there. pages: per group, from position
-    `base` on (state groups: none). states: per group, the checkpoint to start from, or -1."""
+    `base` on (state groups: none); the caller's own. states: per group, the checkpoint to start from, or -1.
+    version: of the weights that made it."""
 
     length: int
     node: Node
     base: tuple[int, ...]
-    pages: tuple[list[int], ...]
+    pages: tuple[Pages, ...]
     states: tuple[int, ...]
+    version: int
 
 
 class RadixTree:
-    """Prefix cache over the pools of all groups; evicts what was least recently used and nobody reads.
+    """Prefix cache over the pools of all groups; evicts what its policy (engine.cache.evict) says and nobody reads.
 
     Full pages go with their leaf. Pages of windows and checkpoints of state are also taken from within: the node stays,
     with -1. `held[g]` counts the pages that the tree owns in group g, `evictable[g]` those that no lock needs.
+    A namespace is there while it holds something. version: of the weights; prefixes of others are never matched.
     """
 
-    def __init__(self, groups: Sequence[CacheGroup], pools: Sequence[PagePool]) -> None:
+    def __init__(
+        self, groups: Sequence[CacheGroup], pools: Sequence[PagePool], *, eviction: str = "lru", events: bool = False
+    ) -> None:
         paged = {g.page for g in groups if g.kind != "state"}
         if len(paged) != 1:
             raise ValueError(f"groups must share one page size, not {sorted(paged)}")
         self.groups, self.pools, self.page = tuple(groups), tuple(pools), paged.pop()
-        self.held = [0] * len(self.groups)
-        self.evictable = [0] * len(self.groups)
-        self._stateful = [g for g, group in enumerate(groups) if group.kind == "state"]
-        self._roots: dict[Hashable, Node] = {}
-        self._leaves: list[tuple[int, int, Node]] = []
-        self._tick = 0
+        self.held, self.evictable = [0] * len(self.groups), [0] * len(self.groups)
+        self.version, self.log = 0, list[Event]() if events else None
+        self.roots: dict[tuple[int, Hashable], Root] = {}
+        self.leaves = Queue(eviction, 1)
+        self.loose = {g: Queue(eviction, 2 << g) for g, group in enumerate(groups) if group.kind != "full"}
+        self._full = [g for g, group in enumerate(groups) if group.kind == "full"]
+        self._windows = [g for g, group in enumerate(groups) if group.kind == "window"]
+        self._states = [g for g, group in enumerate(groups) if group.kind == "state"]
+        self._void = Root(len(self.groups), (0, ()))  # where a match of nothing ends
+        self._width = self.page * 4
+        self._tick = self._serial = 0
+
+    # Look up
 
     def match(self, namespace: Hashable, tokens: bytes, limit: int) -> Match:
         """The longest cached prefix of `tokens` (int32 bytes) of at most `limit` tokens. Marks it as used now."""
-        self._tick += 1
-        node, path, width = self._root(namespace), [], self.page * 4
-        end, at = limit // self.page * width, 0
-        while at < end:
-            child = node.children.get(tokens[at : at + width])
-            if child is None:
-                break
-            same = common(child.key, tokens[at : min(end, at + len(child.key))], width)
-            if same < len(child.key):
-                child = self._split(child, same)
-                path.append(child)
-                break
-            path.append(child)
-            node, at = child, at + same
-        for n in path:
-            n.tick = self._tick
-        return self._usable(self._root(namespace), path)
+        path, reach, count = self._find(namespace, tokens, limit)
+        while reach > count:
+            node = path.pop()
+            reach -= len(node.key) // self._width
+            if reach < count:
+                path.append(self._split(node, count - reach))
+        tick = self._tick = self._tick + 1
+        for node in path:
+            node.tick = tick
+        first = [self._first(g, count) for g in range(len(self.groups))]
+        end = path[-1] if path else self._void
+        return Match(
+            length=count * self.page,
+            node=end,
+            base=tuple([f * self.page for f in first]),
+            pages=tuple([joined(path, g)[f:] for g, f in enumerate(first)]),
+            states=tuple(end.states),
+            version=self.version,
+        )
 
-    def _usable(self, root: Node, path: list[Node]) -> Match:
-        """Cut a matched path back to where every group has what a reader needs."""
-        columns = [[p for n in path for p in n.pages[g]] for g in range(len(self.groups))]
-        ends, total = [], 0
-        for n in path:
-            total += len(n.key) // (4 * self.page)
-            ends.append(total)
-        for count in sorted(set(ends) if self._stateful else range(1, total + 1), reverse=True):
-            if all(self._readable(g, columns[g], count) for g in range(len(self.groups))):
-                i = next(i for i, e in enumerate(ends) if e >= count)
-                node = path[i] if ends[i] == count else self._split(path[i], self._width(path[i], ends[i] - count))
-                if any(node.states[g] == NONE for g in self._stateful):
-                    continue
-                first = [self._first(g, count) for g in range(len(self.groups))]
-                return Match(
-                    length=count * self.page,
-                    node=node,
-                    base=tuple(f * self.page for f in first),
-                    pages=tuple(columns[g][f:count] for g, f in enumerate(first)),
-                    states=tuple(node.states),
-                )
-        none = len(self.groups)
-        return Match(length=0, node=root, base=(0,) * none, pages=tuple([] for _ in range(none)), states=(NONE,) * none)
+    def cached(self, namespace: Hashable, tokens: bytes, limit: int) -> int:
+        """The length that `match` would have; changes nothing."""
+        return self._find(namespace, tokens, limit)[2] * self.page
 
-    def _width(self, node: Node, back: int) -> int:
-        return len(node.key) - back * self.page * 4
+    def _find(self, namespace: Hashable, tokens: bytes, limit: int) -> tuple[list[Node], int, int]:
+        """The nodes that `tokens` leads through, the last perhaps not to its end, the pages up to the end of the last,
+        and how many of them are usable."""
+        root = self.roots.get((self.version, namespace))
+        if root is None:
+            return [], 0, 0
+        path, at, same, width, children = list[Node](), 0, 0, self._width, root.children
+        end = min(len(tokens) // width, limit // self.page) * width
+        while same == at < end:
+            node = children.get(tokens[at : at + width])
+            if node is None:
+                break
+            path.append(node)
+            key, children = node.key, node.children
+            at += len(key)
+            if at <= end and tokens.startswith(key, same):
+                same = at
+            else:
+                same += common(key, tokens[same : min(end, at)], width)
+        count = same // width
+        return path, at // width, self._usable(path, count) if self.loose and count else count
+
+    def _usable(self, path: Sequence[Node], count: int) -> int:
+        """The most pages, up to `count`, after which every group has what a reader needs."""
+        ok = np.full(count + 1, not self._states)  # ok[c]: a reader can go on after c pages
+        at = 0
+        for node in path if self._states else ():
+            at += len(node.key) // self._width
+            if at <= count and all(node.states[g] != NONE for g in self._states):
+                ok[at] = True
+        ok[0], to = True, np.arange(1, count + 1)
+        for g in self._windows:
+            holes = ids(joined(path, g))[:count] == NONE
+            last = np.maximum.accumulate(np.where(holes, to - 1, NONE))  # the last hole before c pages
+            ok[1:] &= last < np.maximum(0, to * self.page - self.groups[g].window + 1) // self.page
+        return int(np.flatnonzero(ok)[-1])
 
     def _first(self, g: int, count: int) -> int:
         """Index of the first page that a row starting at position count * page reads in group g."""
@@ -122,183 +136,288 @@ class RadixTree:
             return count
         return min(count, max(0, count * self.page - group.window + 1) // self.page)
 
-    def _readable(self, g: int, column: list[int], count: int) -> bool:
-        return NONE not in column[self._first(g, count) : count]
+    def column(self, node: Node, g: int) -> Pages:
+        """The tree's pages of group g from position 0 to the end of `node`."""
+        return joined([*reversed([*upwards(node)])], g)
+
+    # Insert
 
     def insert(
-        self, namespace: Hashable, tokens: bytes, pages: Sequence[Sequence[int]], states: Sequence[int]
-    ) -> tuple[Node, list[set[int]]]:
-        """Offer a prefix of whole pages. pages: per group one a page (-1 = has none; empty for state groups).
-        states: per group a checkpoint at the end, or -1.
+        self,
+        namespace: Hashable,
+        tokens: bytes,
+        pages: Sequence[Sequence[int]],
+        states: Sequence[int],
+        *,
+        priority: int = 0,
+        seen: int = 0,
+        version: int | None = None,
+    ) -> tuple[Node, list[Pages]]:
+        """Offer a prefix of whole pages. pages: per group one a page (-1 = has none; empty for state groups), which the
+        caller owns; for full groups also those that the tree has there.
+        states: per group a checkpoint at the end, or -1. priority: of the request. seen: tokens that it offered before,
+        which count as used by it once. version: of the weights that began it; None is that of now.
 
-        Returns the node that ends there and, per group, the pages that the tree took; the rest stay the caller's.
+        Returns the node that ends there (or before, where nothing is left to own) and, per group, the pages that the
+        tree took; the rest stay the caller's. Raises ValueError when tokens or pages aren't whole.
         """
+        if len(tokens) % self._width:
+            raise ValueError(f"{len(tokens) // 4} tokens are no whole pages of {self.page}")
         self._tick += 1
-        node, at, width = self._root(namespace), 0, self.page * 4
-        took: list[set[int]] = [set() for _ in self.groups]
-        while at < len(tokens):
-            child = node.children.get(tokens[at : at + width])
-            here = at // width
+        space = self.version if version is None else version, namespace
+        root = self.roots.get(space) or self._plant(space)
+        node: Node = root
+        at, end, took = 0, len(tokens), [array("i") for _ in self.groups]
+        while at < end:
+            child = node.children.get(tokens[at : at + self._width])
             if child is None:
-                rest = [list(column[here:]) for column in pages]
-                child = Node(tokens[at:], rest, [NONE] * len(self.groups), node, self._tick)
-                node.children[tokens[at : at + width]] = child
-                self._count(child, took)
+                rest = [column[at // self._width :] for column in pages]
+                child = self._grow(node, tokens[at:], rest, states, took, priority)
+                if child is None:
+                    break
+                self._tell(child, space)
             else:
-                same = common(child.key, tokens[at : at + len(child.key)], width)
-                if same < len(child.key):
-                    child = self._split(child, same)
-                self._fill(child, [column[here:] for column in pages], took)
-            child.tick = self._tick
+                if not tokens.startswith(child.key, at):
+                    same = common(child.key, tokens[at : at + len(child.key)], self._width)
+                    child = self._split(child, same // self._width)
+                if self._windows:
+                    self._fill(child, [column[at // self._width :] for column in pages], took)
             node, at = child, at + len(child.key)
-        for g, state in enumerate(states):
-            if state != NONE and node.parent is not None and node.states[g] == NONE:
-                node.states[g] = state
-                self._own(node, g, state, took)
-        if node.lock == 0 and not node.children:
-            self._offer(node)
-        return node, took
+            node.tick = self._tick
+            node.hits += at > seen * 4
+            if node.priority < priority:
+                node.priority = priority
+        if at == end:
+            for g in self._states:
+                if states[g] != NONE and node.states[g] == NONE and node is not root:
+                    node.states[g] = states[g]
+                    self._own(node, g, array("i", [states[g]]), took)
+        if not root.children:
+            del self.roots[space]
+        return (self._void if node is root else node), took
 
-    def column(self, node: Node, g: int) -> list[int]:
-        """The tree's pages of group g from position 0 to the end of `node`."""
-        parts, at = [], node
-        while at.parent is not None:
-            parts.append(at.pages[g])
-            at = at.parent
-        return [page for part in reversed(parts) for page in part]
+    def _plant(self, space: tuple[int, Hashable]) -> Root:
+        root = self.roots[space] = Root(len(self.groups), space)
+        root.fresh = space[0] == self.version
+        return root
 
-    def _count(self, node: Node, took: list[set[int]]) -> None:
-        for g, column in enumerate(node.pages):
-            for page in column:
-                if page != NONE:
-                    self._own(node, g, page, took)
+    def _grow(
+        self,
+        node: Node,
+        key: bytes,
+        pages: Sequence[Sequence[int]],
+        states: Sequence[int],
+        took: list[Pages],
+        priority: int,
+    ) -> Node | None:
+        """A new leaf below `node`; None when it would own nothing."""
+        own = [column if isinstance(column, array) else array("i", column) for column in pages]
+        count = len(key) // self._width
+        if any(len(own[g]) != count for g in (*self._full, *self._windows)):
+            raise ValueError(f"{count} pages of tokens, but {[len(column) for column in own]} pages were offered")
+        if not self._full and all(s == NONE for s in states) and not any(len(solid(column)) for column in own):
+            return None
+        leaf = Node(key, own, [NONE] * len(self.groups), node)
+        leaf.fresh, leaf.priority, leaf.tick, leaf.serial = node.fresh, priority, self._tick, self._count()
+        node.children[key[: self._width]] = leaf
+        for g, column in enumerate(own):
+            self._own(leaf, g, column if g in self._full else solid(column), took)
+        self.leaves.push(leaf)
+        return leaf
 
-    def _fill(self, node: Node, pages: Sequence[Sequence[int]], took: list[set[int]]) -> None:
+    def _tell(self, leaf: Node, space: tuple[int, Hashable]) -> None:
+        """Log a new leaf."""
+        if self.log is not None and leaf.parent is not None:
+            before, tokens = leaf.parent.hashes, tuple(array("i", leaf.key))
+            parent = before[-1] if before else None
+            leaf.hashes = chain(leaf.key, self._width, parent, space)
+            self.log.append(
+                BlockStored(hashes=leaf.hashes, parent=parent, tokens=tokens, page=self.page, namespace=space[1])
+            )
+
+    def _count(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _fill(self, node: Node, pages: Sequence[Sequence[int]], took: list[Pages]) -> None:
         """Give a node the pages that it has none of."""
-        for g, column in enumerate(node.pages):
-            if NONE in column:
-                for i, (mine, other) in enumerate(zip(column, pages[g], strict=False)):
-                    if mine == NONE and other != NONE:
-                        column[i] = other
-                        self._own(node, g, other, took)
+        for g in self._windows:
+            mine = node.pages[g]
+            if node.size[g] < len(mine):
+                new = array("i")
+                for i, (own, other) in enumerate(zip(mine, pages[g], strict=False)):
+                    if own == NONE and other != NONE:
+                        mine[i] = other
+                        new.append(other)
+                self._own(node, g, new, took)
 
-    def _own(self, node: Node, g: int, page: int, took: list[set[int]]) -> None:
-        took[g].add(page)
-        self.held[g] += 1
-        if node.holds[g] == 0:
-            self.evictable[g] += 1
+    def _own(self, node: Node, g: int, pages: Pages, took: list[Pages]) -> None:
+        took[g].extend(pages)
+        node.size[g] += len(pages)
+        self.held[g] += len(pages)
+        if not (node.holds[g] if g in self.loose else node.lock):
+            self.evictable[g] += len(pages)
+            if g in self.loose and node.size[g]:
+                self.loose[g].push(node)
+
+    # Lock
 
     def lock(self, node: Node) -> None:
         """Protect what a reader that goes on at the end of `node` needs."""
+        assert node.alive, "a node was evicted between match and lock"
         node.ends += 1
-        self._hold(node, 1)
+        self.hold(node, 1)
 
     def unlock(self, node: Node) -> None:
-        """Undo one `lock`."""
-        node.ends -= 1
-        self._hold(node, -1)
+        """Undo one `lock`. Does nothing where `engine.cache.check.repair` took the node away."""
+        if node.alive:
+            node.ends -= 1
+            self.hold(node, -1)
 
-    def _hold(self, node: Node, by: int) -> None:
-        at: Node | None = node
+    def hold(self, node: Node, by: int) -> None:
+        """Count `by` more locks that end at `node`, in it and above; `lock` and `unlock` without their own count."""
+        if self.loose:
+            self._hold_loose(node, by)
+        at, above = node, node.parent
+        while above is not None:
+            before = at.lock
+            at.lock = now = before + by
+            if not before or not now:  # the first came, or the last went
+                for g in self._full:
+                    self.evictable[g] += at.size[g] if before else -at.size[g]
+                if before and not at.children:
+                    self.offer(at)
+            at, above = above, above.parent
+
+    def _hold_loose(self, node: Node, by: int) -> None:
+        """`hold` of what is not full: only those count that still need a node's pages."""
         away = 0
-        while at is not None:
-            at.lock += by
-            for g in range(len(self.groups)):
+        for at in upwards(node):
+            for g, queue in self.loose.items():
                 if self._needs(g, away, at is node):
-                    at.holds[g] += by
-                    if at.holds[g] == (by > 0):
-                        self.evictable[g] -= by * self._size(at, g)
-            if at.lock == 0 and not at.children:
-                self._offer(at)
+                    before = at.holds[g]
+                    at.holds[g] = before + by
+                    if not before or not at.holds[g]:
+                        self.evictable[g] += at.size[g] if before else -at.size[g]
+                        if before and at.size[g]:
+                            queue.push(at)
             away += len(at.key) // 4
-            at = at.parent
 
     def _needs(self, g: int, away: int, own: bool) -> bool:
-        """Whether a reader at a position `away` tokens past a node's end needs the node's pages in group g."""
+        """Whether a reader at a position `away` tokens past a node's end needs the node's pages in group g, which is
+        of windows or state."""
         group = self.groups[g]
-        return group.kind == "full" or (away < group.window - 1 if group.kind == "window" else own)
+        return away < group.window - 1 if group.kind == "window" else own
 
-    def _size(self, node: Node, g: int) -> int:
-        return sum(p != NONE for p in owned(node, g))
+    # Evict
 
     def evict(self, need: Sequence[int]) -> bool:
-        """Free pages until each pool has at least need[g] free. False when that can't be reached; nothing is then lost
-        that a lock protects."""
+        """Free pages until each pool has at least need[g] free. False when that can't be reached; nothing is then lost.
+        What a lock protects stays."""
+        if all(n <= p.free for n, p in zip(need, self.pools, strict=True)):
+            return True
         if any(n > p.free + e for n, p, e in zip(need, self.pools, self.evictable, strict=True)):
             return False
-        for g, group in enumerate(self.groups):
-            while group.kind == "full" and need[g] > self.pools[g].free:
-                tick, node = self._oldest()
-                if not node.alive or node.lock or node.children:
-                    continue
-                if node.tick != tick:
-                    self._offer(node)
-                else:
+        for g in self._full:
+            while need[g] > self.pools[g].free:
+                node = self.leaves.pop()
+                if not node.lock and not node.children:
                     self._drop(node)
-            if need[g] > self.pools[g].free:
-                self._strip(g, need[g])
+        for g, queue in self.loose.items():
+            while need[g] > self.pools[g].free:
+                node = queue.pop()
+                if not node.holds[g] and node.size[g]:
+                    self._strip(node, g)
         return True
 
-    def _strip(self, g: int, need: int) -> None:
-        """Take pages of group g out of the nodes that were used longest ago and whose readers don't need them."""
-        nodes, stack = [], list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            stack += node.children.values()
-            if not node.holds[g] and self._size(node, g):
-                nodes.append(node)
-        for node in sorted(nodes, key=lambda n: n.tick):
-            pages = [p for p in owned(node, g) if p != NONE]
-            self._forget(g, pages)
-            node.pages[g] = [NONE] * len(node.pages[g])
-            node.states[g] = NONE
-            if node.lock == 0 and not node.children and not any(self._size(node, i) for i in range(len(self.groups))):
-                self._drop(node)
-            if need <= self.pools[g].free:
-                return
+    def _strip(self, node: Node, g: int) -> None:
+        """Take the pages of a window or state group out of a node whose readers don't need them."""
+        self._release(node, g)
+        node.pages[g] = array("i", [NONE]) * len(node.pages[g])
+        node.states[g] = NONE
+        if not node.lock and not node.children:
+            self.offer(node)
 
-    def _forget(self, g: int, pages: Sequence[int]) -> None:
-        """Give pages that no lock needs back to their pool."""
-        self.pools[g].give(pages)
-        self.held[g] -= len(pages)
-        self.evictable[g] -= len(pages)
+    def offer(self, node: Node) -> None:
+        """An unlocked leaf waits for its eviction, unless nothing would be won by that."""
+        if any(node.size):
+            self.leaves.push(node)
+        else:
+            self._drop(node)
+
+    def _release(self, node: Node, g: int) -> None:
+        """Give a node's pages of group g, which no lock needs, back to their pool."""
+        count = node.size[g]
+        if count:
+            self.pools[g].give(owned(node, g))
+            self.held[g] -= count
+            self.evictable[g] -= count
+            node.size[g] = 0
 
     def _drop(self, node: Node) -> None:
+        """Take an unlocked leaf away, and what then stands there for nothing above it."""
         parent = node.parent
         assert parent is not None
         for g in range(len(self.groups)):
-            self._forget(g, [p for p in owned(node, g) if p != NONE])
+            self._release(node, g)
+        self.forget(node)
+        del parent.children[node.key[: self._width]]
+        if not parent.children:
+            if isinstance(parent, Root):
+                del self.roots[parent.space]
+            elif not parent.lock:
+                self.offer(parent)
+
+    def forget(self, node: Node) -> None:
+        """A node is the tree's no more."""
         node.alive = False
-        del parent.children[node.key[: self.page * 4]]
-        if not parent.children and parent.lock == 0:
-            self._offer(parent)
+        for queue in (self.leaves, *self.loose.values()) if node.queued else ():
+            if node.queued & queue.bit:
+                queue.died()
+        if self.log is not None:
+            self.log.append(BlockRemoved(hashes=node.hashes))
 
-    def _offer(self, node: Node) -> None:
-        """Queue a leaf for eviction. Its place is by the tick of now; `evict` looks again when its turn comes."""
-        if node.parent is not None and not node.queued:
-            node.queued = True
-            heapq.heappush(self._leaves, (node.tick, id(node), node))
+    def flush(self) -> None:
+        """Drop every node that no lock protects."""
+        known = len(self.log or ())
+        for node in reversed([*self.nodes()]):  # children before their parents
+            if node.alive and not node.lock and not node.children:
+                self._drop(node)
+        if self.log is not None and not self.roots:
+            self.log[known:] = [AllBlocksCleared()]
 
-    def _oldest(self) -> tuple[int, Node]:
-        tick, _, node = heapq.heappop(self._leaves)
-        node.queued = False
-        return tick, node
+    def renew(self, version: int) -> None:
+        """The weights are of `version` from now on: what others made is not matched any more, and goes first."""
+        self.version = version
+        for root in self.roots.values():
+            root.fresh = root.space[0] == version
+            for node in below(root):
+                node.fresh = root.fresh
+        for queue in (self.leaves, *self.loose.values()):
+            queue.renew()
 
-    def _split(self, node: Node, at: int) -> Node:
-        """Cut a node after `at` bytes; returns the new upper part."""
-        parent, width = node.parent, self.page * 4
+    def _split(self, node: Node, count: int) -> Node:
+        """Cut a node after `count` pages; returns the new upper part."""
+        parent, at = node.parent, count * self._width
         assert parent is not None
         assert 0 < at < len(node.key)
-        cut = at // width
-        upper = Node(node.key[:at], [c[:cut] for c in node.pages], [NONE] * len(self.groups), parent, node.tick)
-        upper.lock = node.lock
-        upper.children[node.key[at : at + width]] = node
-        parent.children[node.key[:width]] = upper
-        node.key, node.pages, node.parent = node.key[at:], [c[cut:] for c in node.pages], upper
-        for g, group in enumerate(self.groups):
-            upper.holds[g] = node.lock if group.kind == "full" else self._readers(g, upper)
-            if node.holds[g] and not upper.holds[g]:
-                self.evictable[g] += self._size(upper, g)
+        upper = Node(node.key[:at], [c[:count] for c in node.pages], [NONE] * len(self.groups), parent)
+        upper.lock, upper.tick, upper.hits, upper.priority = node.lock, node.tick, node.hits, node.priority
+        upper.fresh, upper.serial = node.fresh, self._count()
+        upper.children[node.key[at : at + self._width]] = node
+        parent.children[node.key[: self._width]] = upper
+        node.key, node.pages, node.parent = node.key[at:], [c[count:] for c in node.pages], upper
+        upper.hashes, node.hashes = node.hashes[:count], node.hashes[count:]
+        for g in self._full:
+            upper.size[g] = count
+            node.size[g] -= count
+        for g, queue in self.loose.items():
+            upper.size[g] = len(solid(upper.pages[g]))
+            node.size[g] -= upper.size[g]
+            upper.holds[g] = self._readers(g, upper)
+            if upper.size[g] and not upper.holds[g]:
+                self.evictable[g] += upper.size[g] if node.holds[g] else 0
+                queue.push(upper)
         return upper
 
     def _readers(self, g: int, node: Node) -> int:
@@ -306,46 +425,24 @@ class RadixTree:
         found, stack = 0, [(child, len(child.key) // 4) for child in node.children.values()]
         while stack:
             at, away = stack.pop()
-            if self._needs(g, away, False):
+            if at.lock and self._needs(g, away, False):
                 found += at.ends
                 stack += [(child, away + len(child.key) // 4) for child in at.children.values()]
         return found
 
-    def _root(self, namespace: Hashable) -> Node:
-        root = self._roots.get(namespace)
-        if root is None:
-            empty: list[list[int]] = [[] for _ in self.groups]
-            root = self._roots[namespace] = Node(b"", empty, [NONE] * len(self.groups), None, 0)
-        return root
+    # Look around
 
-    def flush(self) -> None:
-        """Drop every node that no lock protects."""
-        while self._leaves:
-            _, node = self._oldest()
-            if node.alive and not node.lock and not node.children:
-                self._drop(node)
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots, parents before their children."""
+        for root in self.roots.values():
+            yield from below(root)
 
-
-def owned(node: Node, g: int) -> list[int]:
-    """The pages of group g that a node owns, -1 among them."""
-    return [*node.pages[g], node.states[g]]
-
-
-def common(a: bytes, b: bytes, width: int) -> int:
-    """Length of the common prefix of a and b in bytes, rounded down to whole `width`s."""
-    n = min(len(a), len(b)) // width * width
-    if a[:n] == b[:n]:
-        return n
-    low, high = 0, n // width
-    while high - low > 1:
-        mid = (low + high) // 2
-        if a[low * width : mid * width] == b[low * width : mid * width]:
-            low = mid
-        else:
-            high = mid
-    return low * width
+    def drain(self) -> list[Event]:
+        """What happened since the last call; nothing where events are off."""
+        out, self.log = self.log or [], None if self.log is None else []
+        return out
 
 
 def as_key(tokens: Sequence[int]) -> bytes:
-    """Token ids as the tree compares them."""
-    return np.asarray(tokens, np.int32).tobytes()
+    """Token ids as the tree compares them. Raises OverflowError for what is no int32."""
+    return array("i", tokens).tobytes()

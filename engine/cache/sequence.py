@@ -17,33 +17,20 @@ class SequenceCache:
     and stale). own[g]: those that this sequence must give back; the others belong to the tree, which a lock on `node`
     protects. read[g]: state page that the next row starts from. edits[g]: (index, page) that the device doesn't know;
     told: there are none. end: positions before it have a page; due: once `lower` is there, `trim` has something to do;
-    still: what is fed before it needs neither a page nor a word to the device.
+    still: what is fed before it needs neither a page nor a word to the device. seen: tokens that were offered to the
+    tree. version: of the weights that the tree had at the start.
     """
 
     __slots__ = (
-        "base",
-        "due",
-        "edits",
-        "end",
-        "gone",
-        "groups",
-        "limit",
-        "node",
-        "own",
-        "pools",
-        "read",
-        "still",
-        "table",
-        "told",
-        "tree",
-        "write",
-    )
+        "base", "due", "edits", "end", "gone", "groups", "limit", "node", "own", "pools", "read", "seen", "still",
+        "table", "told", "tree", "version", "write",
+    )  # fmt: skip
 
     def __init__(self, tree: RadixTree, pools: Sequence[PagePool], limit: Sequence[int], match: Match) -> None:
         """Take over a match, which gets locked. limit: entries of a slot's table, per group. Needs one free page in
         each state group."""
         self.tree, self.groups, self.pools, self.limit = tree, tree.groups, tuple(pools), tuple(limit)
-        self.node = match.node
+        self.node, self.version, self.seen = match.node, match.version, 0
         tree.lock(match.node)
         self.table = [list(pages) for pages in match.pages]
         self.base = list(match.base)
@@ -154,21 +141,31 @@ class SequenceCache:
             self.edits, self.told = [[] for _ in self.groups], True
             self.still = min(self.end, self.due)
 
-    def share(self, namespace: Hashable, key: bytes, states: Sequence[int]) -> None:
+    def share(self, namespace: Hashable, key: bytes, states: Sequence[int], priority: int = 0) -> None:
         """Offer the whole pages that `key` (int32 bytes) covers to the tree, with state checkpoints owned by this
         sequence, or -1. From now on they are the tree's, locked through its node; where the tree had its own of the
         same content, the table turns to those (rows in flight still read the old ones, which is why they are only
         given out to later steps)."""
         count = len(key) // 4 // self.tree.page
-        offered = [[NONE] * self._skipped(g) + table for g, table in enumerate(self.table)]
-        node, took = self.tree.insert(namespace, key, [column[:count] for column in offered], states)
+        offered = [[NONE] * self._skipped(g) + self._mine(g) for g in range(len(self.groups))]
+        columns = [column[:count] for column in offered]
+        node, took = self.tree.insert(
+            namespace, key, columns, states, priority=priority, seen=self.seen, version=self.version
+        )
+        self.seen = len(key) // 4
         self.tree.lock(node)
         self.tree.unlock(self.node)
         self.node = node
         for g, taken in enumerate(took):
-            self.own[g] -= taken
+            self.own[g].difference_update(taken)
             if self.own[g].intersection(offered[g][:count]):
                 self._adopt(g, self.tree.column(node, g))
+
+    def _mine(self, g: int) -> list[int]:
+        """The table as it may be offered: a window's pages that were the tree's may have been evicted since."""
+        if self.groups[g].kind != "window":
+            return self.table[g]
+        return [page if page in self.own[g] else NONE for page in self.table[g]]
 
     def _skipped(self, g: int) -> int:
         """Pages before the table's first."""

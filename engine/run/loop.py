@@ -113,7 +113,7 @@ class Loop:
     def _audit(self) -> None:
         accounts = self.scheduler.accounts()
         if not self.scheduler.audit():
-            print(f"radixmesh: pages were lost, the cache begins anew: {accounts}", file=sys.stderr, flush=True)
+            print(f"radixmesh: pages were lost and found: {accounts}", file=sys.stderr, flush=True)
 
     def _flush(self, rid: str) -> Output:
         if self.busy:

@@ -93,6 +93,7 @@ def start(
             radix=decided.resolved.radix,
             queue=queue,
             queue_tokens=queue_tokens,
+            eviction=decided.resolved.eviction,
         )
     except BaseException:
         backend.close()

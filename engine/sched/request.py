@@ -80,7 +80,8 @@ class Run:
     fed: tokens of `fill` planned. settled: positions in the cache by collected steps; lower and upper: bounds that
     count the steps in flight. flying: rows in flight that make tokens. pending: rows in flight; verifying: those with
     drafts; newest: step of the last; these three leave out rows that are `row`. begun: a row of it was sent to the
-    device. alone_until: after a device failure, run alone up to this position.
+    device. cold: the pool held it alone only without the prefix cache, which it uses no more. alone_until: after a
+    device failure, run alone up to this position.
 
     leader: the run that computes a prefix which this one waits for; waits: how often it did. followers: those that wait
     for this one, with the positions that they need. stops: positions of `fill` where a chunk must end for them.
@@ -113,6 +114,7 @@ class Run:
     verifying: int = 0
     cached: int = 0
     begun: bool = False
+    cold: bool = False
     alone_until: int = 0
     row: Row | None = None
     leader: Run | None = None

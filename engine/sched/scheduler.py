@@ -35,7 +35,7 @@ class Scheduler:
     policy: order of those that wait (engine.sched.policy). radix: keep prefixes. priority_preemption: by how much a
     request's priority must be above another's to take its seat, 0 = never. ageing: seconds of waiting that count as one
     priority, 0 = never. least: tokens of an uncached prefix that are worth waiting for when another computes them.
-    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound.
+    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound. eviction: the cache's.
     prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache or from
     the run that computed them. repairs: how often `audit` found pages lost.
     """
@@ -51,6 +51,7 @@ class Scheduler:
         least: int = LEAST,
         queue: int | None = None,
         queue_tokens: int | None = None,
+        eviction: str = "lru",
     ) -> None:
         for name, built in (("shards", limits.shards == 1), ("whole_rows", not limits.whole_rows)):
             if not built:
@@ -58,7 +59,7 @@ class Scheduler:
         self.limits, self.radix = limits, radix
         self.priority_preemption, self.ageing = priority_preemption, ageing
         self.room = capacity(limits)
-        self.store = Store(limits, radix)
+        self.store = Store(limits, radix, eviction)
         self.waiting = Waiting()
         self.running: dict[Run, None] = {}
         self.queue, self.queue_tokens = queue, queue_tokens
@@ -359,18 +360,19 @@ class Scheduler:
         run.state = "seated"
         self.running[run] = self._lowest = None
         self.estimate.add(run)
-        self._sharing.begin(run)
-        run.stops = self._sharing.stops(run, self.waiting.first(WINDOW)) if self.radix else set()
+        if self.store.keeps(run):
+            self._sharing.begin(run)
+            run.stops = self._sharing.stops(run, self.waiting.first(WINDOW))
         return True
 
     def _leader(self, run: Run, match: Match) -> tuple[Run, int] | None:
-        return self._sharing.leader(run, match.length) if self.radix else None
+        return self._sharing.leader(run, match.length) if self.store.keeps(run) else None
 
     def _branch(self, run: Run, length: int, draft: Draft) -> int:
         """Where a run that has `length` matched tokens goes on: in the middle of the next page, when one of its group
         has computed that and it can be copied."""
         parent, last = self._sharing.parent(run), len(run.request.tokens) - 1
-        if not self.radix or parent is None or parent.settled < last or run.unscored <= last:
+        if not self.store.keeps(run) or parent is None or parent.settled < last or run.unscored <= last:
             return length
         if not 0 < last - length < self.store.page:
             return length
@@ -399,11 +401,14 @@ class Scheduler:
         assert cache is not None
         if upto <= cache.end and run.lower < cache.due:
             return True
-        cache.trim(run.lower)
+        if run.lower >= cache.due:
+            cache.trim(run.lower)
         while not self.store.tree.evict(cache.need(upto)):
             planned = {row.run for row in draft.rows}
             victim = max((r for r in self.running if r not in planned), key=lambda r: r.rank)
             self.estimate.rise()
+            # Alone, it lacks just what is locked for it in the tree, where a node's window pages stay as one.
+            run.cold |= len(self.running) == 1
             self._preempt(victim)
             if victim is run:
                 return False
@@ -458,12 +463,10 @@ class Scheduler:
         made = zip(plan.rows, result.tokens.tolist(), result.counts.tolist(), result.status.tolist(), strict=True)
         for i, (row, tokens, count, status) in enumerate(made):
             run = row.run
-            if run.state != "seated" or run.epoch != row.epoch:
-                continue
-            run.flying -= row.makes
             if row is run.row and status == OK:  # one token; as below and as `ending` says, which takes longer
                 token = tokens[0]
                 run.settled += 1
+                run.flying -= 1
                 if run.alone_until:
                     self._passed(run)
                 if token not in run.ends and len(run.out) + 1 < run.most and not run.watched:
@@ -472,6 +475,9 @@ class Scheduler:
                 else:
                     outputs.append(self._take(run, tokens[:1], _told(result.logprobs, i)))
                 continue
+            if run.state != "seated" or run.epoch != row.epoch:
+                continue
+            run.flying -= row.makes
             run.pending -= 1
             run.verifying -= row.drafts > 0
             if status != OK:
@@ -577,15 +583,14 @@ class Scheduler:
         return [self._fail(run, RequestFailed(f"the device failed on this request: {error}")) for run in suspects]
 
     def audit(self) -> bool:
-        """Whether every page is somewhere. Where one is lost, which is a fault in this program, the cache begins anew:
-        all runs are requeued from their committed tokens."""
-        sound = all(account.sound for account in self.accounts())
-        if not sound:
-            self.repairs += 1
-            for run in list(self.running):
-                self._requeue(run)
-            self.store.empty()
-        return sound
+        """Whether every page is somewhere. Where one is lost, which is a fault in this program, that is mended, and the
+        runs that read what is gone are requeued from what is committed."""
+        if all(account.sound for account in self.accounts()):
+            return True
+        self.repairs += 1
+        for run in self.store.mend(self.running):
+            self._requeue(run)
+        return False
 
     def lost(self, error: RadixmeshError) -> list[Output]:
         """The backend is gone: end every request and say why."""

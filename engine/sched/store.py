@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from backends.api.limits import Limits
+from engine.cache.check import repair
 from engine.cache.pages import PagePool
 from engine.cache.radix import NONE, Match, RadixTree
 from engine.cache.sequence import SequenceCache
@@ -33,21 +34,21 @@ class Account:
 
 
 class Store:
-    """Pools and radix tree. radix: keep prefixes. copies: to be done before the next step that is planned; those asked
-    for while a step is planned belong to the one after."""
+    """Pools and radix tree. radix: keep prefixes. eviction: what of them goes first. copies: to be done before the next
+    step that is planned; those asked for while a step is planned belong to the one after."""
 
-    def __init__(self, limits: Limits, radix: bool) -> None:
-        self.limits, self.radix = limits, radix
+    def __init__(self, limits: Limits, radix: bool, eviction: str) -> None:
+        self.limits, self.radix, self.eviction = limits, radix, eviction
         self.copies: list[Copy] = []
         self._stateful = [g for g, group in enumerate(limits.groups) if group.kind == "state"]
         self.empty()
         self.page = self.tree.page
 
     def empty(self) -> None:
-        """New pools, and a tree that knows of nothing. Only when no run has a cache."""
+        """New pools, and a tree that knows of nothing; what runs hold is of the old ones."""
         self.copies.clear()
         self.pools = [PagePool(n) for n in self.limits.pages]
-        self.tree = RadixTree(self.limits.groups, self.pools)
+        self.tree = RadixTree(self.limits.groups, self.pools, eviction=self.eviction)
 
     def accounts(self, running: Iterable[Run]) -> list[Account]:
         """Where the pages of each group are."""
@@ -57,11 +58,25 @@ class Store:
             for g, (p, e, h) in enumerate(zip(self.pools, self.tree.evictable, self.tree.held, strict=True))
         ]
 
+    def keeps(self, run: Run) -> bool:
+        """Whether the prefix cache is for this run."""
+        return self.radix and not run.cold
+
+    def mend(self, running: Iterable[Run]) -> list[Run]:
+        """Make all true again: pages that nobody has become free, what is broken in the tree goes; where a page is two
+        runs', everything begins anew. Gives the runs that read what went: they must lose their seats."""
+        caches = {run: run.cache for run in running if run.cache is not None}
+        owned = [[page for cache in caches.values() for page in cache.own[g]] for g in range(len(self.pools))]
+        if any(repair(self.tree, owned, [cache.node for cache in caches.values()]).left):
+            self.empty()
+            return list(caches)
+        return [run for run, cache in caches.items() if not cache.node.alive]
+
     def match(self, run: Run) -> Match:
         """The longest cached prefix of what a run must be fed, but for one token at least, and for what must score the
         prompt: a token is scored by the row that feeds the one before it."""
         most = min(run.length, run.unscored) - 1
-        return self.tree.match(run.request.namespace, run.key, most if self.radix else 0)
+        return self.tree.match(run.request.namespace, run.key, most if self.keeps(run) else 0)
 
     def fits(self, match: Match, need: Sequence[int]) -> bool:
         """Whether so many pages of each group can be had beside a match; those that nobody reads are evicted for it."""
@@ -79,7 +94,8 @@ class Store:
         assert run.cache is not None
         for g, own in enumerate(run.cache.own):
             self._forget(g, own)
-        run.cache.release()
+        if run.cache.tree is self.tree:
+            run.cache.release()
         run.cache = None
         run.checkpoints.clear()
 
@@ -95,7 +111,9 @@ class Store:
     def checkpoint(self, run: Run) -> None:
         """Ask for a copy of the recurrent state after the row just planned, where others could go on from it."""
         cache = run.cache
-        if not self._stateful or not self.radix or cache is None or (run.fed % self.page and run.fed not in run.stops):
+        if not self._stateful or not self.keeps(run) or cache is None:
+            return
+        if run.fed % self.page and run.fed not in run.stops:
             return
         if len(self.copies) + len(self._stateful) > self.limits.max_copies:
             return
@@ -117,11 +135,11 @@ class Store:
         at: a chunk ended there, which is `length` or less."""
         cache = run.cache
         states = run.checkpoints.get(at) if at % self.page == 0 else None
-        if cache is None or not self.radix or (self._stateful and states is None):
+        if cache is None or not self.keeps(run) or (self._stateful and states is None):
             return
         whole = min(length, len(run.request.tokens) + len(run.out)) // self.page * self.page
         given = [(states or {}).get(g, NONE) for g in range(len(self.pools))]
-        cache.share(run.request.namespace, run.prefix(whole), given)
+        cache.share(run.request.namespace, run.prefix(whole), given, run.request.priority)
         if states is not None:
             self._drop(run, at)
 

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     group.command()(agree)
     group.command()(scheduler)
     group.command()(serve)
+    group.command()(radix)
     app.add_typer(group, name="bench")
 
 
@@ -128,6 +129,33 @@ def scheduler(
             print(f"{order:12} {name:10} {s.shared:8} {s.cached:8} {s.fed:8}")
     if out is not None:
         write(out, "scheduler", figures)
+
+
+def radix(
+    pages: Annotated[str, typer.Option(help="Tokens per page, such as 1,16.")] = "1,16",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of 512 to 4,096 tokens.")] = 2000,
+    capacity: Annotated[int, typer.Option(min=8192, help="Tokens that the cache holds.")] = 500_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that the whole is served, each from an empty cache.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+) -> None:
+    """CPU microseconds of the prefix cache a request: match, lock, evict, take, insert, unlock. No model is needed."""
+    from radixmesh.bench import radix as bench
+    from radixmesh.bench.record import write
+
+    sizes = [p for p in pages.split(",") if p.strip().isdigit() and 1 <= int(p) <= 128]
+    if sizes != pages.split(","):
+        raise ConfigError(f"pages: {pages!r}: give sizes from 1 to 128, such as 1,16", field="pages")
+    figures = []
+    print(f"{'page':>4} {'us/request':>10} {'best':>7} {'match':>7} {'best':>7} {'key':>7} {'cached':>7}")
+    for page in sizes:
+        cost = bench.measure(int(page), requests, capacity, repeats)
+        figures.append(asdict(cost) | {"requests": requests, "capacity": capacity, "repeats": repeats})
+        print(
+            f"{cost.page:4} {cost.total:10.1f} {cost.best:7.1f} {cost.match:7.1f} {cost.match_best:7.1f} "
+            f"{cost.key:7.1f} {cost.cached:7.1%}"
+        )
+    if out is not None:
+        write(out, "radix", figures)
 
 
 def serve(

@@ -1,138 +1,153 @@
-"""The radix tree against a list of everything that was ever inserted."""
+"""The radix tree where the state machine (test_machine.py) does not look: sizes, policies by example, memory."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+import random
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.cache.check import check
+from engine.cache.evict import POLICIES
+from engine.cache.node import common
 from engine.cache.pages import PagePool
-from engine.cache.radix import NONE, Match, RadixTree, as_key, common
+from engine.cache.radix import NONE, RadixTree, as_key
+from engine.config import EVICTIONS
 from engine.model.groups import CacheGroup
 
-PAGE = 2
-FULL, WINDOW = CacheGroup(kind="full", page=PAGE), CacheGroup(kind="window", page=PAGE, window=4)
-TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=14)
+
+def make(pages: int, page: int = 2, eviction: str = "lru", window: int = 0) -> RadixTree:
+    """A tree over a full group and, if asked, one of windows."""
+    groups = [CacheGroup(kind="full", page=page)]
+    if window:
+        groups.append(CacheGroup(kind="window", page=page, window=window))
+    return RadixTree(groups, [PagePool(pages) for _ in groups], eviction=eviction)
 
 
-class Tree(RuleBasedStateMachine):
-    """Insert, match, lock, evict. A page's content is the prefix that it ends, kept beside the tree."""
-
-    @initialize(windowed=st.booleans(), pages=st.integers(8, 30))
-    def start(self, windowed: bool, pages: int) -> None:
-        self.groups = (FULL, WINDOW) if windowed else (FULL,)
-        self.pools = [PagePool(pages) for _ in self.groups]
-        self.tree = RadixTree(self.groups, self.pools)
-        self.content: list[dict[int, tuple[int, ...]]] = [{} for _ in self.groups]
-        self.locked: list[Match] = []
-
-    @rule(tokens=TOKENS, namespace=st.sampled_from(["a", "b"]), holes=st.integers(0, 7))
-    def insert(self, tokens: list[int], namespace: str, holes: int) -> None:
-        count = len(tokens) // PAGE
-        if not self.tree.evict([count] * len(self.groups)):
-            return
-        columns = []
-        for g, pool in enumerate(self.pools):
-            column = pool.take(count)
-            for i, page in enumerate(column):
-                self.content[g][page] = (namespace, *tokens[: (i + 1) * PAGE])
-            if self.groups[g].kind == "window":  # a sequence has trimmed what its window left behind
-                pool.give(column[: min(holes, count)])
-                column = [NONE] * min(holes, count) + column[min(holes, count) :]
-            columns.append(column)
-        _, took = self.tree.insert(namespace, as_key(tokens[: count * PAGE]), columns, [NONE] * len(self.groups))
-        for column, taken, pool in zip(columns, took, self.pools, strict=True):
-            pool.give(p for p in column if p != NONE and p not in taken)
-
-    @rule(tokens=TOKENS, namespace=st.sampled_from(["a", "b"]), lock=st.booleans())
-    def match(self, tokens: list[int], namespace: str, lock: bool) -> None:
-        limit = max(0, len(tokens) - 1)
-        match = self.tree.match(namespace, as_key(tokens), limit)
-        assert match.length % PAGE == 0
-        assert match.length <= limit
-        for g, (base, pages) in enumerate(zip(match.base, match.pages, strict=True)):
-            assert base + len(pages) * PAGE == match.length
-            if self.groups[g].kind == "window":
-                assert base <= max(0, match.length - WINDOW.window + 1)
-            for i, page in enumerate(pages):
-                assert self.content[g][page] == (namespace, *tokens[: base + (i + 1) * PAGE])
-        if lock:
-            self.tree.lock(match.node)
-            self.locked.append(match)
-
-    @precondition(lambda self: self.locked)
-    @rule(data=st.data())
-    def unlock(self, data: st.DataObject) -> None:
-        match = self.locked.pop(data.draw(st.integers(0, len(self.locked) - 1)))
-        self.tree.unlock(match.node)
-
-    @rule(need=st.integers(1, 30), group=st.integers(0, 1))
-    def evict(self, need: int, group: int) -> None:
-        wanted = [need if g == group else 0 for g in range(len(self.groups))]
-        could = all(n <= p.free + e for n, p, e in zip(wanted, self.pools, self.tree.evictable, strict=True))
-        assert self.tree.evict(wanted) == could
-        assert not could or all(p.free >= n for p, n in zip(self.pools, wanted, strict=True))
-
-    @invariant()
-    def locked_prefixes_stay(self) -> None:
-        for match in getattr(self, "locked", []):
-            for g, pages in enumerate(match.pages):
-                assert self.tree.column(match.node, g)[match.base[g] // PAGE :][: len(pages)] == pages
-
-    @invariant()
-    def counts_are_true(self) -> None:
-        if not hasattr(self, "tree"):
-            return
-        nodes, stack = [], list(self.tree._roots.values())
-        while stack:
-            node = stack.pop()
-            nodes.append(node)
-            stack += node.children.values()
-        for g, pool in enumerate(self.pools):
-            sizes = {id(n): sum(p != NONE for p in n.pages[g]) for n in nodes}
-            assert self.tree.held[g] == sum(sizes.values())
-            assert self.tree.evictable[g] == sum(sizes[id(n)] for n in nodes if not n.holds[g])
-            assert pool.free + self.tree.held[g] == pool.total
-
-    def teardown(self) -> None:
-        for match in getattr(self, "locked", []):
-            self.tree.unlock(match.node)
-        if hasattr(self, "tree"):
-            self.tree.flush()
-            assert [p.free for p in self.pools] == [p.total for p in self.pools]
+def put(tree: RadixTree, tokens: Sequence[int], priority: int = 0, name: object = "") -> None:
+    """All of a request: match, evict, take, insert, give back what the tree had."""
+    key = as_key(tokens)
+    match = tree.match(name, key, len(tokens))
+    tree.lock(match.node)
+    count = len(tokens) // tree.page
+    have = zip(match.base, match.pages, strict=True)
+    assert tree.evict([count - len(pages) - base // tree.page for base, pages in have])
+    columns = []
+    for base, pages, pool in zip(match.base, match.pages, tree.pools, strict=True):
+        column = [NONE] * (base // tree.page) + list(pages)
+        columns.append(column + list(pool.take(count - len(column))))
+    whole = key[: count * tree.page * 4]
+    tree.insert(name, whole, columns, [NONE] * len(tree.pools), priority=priority)
+    tree.unlock(match.node)
 
 
-TestTree = Tree.TestCase
-TestTree.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+def left(tree: RadixTree, *prompts: Sequence[int]) -> list[int]:
+    """Cached tokens of each."""
+    return [tree.cached("", as_key(p), len(p)) for p in prompts]
 
 
-def test_least_recently_used_goes_first() -> None:
-    tree = RadixTree([FULL], [PagePool(6)])
-    for start in (0, 10, 20):
-        column = tree.pools[0].take(2)
-        tree.insert("", as_key(range(start, start + 4)), [column], [NONE])
-    assert tree.match("", as_key(range(6)), 4).length == 4  # touched: now the youngest
+A, B, C = range(0, 4), range(10, 14), range(20, 24)
+
+
+def test_the_policies_are_those_of_the_configuration() -> None:
+    assert set(POLICIES) == set(EVICTIONS)
+
+
+@pytest.mark.parametrize(
+    ("eviction", "kept"),
+    [
+        ("lru", [0, 0, 4]),  # C came last
+        ("lfu", [4, 0, 0]),  # A was used thrice, B twice
+        ("slru", [4, 0, 0]),  # A and B were used again, A later
+        ("priority", [0, 4, 0]),  # B's requests came first
+    ],
+)
+def test_what_goes_first(eviction: str, kept: list[int]) -> None:
+    tree = make(6, eviction=eviction)
+    for tokens, priority in ((A, 0), (B, 0), (A, 0), (B, 1), (A, 0), (C, 0)):
+        put(tree, tokens, priority)
+    assert left(tree, A, B, C) == [4, 4, 4]
+    assert tree.evict([4])
+    assert left(tree, A, B, C) == kept
+
+
+def test_a_look_is_a_use_for_lru() -> None:
+    tree = make(6)
+    for tokens in (A, B, C):
+        put(tree, tokens)
+    tree.match("", as_key(A), 4)
     assert tree.evict([2])
-    assert [tree.match("", as_key(range(s, s + 6)), 4).length for s in (0, 10, 20)] == [4, 0, 4]
+    assert left(tree, A, B, C) == [4, 0, 4]
+
+
+def test_a_chunked_prompt_is_one_use() -> None:
+    tree = make(8, eviction="lfu")
+    pages, seen = list(tree.pools[0].take(3)), 0
+    for end in (2, 4, 6):
+        tree.insert("", as_key(range(end)), [pages[: end // 2]], [NONE], seen=seen)
+        seen = end
+    assert [node.hits for node in tree.nodes()] == [1, 1, 1]
+    put(tree, range(6))
+    assert [node.hits for node in tree.nodes()] == [2, 2, 2]
+
+
+def test_new_weights_make_the_old_prefixes_useless_and_first_to_go() -> None:
+    tree = make(6)
+    put(tree, A)
+    tree.renew(1)
+    put(tree, B)
+    assert left(tree, A, B) == [0, 4]
+    put(tree, A)
+    tree.match("", as_key(B), 4)
+    assert tree.evict([2])
+    assert left(tree, A, B) == [4, 4]
+    assert {version for version, _ in tree.roots} == {1}
+
+
+def test_a_sequence_of_old_weights_shares_only_with_its_like() -> None:
+    tree = make(6)
+    match = tree.match("", as_key(A), 4)
+    tree.renew(1)
+    tree.insert("", as_key(A), [tree.pools[0].take(2)], [NONE], version=match.version)
+    assert left(tree, A) == [0]
+    assert check(tree) == []
 
 
 def test_prefix_is_never_the_whole_prompt() -> None:
-    tree = RadixTree([FULL], [PagePool(4)])
-    tree.insert("", as_key(range(4)), [tree.pools[0].take(2)], [NONE])
-    assert tree.match("", as_key(range(4)), 3).length == 2
+    tree = make(4)
+    put(tree, A)
+    assert tree.match("", as_key(A), 3).length == 2
 
 
 def test_state_is_matched_where_its_checkpoint_is() -> None:
     state = CacheGroup(kind="state", page=0)
-    tree = RadixTree([FULL, state], [PagePool(8), PagePool(2)])
+    tree = RadixTree([CacheGroup(kind="full", page=2), state], [PagePool(8), PagePool(2)])
     checkpoint = tree.pools[1].take(1)[0]
     tree.insert("", as_key(range(4)), [tree.pools[0].take(2), []], [NONE, checkpoint])
     tree.insert("", as_key(range(8)), [tree.pools[0].take(4), []], [NONE, NONE])
     match = tree.match("", as_key(range(9)), 8)
     assert (match.length, match.states[1], len(match.pages[0])) == (4, checkpoint, 2)
+
+
+@pytest.mark.parametrize("page", [1, 3, 16, 128])
+def test_page_sizes(page: int) -> None:
+    tree = make(64, page=page, window=2 * page)
+    long, short = range(page * 10 + page // 2), [*range(page * 4), *range(7000, 7000 + page * 3)]
+    put(tree, long)
+    put(tree, short)
+    assert left(tree, long, short, [9]) == [page * 10, page * 7, 0]
+    assert tree.held == [13, 13]
+    assert check(tree) == []
+
+
+def test_what_is_not_whole_is_refused() -> None:
+    tree = make(8)
+    with pytest.raises(ValueError, match="3 tokens are no whole pages of 2"):
+        tree.insert("", as_key(range(3)), [[0, 1]], [NONE])
+    with pytest.raises(ValueError, match="2 pages of tokens"):
+        tree.insert("", as_key(range(4)), [[0]], [NONE])
+    with pytest.raises(OverflowError):
+        as_key([1 << 31])
 
 
 def test_common_prefix_is_in_whole_widths() -> None:
@@ -141,12 +156,20 @@ def test_common_prefix_is_in_whole_widths() -> None:
         assert common(a, b, 4) == n // 4 * 4
 
 
-def test_pool_refuses_what_is_not_there() -> None:
-    pool = PagePool(2)
-    pages = pool.take(2)
-    with pytest.raises(IndexError):
-        pool.take(1)
-    pool.give(pages[:1])
-    with pytest.raises(ValueError, match="twice"):
-        pool.give(pages[:1])
-    assert all(a != b for a, b in pairwise(sorted(pages)))
+@pytest.mark.parametrize("eviction", sorted(EVICTIONS))
+@pytest.mark.parametrize("window", [0, 6])
+def test_memory_is_flat(eviction: str, window: int) -> None:
+    """Many short requests of many tenants, new weights now and then."""
+    tree, rng = make(400, eviction=eviction, window=window), random.Random(0)
+    for i in range(50_000 // 8):
+        put(tree, [rng.randrange(4) for _ in range(rng.randrange(2, 24))], i % 3, name=(i % 977,))
+        tree.match((i,), as_key([1, 2, 3]), 3)  # a tenant that has nothing
+        if i % 1000 == 999:
+            tree.renew(i)
+        heaps = [queue.heap for queue in (tree.leaves, *tree.loose.values())]
+        size = sum(map(len, heaps)) + len(tree.roots) + sum(1 for _ in tree.nodes())
+        assert size < 2500, f"after {i} requests"
+    assert check(tree) == []
+    tree.flush()
+    assert not tree.roots
+    assert [pool.free for pool in tree.pools] == [pool.total for pool in tree.pools]

@@ -36,7 +36,7 @@ FAULTS = [
     *_faults(
         "engine.cache.sequence",
         ("window trimmed one token early", "lower - group.window + 1", "lower - group.window + 2"),
-        ("pages stay the sequence's after the tree took them", "self.own[g] -= taken", "pass"),
+        ("pages stay the sequence's after the tree took them", "self.own[g].difference_update(taken)", "pass"),
         ("the shared prefix is not locked", "self.tree.lock(node)\n        self.tree.unlock(self.node)", "pass"),
         ("seating sends no page table", "[list(enumerate(pages)) for pages in self.table]", "[[] for _ in self.table]"),
         ("the whole table is not told after a rebase", "self.edits[g] = list(enumerate(self.table[g]))", "pass"),
@@ -185,16 +185,19 @@ FAULTS = [
         ("the longest bad word is forgotten", "max(len(w) for w in words) - 1", "min(len(w) for w in words) - 1"),
     ),
     *_faults(
-        "engine.cache.radix",
+        "engine.cache.node",
         ("a page too much is matched", "return low * width", "return high * width"),
+    ),
+    *_faults(
+        "engine.cache.radix",
         (
             "eviction ignores locks",
-            "if not node.alive or node.lock or node.children:",
-            "if not node.alive or node.children:",
+            "if not node.lock and not node.children:\n                    self._drop(node)",
+            "if not node.children:\n                    self._drop(node)",
         ),
         ("a window's pages are taken too soon", "away < group.window - 1", "away < 0"),
-        ("a split forgets who reads", "upper.lock = node.lock", "upper.lock = 0"),
-        ("a prefix without its window is matched", "return NONE not in column", "return True or NONE not in column"),
+        ("a split forgets who reads", "upper.lock, upper.tick,", "_, upper.tick,"),
+        ("a prefix without its window is matched", "ok[1:] &= last <", "ok[1:] |= last <"),
     ),
     *_faults(
         "engine.sched.stop",

@@ -76,7 +76,7 @@ class Stage:
             turns -= 1
             assert turns > 0, "stuck"
             self.loop.turn()
-            balance(self.scheduler, 0)
+            balance(self.scheduler, self.turn)
 
     def to(self, turn: int) -> None:
         """Go on to the end of this turn."""
@@ -382,20 +382,34 @@ def the_innocent_go_on_together() -> None:
 
 
 def lost_pages_are_found() -> None:
-    """A page that nobody has is noticed, all begin anew with an empty cache, and nothing that was promised is lost."""
-    stage, whole = Stage(pages=40), Stage(pages=40)
-    for s in (stage, whole):
-        for i in range(6):
-            s.ask(f"{i}", prompt(random.Random(i), 20), made=20)
+    """A page that nobody has is noticed and free again, and no run is disturbed. Where a page has two owners all begin
+    anew. Nothing that was promised is lost."""
+    whole = Stage(pages=40)
+    ask_six(whole)
     whole.run()
-    stage.to(10)
-    assert stage.scheduler.audit()
-    stage.scheduler.store.pools[0].take(1)
-    assert not stage.scheduler.audit()
-    assert stage.scheduler.repairs == 1
-    assert stage.scheduler.audit()
-    stage.run()
-    assert stage.outputs == whole.outputs
+    for twice in (False, True):
+        stage = Stage(pages=40)
+        ask_six(stage)
+        stage.run(until=lambda s=stage: s.turn == 10)
+        assert stage.scheduler.audit()
+        before = stage.scheduler.preemptions
+        if twice:
+            first, second = list(stage.scheduler.running)[:2]
+            first.cache.own[0].add(max(second.cache.own[0]))
+        else:
+            stage.scheduler.store.pools[0].take(1)
+        assert not stage.scheduler.audit()
+        assert stage.scheduler.repairs == 1
+        assert stage.scheduler.audit()
+        assert bool(stage.seated) is not twice, stage.seated
+        assert stage.scheduler.preemptions == before
+        stage.run()
+        assert stage.outputs == whole.outputs
+
+
+def ask_six(stage: Stage) -> None:
+    for i in range(6):
+        stage.ask(f"{i}", prompt(random.Random(i), 20), made=20)
 
 
 SCENES = (

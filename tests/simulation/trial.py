@@ -12,6 +12,8 @@ import numpy as np
 
 from backends.api.limits import Limits
 from backends.api.step import U32
+from engine.cache.check import check
+from engine.config import EVICTIONS
 from engine.errors import DeadlineExceeded
 from engine.model.groups import CacheGroup
 from engine.run.loop import Loop
@@ -262,6 +264,7 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
         priority_preemption=rng.choice([0, 1, 3]),
         ageing=rng.choice([0.0, 5.0, 50.0]),
         least=rng.choice([1, 4, 1000]),
+        eviction=EVICTIONS[seed % len(EVICTIONS)],
     )
     scheduler.estimate.share = rng.choice([0.0, 0.7])
 
@@ -330,6 +333,11 @@ def balance(scheduler: Scheduler, seed: int) -> None:
         parts = a.free + a.evictable + a.locked + a.owned
         assert parts == a.total, f"seed {seed}: group {g} has {a}"
         assert min(a.free, a.evictable, a.locked, a.owned) >= 0, f"seed {seed}: group {g} has {a}"
+    if seed % 5 == 0:  # it walks the whole cache
+        caches = [run.cache for run in scheduler.running if run.cache is not None]
+        owned = [[page for cache in caches for page in cache.own[g]] for g in range(len(scheduler.store.pools))]
+        wrong = check(scheduler.store.tree, owned, [cache.node for cache in caches])
+        assert wrong == [], f"seed {seed}: {wrong}"
 
 
 def judge(case: Case, seed: int, lone: bool) -> None:
