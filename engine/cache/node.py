@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from engine.cache.pages import Pages, ids
+from engine.model.groups import CacheGroup
 
 NONE = -1
 
@@ -42,6 +46,20 @@ class Root(Node):
     def __init__(self, groups: int, space: tuple[int, Hashable]) -> None:
         super().__init__(b"", [array("i") for _ in range(groups)], [NONE] * groups, None)
         self.space = space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """The longest usable prefix. length: tokens, whole pages. node: ends there. pages: per group, from position
+    `base` on (state groups: none); the caller's own. states: per group, the checkpoint to start from, or -1.
+    version: of the weights that made it."""
+
+    length: int
+    node: Node
+    base: tuple[int, ...]
+    pages: tuple[Pages, ...]
+    states: tuple[int, ...]
+    version: int
 
 
 def below(node: Node) -> Iterator[Node]:
@@ -96,3 +114,28 @@ def common(a: bytes, b: bytes, width: int) -> int:
         else:
             high = mid
     return low * width
+
+
+def usable(path: Sequence[Node], count: int, groups: Sequence[CacheGroup], page: int) -> int:
+    """The most pages of a path, up to `count`, after which every group has what a reader needs."""
+    states = [g for g, group in enumerate(groups) if group.kind == "state"]
+    ok = np.full(count + 1, not states)  # ok[c]: a reader can go on after c pages
+    at = 0
+    for node in path if states else ():
+        at += len(node.key) // (4 * page)
+        if at <= count and all(node.states[g] != NONE for g in states):
+            ok[at] = True
+    ok[0], to = True, np.arange(1, count + 1)
+    for g, group in enumerate(groups):
+        if group.kind == "window":
+            holes = ids(joined(path, g))[:count] == NONE
+            last = np.maximum.accumulate(np.where(holes, to - 1, NONE))  # the last hole before c pages
+            ok[1:] &= last < np.maximum(0, to * page - group.window + 1) // page
+    return int(np.flatnonzero(ok)[-1])
+
+
+def first_read(group: CacheGroup, count: int, page: int) -> int:
+    """Index of the first page that a reader at position count * page reads in a group."""
+    if group.kind == "full":
+        return 0
+    return count if group.kind == "state" else min(count, max(0, count * page - group.window + 1) // page)

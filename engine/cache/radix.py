@@ -8,31 +8,27 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from engine.cache.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, chain
 from engine.cache.evict import Queue
-from engine.cache.node import NONE, Node, Root, below, common, joined, owned, solid, upwards
-from engine.cache.pages import PagePool, Pages, ids
+from engine.cache.node import (
+    NONE,
+    Match,
+    Node,
+    Root,
+    below,
+    common,
+    first_read,
+    joined,
+    owned,
+    solid,
+    upwards,
+    usable,
+)
+from engine.cache.pages import PagePool, Pages
 from engine.model.groups import CacheGroup
 
 __all__ = ("NONE", "Match", "Node", "RadixTree", "as_key")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """The longest usable prefix. length: tokens, whole pages. node: ends there. pages: per group, from position
-    `base` on (state groups: none); the caller's own. states: per group, the checkpoint to start from, or -1.
-    version: of the weights that made it."""
-
-    length: int
-    node: Node
-    base: tuple[int, ...]
-    pages: tuple[Pages, ...]
-    states: tuple[int, ...]
-    version: int
 
 
 class RadixTree:
@@ -75,7 +71,7 @@ class RadixTree:
         tick = self._tick = self._tick + 1
         for node in path:
             node.tick = tick
-        first = [self._first(g, count) for g in range(len(self.groups))]
+        first = [first_read(group, count, self.page) for group in self.groups]
         end = path[-1] if path else self._void
         return Match(
             length=count * self.page,
@@ -96,45 +92,21 @@ class RadixTree:
         root = self.roots.get((self.version, namespace))
         if root is None:
             return [], 0, 0
-        path, at, same, width, children = list[Node](), 0, 0, self._width, root.children
+        path, at, short, children, width = list[Node](), 0, 0, root.children, self._width
         end = min(len(tokens) // width, limit // self.page) * width
-        while same == at < end:
+        tokens = tokens[:end]
+        while at < end:
             node = children.get(tokens[at : at + width])
             if node is None:
                 break
             path.append(node)
             key, children = node.key, node.children
+            if not tokens.startswith(key, at):
+                short = len(key) - common(key, tokens[at : at + len(key)], width)
+                children = {}
             at += len(key)
-            if at <= end and tokens.startswith(key, same):
-                same = at
-            else:
-                same += common(key, tokens[same : min(end, at)], width)
-        count = same // width
-        return path, at // width, self._usable(path, count) if self.loose and count else count
-
-    def _usable(self, path: Sequence[Node], count: int) -> int:
-        """The most pages, up to `count`, after which every group has what a reader needs."""
-        ok = np.full(count + 1, not self._states)  # ok[c]: a reader can go on after c pages
-        at = 0
-        for node in path if self._states else ():
-            at += len(node.key) // self._width
-            if at <= count and all(node.states[g] != NONE for g in self._states):
-                ok[at] = True
-        ok[0], to = True, np.arange(1, count + 1)
-        for g in self._windows:
-            holes = ids(joined(path, g))[:count] == NONE
-            last = np.maximum.accumulate(np.where(holes, to - 1, NONE))  # the last hole before c pages
-            ok[1:] &= last < np.maximum(0, to * self.page - self.groups[g].window + 1) // self.page
-        return int(np.flatnonzero(ok)[-1])
-
-    def _first(self, g: int, count: int) -> int:
-        """Index of the first page that a row starting at position count * page reads in group g."""
-        group = self.groups[g]
-        if group.kind == "full":
-            return 0
-        if group.kind == "state":
-            return count
-        return min(count, max(0, count * self.page - group.window + 1) // self.page)
+        count = (at - short) // width
+        return path, at // width, usable(path, count, self.groups, self.page) if self.loose and count else count
 
     def column(self, node: Node, g: int) -> Pages:
         """The tree's pages of group g from position 0 to the end of `node`."""
@@ -165,7 +137,8 @@ class RadixTree:
             raise ValueError(f"{len(tokens) // 4} tokens are no whole pages of {self.page}")
         self._tick += 1
         space = self.version if version is None else version, namespace
-        root = self.roots.get(space) or self._plant(space)
+        root = self.roots.get(space) or Root(len(self.groups), space)
+        root.fresh = space[0] == self.version
         node: Node = root
         at, end, took = 0, len(tokens), [array("i") for _ in self.groups]
         while at < end:
@@ -192,14 +165,9 @@ class RadixTree:
                 if states[g] != NONE and node.states[g] == NONE and node is not root:
                     node.states[g] = states[g]
                     self._own(node, g, array("i", [states[g]]), took)
-        if not root.children:
-            del self.roots[space]
+        if root.children:
+            self.roots[space] = root
         return (self._void if node is root else node), took
-
-    def _plant(self, space: tuple[int, Hashable]) -> Root:
-        root = self.roots[space] = Root(len(self.groups), space)
-        root.fresh = space[0] == self.version
-        return root
 
     def _grow(
         self,

@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.simulation.faults import Fault, Planter, _faults
 
-EXAMPLES = 300
+EXAMPLES = 500
 
 LEAF = "if not node.lock and not node.children:\n                    self._drop"
 LOOSE = "if not node.holds[g] and node.size[g]:\n                    self._strip"
@@ -24,9 +24,6 @@ RANK = "node.fresh, self._class(node), node.tick"
 FAULTS: list[Fault] = [
     *_faults(
         "engine.cache.radix",
-        ("a window's page too little is matched", "to * self.page - self.groups[g].window + 1", "to * self.page"),
-        ("a window's page too much is asked", "to * self.page - self.groups[g].window + 1", "to * 0"),
-        ("a state is matched where none is", "ok[at] = True", "ok[:at] = True"),
         ("a match goes past its limit", "min(len(tokens) // width, limit // self.page)", "len(tokens) // width"),
         ("a match is not marked as used", "node.tick = tick\n", "pass\n"),
         ("a match ends at the wrong node", "path.append(self._split(node, count - reach))", "path.append(node)"),
@@ -68,6 +65,9 @@ FAULTS: list[Fault] = [
     ),
     *_faults(
         "engine.cache.node",
+        ("a window's page too little is matched", "to * page - group.window + 1", "to * page"),
+        ("a window's page too much is asked", "to * page - group.window + 1", "to * 0"),
+        ("a state is matched where none is", "ok[at] = True", "ok[:at] = True"),
         ("a page too much is common", "return low * width", "return high * width"),
         ("a column is joined from below", "for node in path:", "for node in reversed(path):"),
         ("holes count as pages", "pages[pages != NONE]", "pages[pages != -2]"),

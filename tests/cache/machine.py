@@ -36,6 +36,7 @@ def prompt(length: int, path: int) -> tuple[int, ...]:
 
 TOKENS = st.builds(prompt, st.sampled_from([0, 1, 4, 7, 8, 10, 11, 12, 13, 14]), st.integers(0, 15))
 SPACES = st.sampled_from(["", "", "", "lora", ("lora", "tenant")])
+HOLES, MOSTLY = st.integers(0, 7), st.sampled_from([True, True, False])
 
 
 @dataclass(kw_only=True)
@@ -68,7 +69,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         kinds=st.sampled_from(KINDS),
-        page=st.integers(1, 2),
+        page=st.integers(1, 3),
         window=st.integers(2, 6),
         pages=st.integers(14, 40),
         eviction=st.sampled_from(sorted(POLICIES)),
@@ -191,7 +192,13 @@ class Machine(RuleBasedStateMachine):
             )
         )
 
-    @rule(tokens=TOKENS, name=SPACES, priority=st.integers(-1, 2), holes=st.integers(0, 7), state=st.booleans())
+    @rule(
+        tokens=TOKENS,
+        name=SPACES,
+        priority=st.integers(-1, 2),
+        holes=HOLES,
+        state=MOSTLY,
+    )
     def serve(self, tokens: tuple[int, ...], name: Hashable, priority: int, holes: int, state: bool) -> None:
         """All of a request at once."""
         before = len(self.seqs)
@@ -201,7 +208,12 @@ class Machine(RuleBasedStateMachine):
             self.end(self.seqs[-1])
 
     @precondition(lambda self: self.seqs)
-    @rule(data=st.data(), holes=st.integers(0, 7), state=st.booleans(), back=st.sampled_from([0, 0, 0, 1, 2, 4]))
+    @rule(
+        data=st.data(),
+        holes=HOLES,
+        state=MOSTLY,
+        back=st.sampled_from([0, 0, 0, 1, 2, 4]),
+    )
     def share(self, data: st.DataObject, holes: int, state: bool, back: int) -> None:
         """Offer some of a prompt, further than before."""
         seq = data.draw(st.sampled_from(self.seqs))
@@ -217,7 +229,7 @@ class Machine(RuleBasedStateMachine):
                 seq.table[g][i] = NONE
         states = [NONE] * len(self.groups)
         for g in [g for g, group in enumerate(self.groups) if group.kind == "state" and state]:
-            if self.pools[g].free and count:
+            if count and self.evict_for([int(i == g) for i in range(len(self.groups))]):
                 states[g] = self.pools[g].take(1)[0]
                 seq.own[g].add(states[g])
         self.insert(seq, count, states)
@@ -276,6 +288,42 @@ class Machine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         self.end(data.draw(st.sampled_from(self.seqs)))
 
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), holes=HOLES, state=MOSTLY)
+    def preempt(self, data: st.DataObject, holes: int, state: bool) -> None:
+        """What is there is shared, the rest lost; then all of it is fed again, under the weights of now."""
+        seq = data.draw(st.sampled_from(self.seqs))
+        self.share_to(seq, max(seq.seen, len(seq.locked)) // self.page, holes, state)
+        self.end(seq)
+        self.seat(seq.tokens, seq.space[1], seq.priority)
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), tail=TOKENS)
+    def fork(self, data: st.DataObject, tail: tuple[int, ...]) -> None:
+        """A child reads what its parent has locked, and goes on with pages and tokens of its own."""
+        seq = data.draw(st.sampled_from(self.seqs))
+        count, tokens = len(seq.locked) // self.page, seq.locked + tail
+        self.tree.lock(seq.node)
+        missing = [0 if g.kind == "state" else len(tokens) // self.page - count for g in self.groups]
+        if not self.evict_for(missing):
+            self.tree.unlock(seq.node)
+            return
+        taken = [list(pool.take(n)) for pool, n in zip(self.pools, missing, strict=True)]
+        table = [parent[:count] + new for parent, new in zip(seq.table, taken, strict=True)]
+        own = [set(pages) for pages in taken]
+        self.seqs.append(
+            Seq(
+                space=seq.space,
+                tokens=tokens,
+                node=seq.node,
+                table=table,
+                priority=seq.priority,
+                own=own,
+                locked=seq.locked,
+                seen=len(seq.locked),
+            )
+        )
+
     def end(self, seq: Seq) -> None:
         self.seqs.remove(seq)
         for pool, own in zip(self.pools, seq.own, strict=True):
@@ -285,8 +333,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(more=st.integers(1, 12), g=st.integers(0, 2))
     def evict(self, more: int, g: int) -> None:
-        """Ask for some more pages of a group than are free."""
+        """Ask for some more pages of a group than are free, mostly no more than can be had."""
         g = g % len(self.groups)
+        more = more if more > 10 else max(1, min(more, self.tree.evictable[g]))
         self.evict_for([self.pools[g].free + more if i == g else 0 for i in range(len(self.groups))])
 
     def evict_for(self, need: list[int]) -> bool:

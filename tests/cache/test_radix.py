@@ -146,6 +146,7 @@ def test_what_is_not_whole_is_refused() -> None:
         tree.insert("", as_key(range(3)), [[0, 1]], [NONE])
     with pytest.raises(ValueError, match="2 pages of tokens"):
         tree.insert("", as_key(range(4)), [[0]], [NONE])
+    assert not tree.roots
     with pytest.raises(OverflowError):
         as_key([1 << 31])
 

@@ -187,6 +187,7 @@ FAULTS = [
     *_faults(
         "engine.cache.node",
         ("a page too much is matched", "return low * width", "return high * width"),
+        ("a prefix without its window is matched", "ok[1:] &= last <", "ok[1:] |= last <"),
     ),
     *_faults(
         "engine.cache.radix",
@@ -197,7 +198,6 @@ FAULTS = [
         ),
         ("a window's pages are taken too soon", "away < group.window - 1", "away < 0"),
         ("a split forgets who reads", "upper.lock, upper.tick,", "_, upper.tick,"),
-        ("a prefix without its window is matched", "ok[1:] &= last <", "ok[1:] |= last <"),
     ),
     *_faults(
         "engine.sched.stop",
