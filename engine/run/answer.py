@@ -17,10 +17,11 @@ from engine.text.tokenizer import Tokenizer
 
 
 def several(request: Request, n: int) -> list[Request]:
-    """A request for each of n answers to one prompt. Their seeds come from one: the first answer is that of n = 1."""
+    """A request for each of n answers to one prompt, which share what is computed of it. Their seeds come from one: the
+    first answer is that of n = 1."""
     if n == 1:
         return [request]
-    return [replace(request, rid=f"{request.rid}-{i}", seed=fold(request.seed, i)) for i in range(n)]
+    return [replace(request, rid=f"{request.rid}-{i}", seed=fold(request.seed, i), group=request.rid) for i in range(n)]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -97,10 +97,10 @@ def test_a_mask_known_before_its_tokens_never_stalls_the_next_step(
     """Beside another run, two steps are planned before the first is collected; only a late mask misses the second
     unless the first is the oldest and depth is reached."""
     scheduler = Scheduler(LIMITS)
-    scheduler.submit(request(params, words))
+    scheduler.submit(request(params, words), 0.0)
     seen = []
     for _ in range(3):  # nothing is collected: a late mask may go one step ahead, as the loop collects the oldest first
-        plan = scheduler.plan()
+        plan = scheduler.plan(0.0)
         seen.append(plan is not None)
         if plan is not None and not waits and params.get("allowed_token_ids"):
             assert plan.step.masked.tolist() == [True]

@@ -43,6 +43,7 @@ class Stage:
             max_edits=1000,
             vocab=97,
             max_copies=keys.pop("max_copies", 8),
+            max_logprobs=3,
         )
         self.scheduler = Scheduler(limits, **keys)
         self.toy = Toy(limits, 0, lambda slot, length: [], lambda out: self.turn == self.broken)
@@ -50,18 +51,22 @@ class Stage:
         self.turn, self.ended, self.order = 0, {}, []
         self.outputs: dict[str, list[int]] = {}
         self.last: dict[str, Output] = {}
+        self.scores: dict[str, int] = {}
         self.loop = Loop(self.scheduler, self.toy, self.hear, clock=lambda: float(self.turn))
 
     def hear(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
             self.outputs.setdefault(output.rid, []).extend(output.tokens)
             self.last[output.rid] = output
+            if output.prompt_logprobs is not None:
+                self.scores[output.rid] = len(output.prompt_logprobs)
             if output.finish is not None:
                 self.ended[output.rid] = self.turn
                 self.order.append(output.rid)
 
     def ask(self, rid: str, tokens: Sequence[int], made: int = 4, **fields) -> None:
-        params = SamplingParams(max_new_tokens=made, temperature=0.0, ignore_eos=True)
+        scored = fields.pop("scored", {})
+        params = SamplingParams(max_new_tokens=made, temperature=0.0, ignore_eos=True, **scored)
         self.loop.take([Submit(request=Request(rid=rid, tokens=tuple(tokens), params=params, **fields))])
 
     def run(self, turns: int = 2000, until: Callable[[], bool] = lambda: False) -> None:
@@ -204,6 +209,22 @@ def answers_share_a_prompt() -> None:
         stage.ask(f"{i}", tokens, made=3, seed=i, group="g")
     stage.run()
     assert stage.toy.fed == 47 + 3 * 3 + 4 * 2, f"without copies the last page is computed again: {stage.toy.fed}"
+
+
+def answers_that_score_compute_what_they_score() -> None:
+    """Wherever the list of logprobs begins, whoever computed the prompt before: every position comes, and what stands
+    before the list may be another's."""
+    text = prompt(random.Random(4), 27)
+    for start in (0, 5, 24, 25, 26):
+        stage = Stage()
+        for i in range(4):
+            stage.ask(f"{i}", text, made=9, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": start})
+            stage.to(2 * i)  # the first has computed all of it when the last comes
+        stage.run()
+        stage.ask("late", text, made=0, scored={"prompt_logprobs": 1, "logprob_start_len": start})
+        stage.run()
+        assert stage.scores == dict.fromkeys(("0", "1", "2", "3", "late"), len(text) - start - 1)
+        assert stage.last["late"].cached_tokens == start // 4 * 4
 
 
 def a_group_is_checked() -> None:
@@ -400,6 +421,7 @@ SCENES = (
     prompts_that_differ_wait_for_nobody,
     who_computes_may_go,
     answers_share_a_prompt,
+    answers_that_score_compute_what_they_score,
     a_group_is_checked,
     higher_goes_first,
     higher_takes_the_seat,
