@@ -9,11 +9,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from backends import open_backend
 from backends.api.step import I32
 from engine.config import load
 from engine.model.checkpoint import Checkpoint
-from engine.run.start import Decided, decide
+from engine.run.start import Decided, decide, open_device
 from radixmesh.engine import DEMO
 from radixmesh.parity.readings import ORACLE, Reading, ask_oracle, open_oracle, read_backend
 from radixmesh.parity.subjects import Subject
@@ -68,7 +67,7 @@ def _read(
             for i, (text, pin) in enumerate(zip(texts, pins, strict=True))
         ]
     decided = settings.decide(subject)
-    backend = open_backend(subject.backend, decided.spec, decided.resolved)
+    backend = open_device(decided)
     try:
         backend.load(Checkpoint(decided.path, decided.spec))
         return [

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from backends import open_backend
 from backends.api.build import Host
 from backends.api.protocol import Backend
 from backends.api.step import F32, I32
@@ -18,7 +17,7 @@ from engine.errors import ConfigError, ModelError
 from engine.model import orbax
 from engine.model.checkpoint import Checkpoint
 from engine.model.spec import ModelSpec
-from engine.run.start import Decided
+from engine.run.start import Decided, open_device
 from radixmesh.parity import routing
 from radixmesh.parity.subjects import ORACLE
 
@@ -67,7 +66,7 @@ def read_backend(
 def read_model(decided: Decided, prompt: Sequence[int], count: int) -> Reading:
     """What a backend, opened as was decided, computes of a prompt with the checkpoint's weights."""
     name = decided.resolved.backend
-    backend = open_backend(name, decided.spec, decided.resolved)
+    backend = open_device(decided)
     try:
         backend.load(Checkpoint(decided.path, decided.spec))
         return read_backend(name, backend, decided.spec, prompt, count)
