@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import numpy as np
-
 from backends.api.check import check_masks, check_step
 from backends.api.limits import Limits
-from backends.api.step import I32, U32, ScheduleStep, Ticket
+from backends.api.seats import Asks, Seats
+from backends.api.step import U32, ScheduleStep, Ticket
 from engine.errors import StepRefused
-
-UNSEATED = -1
 
 
 class Turns:
@@ -20,7 +17,7 @@ class Turns:
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.loaded = limits, False
-        self._length: I32 = np.full(limits.slots, UNSEATED, np.int32)
+        self._seats = Seats(limits.slots)
         self._waiting: ScheduleStep | None = None
         self._out: OrderedDict[Ticket, None] = OrderedDict()
 
@@ -35,14 +32,8 @@ class Turns:
         if step.step in self._out:
             raise StepRefused(f"step: step {step.step} is out already", field="step")
         check_step(step, self.limits)
-        before = np.where(step.starts < 0, self._length[step.slots], step.starts)
-        for bad, field, what in (
-            (before == UNSEATED, "starts", "the slot was never seated"),
-            (before + step.lens > step.upper, "upper", "below the slot's own length"),
-        ):
-            if bad.any():
-                raise StepRefused(f"{field}: {what}", rows=np.flatnonzero(bad).tolist(), field=field)
-        self._length[step.slots] = before + step.lens
+        asks = Asks.of(step)
+        self._seats.take(step, self._seats.before(step, asks), asks)
         self._waiting = step
 
     def sample(self, ticket: Ticket, masks: U32 | None) -> None:
