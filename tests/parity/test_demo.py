@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import random
+import resource
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,34 +82,62 @@ def measured() -> float:
     return compare(*readings).gaps[-1].worst
 
 
+def asked(rng: random.Random) -> dict[str, Any]:
+    """What a request may ask of the sampler, at random."""
+    allowed = rng.sample(range(6, 1600), 400)
+    return {
+        "max_new_tokens": rng.choice([0, 1, 5, 30]),
+        "temperature": rng.choice([0.0, 0.9]),
+        "top_k": rng.choice([-1, 20]),
+        "top_p": rng.choice([1.0, 0.9]),
+        "min_p": rng.choice([0.0, 0.1]),
+        "repetition_penalty": rng.choice([1.0, 1.2]),
+        "presence_penalty": rng.choice([0.0, 0.5]),
+        "stop_token_ids": [rng.randrange(1600)],
+        "n": rng.choice([1, 1, 1, 2]),
+    } | rng.choice(
+        [{}, {}, {"logit_bias": {str(allowed[0]): 4.0}}, {"allowed_token_ids": allowed}, {"ignore_eos": True}]
+    )
+
+
 def test_nothing_compiles_after_ready() -> None:
-    """200 mixed requests on jax: lengths, sampling, stops and aborts of all kinds, and no compile."""
+    """300 mixed requests on jax: lengths, sampling, masks, scores, forks, stops and aborts, and no compile."""
     rng = random.Random(7)
     small = {"sched.slots": 8, "sched.max_tokens": 64, "cache.tokens": 2048, "model.max_len": 512}
     with Engine(backend="jax", skip_tokenizer=True, **small) as engine:
         before = engine.status()
-        for _ in range(10):
+        for turn in range(15):
             ids = [[rng.randrange(6, 1600) for _ in range(rng.choice([1, 7, 16, 90, 300]))] for _ in range(20)]
-            params = [
-                {
-                    "max_new_tokens": rng.choice([1, 5, 30]),
-                    "temperature": rng.choice([0.0, 0.9]),
-                    "top_k": rng.choice([-1, 20]),
-                    "top_p": rng.choice([1.0, 0.9]),
-                    "min_p": rng.choice([0.0, 0.1]),
-                    "repetition_penalty": rng.choice([1.0, 1.2]),
-                    "presence_penalty": rng.choice([0.0, 0.5]),
-                    "stop_token_ids": [rng.randrange(1600)],
-                }
-                for _ in ids
-            ]
-            results = engine.generate(token_ids=ids, sampling_params=params)
+            params = [asked(rng) for _ in ids]
+            told = {"return_logprob": True, "top_logprobs_num": 3, "logprob_start_len": 0} if turn % 3 == 0 else {}
+            results = engine.generate(token_ids=ids, sampling_params=params, **told)
+            assert len(results) == sum(p["n"] for p in params)
             assert all(r["meta_info"]["finish_reason"]["type"] in ("length", "stop") for r in results)
-            next(engine.stream(token_ids=ids[0], sampling_params=params[0])).keys()
+            next(engine.stream(token_ids=ids[0], sampling_params=params[0] | {"n": 1, "max_new_tokens": 9})).keys()
         after = engine.status()
     assert before.ready
     assert after.programs == before.programs > 0
     assert after.compiles_after_ready == 0
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_memory_stays_flat_over_short_requests(backend: str) -> None:
+    """10,000 requests of a few tokens, prefixes of all kinds: after the first 2,000 nothing grows by 8 MiB."""
+    rng, sizes = random.Random(3), []
+    settings = {"sched.slots": 64, "sched.max_tokens": 256, "cache.tokens": 4096, "model.max_len": 256}
+    with Engine(backend=backend, skip_tokenizer=True, **settings) as engine:
+        for _ in range(50):
+            ids = [[rng.randrange(6, 60) for _ in range(rng.choice([1, 3, 17, 33]))] for _ in range(200)]
+            engine.generate(token_ids=ids, sampling_params={"temperature": 0.0, "max_new_tokens": 2})
+            gc.collect()
+            sizes.append(resident())
+    assert max(sizes[10:]) - sizes[9] < 8 << 20, [s >> 20 for s in sizes]
 
 
 def test_output_reads_like_python(engines: list[Engine]) -> None:
