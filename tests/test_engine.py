@@ -265,8 +265,8 @@ def test_without_a_tokenizer(case: Case) -> None:
 def test_what_cannot_be_opened_says_why(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         Engine(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="mesh: tp=2 is not built yet"):
-        Engine(case.model.path, mesh="tp=2")
+    with pytest.raises(ConfigError, match="mesh: dp=2 is not built yet"):
+        Engine(case.model.path, mesh="dp=2")
     with pytest.raises(ConfigError, match="did you mean"):
         Engine(case.model.path, paeg=3)
     for name in ("config.json", "model.safetensors"):

@@ -140,7 +140,7 @@ def plain(
     at = rank * pages.count
     where = jnp.where(pages.page >= 0, pages.page + at, cache.shape[0])  # past the end: dropped
     lines = jnp.stack([k, v], axis=2).astype(cache.dtype).reshape(k.shape[0], -1)
-    cache = cache.at[where, pages.offset].set(lines, mode="drop")
+    cache = cache.at[where, pages.offset].set(lines, mode="drop", wrap_negative_indices=False)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     count, group = view.tiles.shape[0], view.group
     if count <= group:

@@ -80,7 +80,8 @@ def lower_copy(limits: Limits, config: Resolved, mesh: Mesh) -> Any:
 
     def copy(given: tuple[Any, ...], copies: jax.Array) -> tuple[Any, ...]:
         def one(i: Any, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-            group, source, target = copies[i]
+            # XLA for CPUs fails on these numbers fused into the copy of a group with one layer
+            group, source, target = jax.lax.optimization_barrier(copies[i])
             out = []
             for g, (cache, pages) in enumerate(zip(caches, limits.pages, strict=True)):
                 mine = group == g  # for the others page 0 stays what it is

@@ -48,7 +48,7 @@ def keep(folder: str) -> None:
         facts = {x for x in cpu.read_text().splitlines() if x.startswith(("flags", "Features", "model name"))}
     named = sha256(f"{machine.machine()} {sorted(facts)}".encode()).hexdigest()[:12]
     jax.config.update("jax_compilation_cache_dir", str(Path(folder) / named))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Programs:
