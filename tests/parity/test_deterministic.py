@@ -37,15 +37,25 @@ def threads() -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_the_same_tokens_whatever_else_runs(backend: str) -> None:
-    made = []
+    """And logprobs, to the bit: of the answers, and of the prompts when they are scored."""
+    made, scored = [], []
+    told, whole = {"return_logprob": True, "top_logprobs_num": 3}, {"return_logprob": True, "logprob_start_len": 0}
     for tokens in (64, 24):
         settings = {"deterministic": True, "sched.max_tokens": tokens, "cache.tokens": 2048, "max_len": 512}
         with Engine(backend=backend, **settings) as engine:
-            alone = [engine.generate(t, sampling_params=p) for t, p in zip(TEXTS, PARAMS, strict=True)]
-            batch = engine.generate(list(TEXTS), sampling_params=PARAMS)
+            alone = [engine.generate(t, sampling_params=p, **told) for t, p in zip(TEXTS, PARAMS, strict=True)]
+            batch = engine.generate(list(TEXTS), sampling_params=PARAMS, **told)
             assert any(r["meta_info"]["cached_tokens"] for r in batch)
-            made += [[r["output_ids"] for r in runs] for runs in (alone, batch)]
+            names = ("output_token_logprobs", "output_top_logprobs")
+            made += [[(r["output_ids"], *(r["meta_info"][n] for n in names)) for r in runs] for runs in (alone, batch)]
+            one = {"max_new_tokens": 0}
+            scored.append([engine.generate(t, sampling_params=one, **whole) for t in TEXTS])
+            scored.append(engine.generate(list(TEXTS), sampling_params=one, **whole))
+    assert made[0][0][1]
     assert made[1:] == made[:-1]
+    given = [[r["meta_info"]["input_token_logprobs"] for r in runs] for runs in scored]
+    assert len(given[0][0]) > 1
+    assert given[1:] == given[:-1]
 
 
 @pytest.mark.usefixtures("threads")
