@@ -309,7 +309,10 @@ class Machine(RuleBasedStateMachine):
             self.tree.unlock(seq.node)
             return
         taken = [list(pool.take(n)) for pool, n in zip(self.pools, missing, strict=True)]
-        table = [parent[:count] + new for parent, new in zip(seq.table, taken, strict=True)]
+        table = [  # without what a window has left behind: the tree may have given that away
+            [page if i in self.needed(g, count) else NONE for i, page in enumerate(parent[:count])] + new
+            for g, (parent, new) in enumerate(zip(seq.table, taken, strict=True))
+        ]
         own = [set(pages) for pages in taken]
         self.seqs.append(
             Seq(
