@@ -135,7 +135,7 @@ class Scheduler:
             _, order, rid = heapq.heappop(self._deadlines)
             run = self._runs.get(rid)
             if run is not None and run.order == order:
-                error = DeadlineExceeded(f"deadline: it passed after {len(run.out)} tokens", field="deadline")
+                error = DeadlineExceeded(f"timeout: it passed after {len(run.out)} tokens were made", field="timeout")
                 outputs.append(self._end(run, (), Finish(kind="abort"), error))
         return outputs
 

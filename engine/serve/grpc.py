@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -16,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from engine.errors import ConfigError, InvalidRequest, RadixmeshError
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams
+from engine.sched.admission import MAX_TIMEOUT
 from engine.sched.scores import Score
 from engine.serve.pb import radixmesh_pb2 as pb
 from engine.serve.pb import radixmesh_pb2_grpc as rpc
@@ -30,6 +32,7 @@ FIELD = "radixmesh-field"
 MAX_ID = 128
 MAX_DETAILS = 1000
 WATCH_SECONDS = 0.25
+LEAST_SECONDS = 1e-3
 
 
 async def start_grpc(service: Service, host: str, port: int, api_key: str | None = None) -> tuple[grpc.aio.Server, int]:
@@ -72,7 +75,8 @@ class Inference:
         try:
             if request.model and request.model != self.service.name:
                 await _end(context, grpc.StatusCode.NOT_FOUND, f"model: {self.service.name} is served here", "model")
-            call = await self.service.open([read(request)], request.request_id, ROUTE)
+            ask = replace(read(request), timeout=_left(context))
+            call = await self.service.open([ask], request.request_id, ROUTE)
         except RadixmeshError as error:
             await refuse(context, error)
         left, name = len(call.answers), call.id
@@ -189,6 +193,13 @@ def read(request: pb.GenerateRequest) -> Ask:
         namespace=salted(request.cache_salt),
         field=which,
     )
+
+
+def _left(context: Any) -> float | None:
+    """Seconds until the deadline of an RPC, None where it has none or a far one; one that has passed is about to end
+    it."""
+    left = context.time_remaining()
+    return None if left is None or left > MAX_TIMEOUT else max(left, LEAST_SECONDS)
 
 
 def _ids(given: pb.TokenIds) -> list[int]:

@@ -43,7 +43,7 @@ async def generate(x: Exchange) -> None:
         text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         asks.append(
             Ask(params=params, text=text, ids=ids, n=n, priority=form.priority or 0,
-                namespace=salted(form.cache_salt), names=names, field=field)
+                namespace=salted(form.cache_salt), timeout=form.timeout, names=names, field=field)
         )  # fmt: skip
     call = await x.face.open(x, asks, form.rid)
     try:

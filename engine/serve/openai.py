@@ -54,7 +54,7 @@ async def chat(x: Exchange) -> None:
     )
     asks = [
         Ask(params=params, messages=given, n=_n(form), priority=form.priority or 0, namespace=salted(form.cache_salt),
-            field="messages", names=names)
+            timeout=form.timeout, field="messages", names=names)
     ]  # fmt: skip
     last = told(x, form)
     call = await x.face.open(x, asks, form.rid)
@@ -103,7 +103,7 @@ async def completions(x: Exchange) -> None:
     given, _ = prompts(form.prompt, "prompt")
     asks = [
         Ask(params=params, text=p if isinstance(p, str) else None, ids=None if isinstance(p, str) else p, n=best_of,
-            priority=form.priority or 0, namespace=salted(form.cache_salt), names=names)
+            priority=form.priority or 0, namespace=salted(form.cache_salt), timeout=form.timeout, names=names)
         for p in given
     ]  # fmt: skip
     last = told(x, form)

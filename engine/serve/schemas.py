@@ -24,7 +24,8 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class Sampled(msgspec.Struct, kw_only=True):
     """What chat and plain completions share. Beside OpenAI's: SGLang's and vLLM's names of what OpenAI does not have.
 
-    rid: the request's id; X-Request-Id is otherwise. cache_salt: keeps this client's prefix cache apart.
+    rid: the request's id; X-Request-Id is otherwise. cache_salt: keeps this client's prefix cache apart. timeout:
+    seconds from its arrival after which it ends, whatever it has made.
     """
 
     model: str | None = None
@@ -55,6 +56,7 @@ class Sampled(msgspec.Struct, kw_only=True):
     rid: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
 
 
 class Chat(Sampled, kw_only=True):
@@ -94,7 +96,7 @@ class Part(msgspec.Struct, kw_only=True):
 
 class Generate(msgspec.Struct, kw_only=True):
     """POST /generate, as SGLang has it. sampling_params: one for all, or a list with one each. logprob_start_len: the
-    first token of the prompt that is listed; -1 is none."""
+    first token of the prompt that is listed; -1 is none. timeout: as Sampled has it."""
 
     text: str | list[Any] | None = None
     input_ids: list[Any] | None = None
@@ -104,6 +106,7 @@ class Generate(msgspec.Struct, kw_only=True):
     priority: int | None = None
     model: str | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
     return_logprob: bool | None = None
     logprob_start_len: int | None = None
     top_logprobs_num: int | None = None

@@ -16,12 +16,12 @@ from typing import Any
 from uuid import uuid4
 
 from engine.config import Serve
-from engine.errors import BackendLost, ContextOverflow, InvalidRequest, Overloaded, RadixmeshError
+from engine.errors import BackendLost, ContextOverflow, DeadlineExceeded, InvalidRequest, Overloaded, RadixmeshError
 from engine.run.answer import Answer, several
 from engine.run.client import Client
 from engine.run.messages import Abort, Flush, News, Stats, Submit
 from engine.sampling import SamplingParams
-from engine.sched.admission import check_request
+from engine.sched.admission import check_request, deadline
 from engine.sched.request import Output, Request
 from engine.sched.scores import Score
 from engine.sched.stop import Finish
@@ -39,7 +39,7 @@ class Ask:
     """One prompt to be completed `n` times: text, ids or messages, whichever is given.
 
     field: what the face calls the prompt, for its errors; names: what it calls parameters, where that differs.
-    namespace: keeps prefix caches apart.
+    namespace: keeps prefix caches apart. timeout: seconds from its arrival after which it ends; None is never.
     """
 
     params: SamplingParams
@@ -50,6 +50,7 @@ class Ask:
     n: int = 1
     priority: int = 0
     namespace: tuple[str | int, ...] = ()
+    timeout: float | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     field: str = "prompt"
 
@@ -145,7 +146,8 @@ class Service:
 
         So what is refused is refused before a face has sent anything. call: id that the client knows; "" makes one.
         route: for its Records.
-        Raises InvalidRequest or ContextOverflow naming the field, Overloaded, BackendLost.
+        Raises InvalidRequest or ContextOverflow naming the field, Overloaded, BackendLost, DeadlineExceeded when it
+        passes before any answer has a token.
         """
         self._admit()
         self._bound(asks)
@@ -239,6 +241,7 @@ class Service:
             if not 1 <= ask.n <= self.config.n:
                 with renamed(ask.names):
                     raise InvalidRequest(f"n: must be between 1 and {self.config.n}, not {ask.n}", field="n")
+            deadline(ask.timeout, 0.0)
         most = max(self.config.queue + self.info.limits.slots, self.config.n)
         if (count := sum(ask.n for ask in asks)) > most:
             name = asks[0].field.partition("[")[0]
@@ -286,6 +289,7 @@ class Service:
                 arrival=arrival,
                 priority=ask.priority,
                 namespace=ask.namespace,
+                deadline=deadline(ask.timeout, arrival),
                 bad_words=self._text("bad_words").sequences(words) if words else (),
             ),
             ask.n,
@@ -393,13 +397,19 @@ class Call:
         """Wait for the first news. Raises what refused it."""
         await self._wait()
         for _, output in self._news:
-            if isinstance(output.error, (InvalidRequest, Overloaded, BackendLost)):
+            refused = isinstance(output.error, (InvalidRequest, Overloaded, BackendLost, DeadlineExceeded))
+            if refused and output.error is not None and not self._partial(output.error):
                 raise output.error
+
+    def _partial(self, error: RadixmeshError) -> bool:
+        """Whether an error leaves what was made before it: a deadline does, where any answer has made a token."""
+        return isinstance(error, DeadlineExceeded) and any(self.made)
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What is new, until all answers ended. Raises the error of an answer that failed; all are aborted then.
 
-        An answer that was aborted ends with a finish of kind "abort".
+        An answer that was aborted ends with a finish of kind "abort", and so does one whose deadline passed, with what
+        it has made; when no answer has made anything by then, DeadlineExceeded is raised.
         """
         try:
             while self.left or self._news:
@@ -407,7 +417,7 @@ class Call:
                 batch = []
                 while self._news:
                     index, output = self._news.popleft()
-                    if output.error is not None:
+                    if output.error is not None and not self._partial(output.error):
                         raise output.error
                     answer = self.answers[index]
                     before, told, first = len(answer.scores), len(answer.prompt_scores), not answer.ids

@@ -56,8 +56,8 @@ class RadixmeshServicer(object):
 
     def Generate(self, request, context):
         """Complete a prompt. A request that is refused gets its status before the first chunk; status INVALID_ARGUMENT and
-        its like name the field at fault in the trailing metadata "radixmesh-field". Cancelling the call, or its deadline,
-        aborts the request.
+        its like name the field at fault in the trailing metadata "radixmesh-field". Cancelling the call aborts the request;
+        the deadline of the call is the request's, whether it waits or runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
