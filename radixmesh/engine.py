@@ -20,7 +20,7 @@ from engine.errors import InvalidRequest
 from engine.run.answer import Answer, several
 from engine.run.client import Streams
 from engine.run.local import LocalClient
-from engine.run.messages import Abort, Submit
+from engine.run.messages import Abort, Load, Submit
 from engine.run.start import decide, start
 from engine.sampling import SamplingParams, scoring
 from engine.sched.admission import check_request, deadline
@@ -81,6 +81,19 @@ class Engine:
         """Stop and free the device. Harmless when it was done; a request afterwards raises BackendLost."""
         self._finalizer()
 
+    def update_weights(self, path: str | Path) -> int:
+        """Take the weights in another folder, of the same model, between two steps: what runs goes on with them, and
+        nothing that the old ones made is matched any more. Gives their version, as meta_info's weight_version has it.
+
+        Raises ModelError naming what is not the same or the tensor at fault; then the old ones serve on.
+        """
+        rid = f"load-{uuid4().hex}"
+        self._streams.open(Load(rid=rid, path=str(path)), rid)
+        (output,) = self._streams.read(rid)
+        if output.error is not None:
+            raise output.error
+        return output.version
+
     def status(self) -> Status:
         """How the backend stands: device, programs compiled, bytes."""
         return self._client.carrier.loop.backend.status()
@@ -106,7 +119,7 @@ class Engine:
         -1 is none of the prompt. cache_salt: keeps the prefix cache of those who give it apart. timeout: seconds after
         which whatever has not ended ends with what it has made, waiting or running; its finish_reason is an abort.
         Gives a dict for one answer and a list of dicts for several: text (not with skip_tokenizer), output_ids and
-        meta_info: id, prompt_tokens, completion_tokens, cached_tokens, seed and finish_reason, which is
+        meta_info: id, prompt_tokens, completion_tokens, cached_tokens, seed, weight_version and finish_reason, which is
         {"type": "length", "length": n}, {"type": "stop", "matched": id or string} or {"type": "abort", "message": why};
         with logprobs also input_token_logprobs and output_token_logprobs, (logprob, id, text or None) each, and
         input_top_logprobs and output_top_logprobs.

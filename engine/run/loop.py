@@ -10,8 +10,17 @@ from dataclasses import replace
 
 from backends.api.protocol import Backend
 from backends.api.step import Ticket
-from engine.errors import BackendLost, DeviceFailed, InvalidRequest, Overloaded, RadixmeshError, StepRefused
-from engine.run.messages import Abort, Flush, Message, News, Stats, Submit
+from engine.errors import (
+    BackendLost,
+    DeviceFailed,
+    InvalidRequest,
+    ModelError,
+    Overloaded,
+    RadixmeshError,
+    StepRefused,
+)
+from engine.model.weights import WeightSource
+from engine.run.messages import Abort, Flush, Load, Message, News, Stats, Submit
 from engine.run.start import Started
 from engine.sched.request import Output
 from engine.sched.rows import Plan
@@ -27,7 +36,7 @@ STATS_SECONDS = 0.5
 
 class Loop:
     """One scheduler and one backend, `depth` steps in flight. emit: called with what is new after each step. clock:
-    seconds, which the scheduler is told.
+    seconds, which the scheduler is told. weights: opens those of a Load.
 
     doing: what the backend was asked for last, for whoever finds the loop stuck; since: when, on the monotonic clock.
     begun: requests that were first sent to the device, and how long each had waited; whoever reads it empties it.
@@ -40,7 +49,9 @@ class Loop:
         emit: Callable[[Sequence[Output]], None],
         depth: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        weights: Callable[[str], WeightSource] | None = None,
     ) -> None:
+        self._weights = weights
         self.scheduler, self.backend, self.emit, self.clock = scheduler, backend, emit, clock
         self.depth = depth or backend.limits.depth
         self.steps = self.made = 0
@@ -67,6 +78,8 @@ class Loop:
                     self.emit([output])
             elif isinstance(message, Flush):
                 self.emit([self._flush(message.rid)])
+            elif isinstance(message, Load):
+                self.emit([self._load(message)])
 
     def stats(self) -> Stats:
         """How it stands."""
@@ -121,6 +134,24 @@ class Loop:
         self.scheduler.flush()
         return Output(rid=rid, finish=Finish(kind="stop"))
 
+    def _load(self, message: Load) -> Output:
+        """New weights, in order with the forwards: steps that are out keep the old ones. Where the new can't be taken
+        these serve on."""
+        if self._weights is None:
+            return _refusal(message.rid, InvalidRequest("path: this engine takes no other weights", field="path"))
+        version = self.scheduler.store.tree.version + 1
+        self.since, self.doing = time.monotonic(), f"load of {message.path}"
+        try:
+            self.backend.load(self._weights(message.path), version)
+        except (ModelError, InvalidRequest) as error:
+            return _refusal(message.rid, error)
+        except DeviceFailed as error:
+            self._out.clear()
+            self.emit(self.scheduler.device_failed(error))
+            return _refusal(message.rid, error)
+        self.scheduler.renew(version)
+        return Output(rid=message.rid, finish=Finish(kind="stop"), version=version)
+
     def _asks(self, what: str, plan: Plan) -> None:
         self.since = time.monotonic()
         self.doing = f"{what} of step {plan.step.step}: {len(plan.step.slots)} rows, {len(plan.step.tokens)} tokens"
@@ -170,7 +201,7 @@ class Carrier:
         receive: Callable[[bool], Sequence[Message] | None],
         send: Callable[[News], None],
     ) -> None:
-        self.loop = Loop(started.scheduler, started.backend, self._keep)
+        self.loop = Loop(started.scheduler, started.backend, self._keep, weights=started.weights)
         self._started, self._receive, self._send = started, receive, send
         self._outputs: list[Output] = []
         self._told = 0.0

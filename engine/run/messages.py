@@ -34,7 +34,16 @@ class Flush:
     rid: str
 
 
-Message: TypeAlias = Submit | Abort | Flush
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Take the weights in a folder, of the model that is served. Answered by an Output of this rid, with the version
+    that they have from now on, or with why they were refused."""
+
+    rid: str
+    path: str
+
+
+Message: TypeAlias = Submit | Abort | Flush | Load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from backends import open_backend, several
 from backends.api.protocol import Backend
 from backends.probe import probe
 from engine.config import Config, Resolved
+from engine.errors import ConfigError, ModelError
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
 from engine.model.spec import ModelSpec, fit
+from engine.model.weights import WeightSource
 from engine.resolve import Decision, resolve
 from engine.run.messages import Info
 from engine.sampling import SamplingParams
@@ -35,12 +38,14 @@ class Decided:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none."""
+    """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none. weights:
+    opens others of the same model, in a folder (`other_weights`)."""
 
     scheduler: Scheduler
     backend: Backend
     info: Info
     stopper: Callable[[SamplingParams], Stopper | None]
+    weights: Callable[[str], WeightSource]
 
 
 def decide(config: Config, default: Path) -> Decided:
@@ -125,4 +130,23 @@ def start(
             return None
         return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
 
-    return Started(scheduler=scheduler, backend=backend, info=info, stopper=stopper)
+    return Started(
+        scheduler=scheduler, backend=backend, info=info, stopper=stopper, weights=partial(other_weights, decided)
+    )
+
+
+def other_weights(decided: Decided, path: str) -> Checkpoint:
+    """The weights in another folder, for the model that is served. Of its config.json, dtype, eos and max_len may be
+    others; they stay what they were. Raises ModelError naming what is not the same, or the tensor at fault."""
+    try:
+        spec = fit(read_spec(Path(path)), decided.spec.max_len)
+    except ConfigError as error:
+        raise ModelError(f"{path}: {error}", field=error.field) from error
+    for name in sorted({f.name for f in fields(ModelSpec)} - {"dtype", "eos", "max_len"}):
+        theirs, ours = getattr(spec, name), getattr(decided.spec, name)
+        if theirs != ours:
+            if name == "layers":
+                at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
+                theirs, ours = (len(theirs), len(ours)) if at is None else (f"layer {at} of another shape", "as served")
+            raise ModelError(f"{path}: another model: {name}: {theirs}, not {ours}", field=name)
+    return Checkpoint(Path(path), decided.spec)

@@ -54,7 +54,7 @@ class Request:
 class Output:
     """News of a request: tokens committed since the last, and how it ended, if it did. cached_tokens: prompt tokens
     that came from the prefix cache. logprobs: of these tokens; prompt_logprobs: of the prompt, all at once with the
-    first token; None where they weren't asked for."""
+    first token; None where they weren't asked for. version: of the weights that made the last token, with finish."""
 
     rid: str
     tokens: tuple[int, ...] = ()
@@ -63,6 +63,7 @@ class Output:
     error: RadixmeshError | None = None
     logprobs: Scores | None = None
     prompt_logprobs: Scores | None = None
+    version: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

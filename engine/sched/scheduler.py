@@ -37,7 +37,8 @@ class Scheduler:
     priority, 0 = never. least: tokens of an uncached prefix that are worth waiting for when another computes them.
     queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound. eviction: the cache's.
     prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache or from
-    the run that computed them. repairs: how often `audit` found pages lost.
+    the run that computed them. repairs: how often `audit` found pages lost. version: of the weights that made the last
+    tokens committed.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Scheduler:
         self._flying: deque[Plan] = deque()
         self._last: Plan | None = None
         self._lowest: Run | None = None
-        self._steps = self._orders = self._again = 0
+        self._steps = self._orders = self._again = self.version = 0
 
     # Requests
 
@@ -122,6 +123,17 @@ class Scheduler:
         """Empty the prefix cache. Only when nothing is open."""
         assert not self._runs
         self.store.tree.flush()
+
+    def renew(self, version: int) -> None:
+        """The weights are others from the next step on. What runs goes on from what it has computed, which nobody else
+        is given any more; what waits is computed anew."""
+        self.store.tree.renew(version)
+        self._sharing.clear()
+        for run in self.running:
+            self.waiting.call(run)
+        for run in self.waiting:
+            run.hint = -1
+        self._again = 0
 
     def abort(self, rid: str) -> Output | None:
         """End a request now. None when it isn't here any more."""
@@ -458,6 +470,7 @@ class Scheduler:
         """Take the result of the oldest step out. Rows of a run that ended or was preempted since are dropped."""
         oldest = self._flying.popleft()
         assert oldest is plan, "steps are committed in order"
+        self.version = result.version
         self.estimate.fall()
         outputs = []
         made = zip(plan.rows, result.tokens.tolist(), result.counts.tolist(), result.status.tolist(), strict=True)
@@ -543,7 +556,10 @@ class Scheduler:
         run.state = "ended"
         self._suspects.pop(run, None)
         del self._runs[run.request.rid]
-        return Output(rid=run.request.rid, tokens=tokens, finish=finish, cached_tokens=run.cached, error=error)
+        rid = run.request.rid
+        return Output(
+            rid=rid, tokens=tokens, finish=finish, cached_tokens=run.cached, error=error, version=self.version
+        )
 
     def _fail(self, run: Run, error: RadixmeshError) -> Output:
         return self._end(run, (), Finish(kind="error"), error)

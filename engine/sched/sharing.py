@@ -54,6 +54,11 @@ class Sharing:
         if self._groups.get(run.request.group) is run:
             del self._groups[run.request.group]
 
+    def clear(self) -> None:
+        """What is computed now is of no use to those that come later."""
+        self._open.clear()
+        self._groups.clear()
+
     def leader(self, run: Run, cached: int) -> tuple[Run, int] | None:
         """The run that a waiting one does well to wait for, and until which position: it is about to have more of the
         same than the `cached` tokens. Not one of a lower priority, which others may go before."""

@@ -41,14 +41,18 @@ class Store:
         self.limits, self.radix, self.eviction = limits, radix, eviction
         self.copies: list[Copy] = []
         self._stateful = [g for g, group in enumerate(limits.groups) if group.kind == "state"]
-        self.empty()
+        self._begin(0)
         self.page = self.tree.page
 
     def empty(self) -> None:
         """New pools, and a tree that knows of nothing; what runs hold is of the old ones."""
         self.copies.clear()
+        self._begin(self.tree.version)
+
+    def _begin(self, version: int) -> None:
         self.pools = [PagePool(n) for n in self.limits.pages]
         self.tree = RadixTree(self.limits.groups, self.pools, eviction=self.eviction)
+        self.tree.renew(version)
 
     def accounts(self, running: Iterable[Run]) -> list[Account]:
         """Where the pages of each group are."""

@@ -97,11 +97,22 @@ class Inference:
             await refuse(context, InvalidRequest("request_id: is empty; name a request", field="request_id"))
         return pb.AbortReply(aborted=self.service.abort(request.request_id))
 
+    async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Any) -> pb.UpdateWeightsReply:
+        """Other weights of the same model."""
+        try:
+            return pb.UpdateWeightsReply(weight_version=await self.service.update(request.path))
+        except RadixmeshError as error:
+            await refuse(context, error)
+
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsReply:
         """The one model."""
         info = self.service.info
         model = pb.Model(
-            name=self.service.name, architecture=info.architecture, max_len=info.room, vocab=info.limits.vocab
+            name=self.service.name,
+            architecture=info.architecture,
+            max_len=info.room,
+            vocab=info.limits.vocab,
+            weight_version=self.service.version,
         )
         return pb.ListModelsReply(models=[model])
 
@@ -240,7 +251,13 @@ def _pieces(batch: Sequence[Piece], answers: Sequence[Answer]) -> list[pb.Piece]
             text = matched if isinstance(matched, str) else None
             token = matched if isinstance(matched, int) else None
             made[piece.index].finish.CopyFrom(
-                pb.Finish(reason=piece.finish.kind, matched_text=text, matched_token_id=token, seed=seed)
+                pb.Finish(
+                    reason=piece.finish.kind,
+                    matched_text=text,
+                    matched_token_id=token,
+                    seed=seed,
+                    weight_version=answer.version,
+                )
             )
     return list(made.values())
 

@@ -322,10 +322,10 @@ def merge(batch: Sequence[Piece]) -> list[Piece]:
 
 
 def fingerprint(service: Service) -> str:
-    """The same for as long as model, backend and what was decided are the same."""
+    """The same for as long as model, weights, backend and what was decided are the same."""
     info = service.info
     decided = [(d.field, str(d.value)) for d in info.decisions]
-    text = repr((info.path, info.architecture, info.backend, info.status.device, info.status.version, decided))
+    text = repr((info.path, info.architecture, info.backend, info.status.device, service.version, decided))
     return f"fp_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -387,4 +387,5 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "radixmesh",
         "root": service.info.path,
         "max_model_len": service.info.room,
+        "weight_version": service.version,
     }

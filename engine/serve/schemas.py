@@ -136,6 +136,13 @@ class Abort(msgspec.Struct, kw_only=True):
     abort_all: bool | None = None
 
 
+class Update(msgspec.Struct, kw_only=True):
+    """POST /update_weights_from_disk, as SGLang has it. model_path: a folder of the engine's machine."""
+
+    model_path: str
+    abort_all_requests: bool | None = None
+
+
 class Nothing(msgspec.Struct):
     """A route that takes no fields."""
 
@@ -208,6 +215,17 @@ NATIVE: Unbuilt = {
     ),
 }
 """GENERATE and what belongs into sampling_params."""
+UPDATE: Unbuilt = {
+    "load_format": (_NOT, ("auto",)),
+    "weight_version": ("weights are counted here, and the answer says their number", ()),
+    "flush_cache": ("what other weights made is never matched", (True,)),
+    "is_async": (_NOT, (False,)),
+    "keep_pause": (_NOT, (False,)),
+    "torch_empty_cache": (_NOT, (False,)),
+    "recapture_cuda_graph": (_NOT, (False,)),
+    "token_step": (_NOT, (0,)),
+    "manifest": (_NOT, ({},)),
+}
 STREAM_OPTIONS: Unbuilt = {"continuous_usage_stats": (_NOT, (False,))}
 MESSAGE: Unbuilt = {
     "tool_calls": (_TOOLS, ([],)),

@@ -19,7 +19,7 @@ from engine.config import Serve
 from engine.errors import BackendLost, ContextOverflow, DeadlineExceeded, InvalidRequest, Overloaded, RadixmeshError
 from engine.run.answer import Answer, several
 from engine.run.client import Client
-from engine.run.messages import Abort, Flush, News, Stats, Submit
+from engine.run.messages import Abort, Flush, Load, News, Stats, Submit
 from engine.sampling import SamplingParams
 from engine.sched.admission import check_request, deadline
 from engine.sched.request import Output, Request
@@ -114,7 +114,7 @@ class Service:
     """Carries requests between faces and one client. Everything but what a thread is used for runs on one event loop.
 
     name: of the model, as clients say it. finished: called with a Record for each request that ends. stats: the last
-    that the engine told. draining: new calls are refused. lost: why the engine is gone.
+    that the engine told. draining: new calls are refused. lost: why the engine is gone. version: of the weights.
     """
 
     def __init__(self, client: Client, tokenizer: Tokenizer | None, config: Serve, name: str) -> None:
@@ -125,6 +125,7 @@ class Service:
         self.draining = False
         self.lost: RadixmeshError | None = None
         self.created = int(time.time())
+        self.version = client.info.status.version
         self._calls: dict[str, tuple[Call, int]] = {}
         self._waiting: dict[str, asyncio.Future[Output]] = {}
         self._heard = asyncio.Event()
@@ -194,15 +195,29 @@ class Service:
 
     async def flush(self) -> None:
         """Empty the prefix cache. Raises InvalidRequest while requests are open."""
-        rid = f"flush-{uuid4().hex}"
-        answer = self._waiting[rid] = self._loop.create_future()
+        await self._ask(Flush(rid=f"flush-{uuid4().hex}"))
+
+    async def update(self, path: str) -> int:
+        """Take the weights in a folder; requests go on with them. Gives their version. Raises ModelError naming what is
+        wrong with them, and then the old ones serve on."""
+        self._admit()
+        if not path or "\0" in path:
+            raise InvalidRequest("path: name the folder of a model", field="path")
+        output = await self._ask(Load(rid=f"load-{uuid4().hex}", path=path))
+        self.version = output.version
+        return output.version
+
+    async def _ask(self, message: Flush | Load) -> Output:
+        """Say what is answered by one Output, and wait for it. Raises its error."""
+        answer = self._waiting[message.rid] = self._loop.create_future()
         try:
-            self.client.say(Flush(rid=rid))
-            output = await answer
+            self.client.say(message)
+            output: Output = await answer
         finally:
-            self._waiting.pop(rid, None)
+            self._waiting.pop(message.rid, None)
         if output.error is not None:
             raise output.error
+        return output
 
     def abort(self, rid: str) -> int:
         """End requests now: one, all answers of a Call, or with "" all. Gives how many."""
@@ -306,7 +321,8 @@ class Service:
 
     def _deliver(self, news: News) -> None:
         """The news of a turn, on the event loop."""
-        self.stats = news.stats or self.stats
+        if news.stats is not None:
+            self.stats, self.version = news.stats, news.stats.status.version
         self.lost = news.lost or self.lost
         now = time.monotonic()
         for rid, waited in news.begun:

@@ -44,6 +44,11 @@ class RadixmeshStub(object):
                 request_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortRequest.SerializeToString,
                 response_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortReply.FromString,
                 _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/radixmesh.v1.Radixmesh/UpdateWeights',
+                request_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsReply.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/radixmesh.v1.Radixmesh/ListModels',
                 request_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.ListModelsRequest.SerializeToString,
@@ -70,6 +75,14 @@ class RadixmeshServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateWeights(self, request, context):
+        """Take the weights in a folder of the engine's machine, of the model that is served. Requests go on with them; nothing
+        that others made is matched any more. FAILED_PRECONDITION says what is wrong with them, and the old ones serve on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -88,6 +101,11 @@ def add_RadixmeshServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortRequest.FromString,
                     response_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortReply.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsReply.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -149,6 +167,33 @@ class Radixmesh(object):
             '/radixmesh.v1.Radixmesh/Abort',
             engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortRequest.SerializeToString,
             engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/radixmesh.v1.Radixmesh/UpdateWeights',
+            engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsRequest.SerializeToString,
+            engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsReply.FromString,
             options,
             channel_credentials,
             insecure,
