@@ -96,6 +96,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="page", value=config.cache.page, why="cache.page"),
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
         Decision(field="eviction", value=config.cache.eviction, why="cache.eviction"),
+        *_events(config),
         Decision(field="policy", value=config.sched.policy, why="sched.policy"),
         Decision(field="deterministic", value=config.backend.deterministic, why="backend.deterministic"),
         Decision(field="penalties", value=config.sched.penalties, why="sched.penalties"),
@@ -319,6 +320,18 @@ def _pages(tokens: int, groups: Sequence[CacheGroup], values: dict[str, Any]) ->
             pages = min(pages, values["slots"] * -(-(g.window + values["max_tokens"] + 2 * g.page) // g.page))
         out.append(pages)
     return tuple(out)
+
+
+def _events(config: Config) -> list[Decision]:
+    cache = config.cache
+    if cache.events is not None and not cache.radix:
+        raise ConfigError("cache.events: there is nothing to tell without cache.radix", field="cache.events")
+    if cache.replay is not None and cache.events is None:
+        raise ConfigError("cache.replay: there is nothing to tell again without cache.events", field="cache.replay")
+    return [
+        Decision(field=name, value=getattr(cache, name) or "", why=f"cache.{name}" if getattr(cache, name) else "off")
+        for name in ("events", "replay")
+    ]
 
 
 def _programs(config: Config) -> Decision:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from backends.api.protocol import Backend
 from backends.api.step import Ticket
@@ -27,6 +28,9 @@ from engine.sched.rows import Plan
 from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Finish
 
+if TYPE_CHECKING:
+    from engine.run.events import Publisher
+
 COLLECT_SECONDS = 240.0
 AUDIT_STEPS = 256
 """How often the pages are counted."""
@@ -36,7 +40,8 @@ STATS_SECONDS = 0.5
 
 class Loop:
     """One scheduler and one backend, `depth` steps in flight. emit: called with what is new after each step. clock:
-    seconds, which the scheduler is told. weights: opens those of a Load.
+    seconds, which the scheduler is told. weights: opens those of a Load. publisher: is told what
+    came into the cache and went.
 
     doing: what the backend was asked for last, for whoever finds the loop stuck; since: when, on the monotonic clock.
     begun: requests that were first sent to the device, and how long each had waited; whoever reads it empties it.
@@ -50,8 +55,9 @@ class Loop:
         depth: int = 0,
         clock: Callable[[], float] = time.monotonic,
         weights: Callable[[str], WeightSource] | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
-        self._weights = weights
+        self._weights, self.publisher = weights, publisher
         self.scheduler, self.backend, self.emit, self.clock = scheduler, backend, emit, clock
         self.depth = depth or backend.limits.depth
         self.steps = self.made = 0
@@ -81,6 +87,11 @@ class Loop:
             elif isinstance(message, Load):
                 self.emit([self._load(message)])
 
+    def publish(self) -> None:
+        """Tell what came into the cache and went since the last time."""
+        if self.publisher is not None and (events := self.scheduler.store.tree.drain()):
+            self.publisher.publish(events)
+
     def stats(self) -> Stats:
         """How it stands."""
         s = self.scheduler
@@ -94,6 +105,7 @@ class Loop:
             prompt_tokens=s.prompt_tokens,
             cached_tokens=s.cached_tokens,
             made_tokens=self.made,
+            events_dropped=0 if self.publisher is None else self.publisher.dropped,
             accounts=tuple(s.accounts()),
             status=self.backend.status(),
         )
@@ -201,7 +213,9 @@ class Carrier:
         receive: Callable[[bool], Sequence[Message] | None],
         send: Callable[[News], None],
     ) -> None:
-        self.loop = Loop(started.scheduler, started.backend, self._keep, weights=started.weights)
+        self.loop = Loop(
+            started.scheduler, started.backend, self._keep, weights=started.weights, publisher=started.publisher
+        )
         self._started, self._receive, self._send = started, receive, send
         self._outputs: list[Output] = []
         self._told = 0.0
@@ -215,6 +229,7 @@ class Carrier:
                 self.loop.take([self._ready(m) for m in messages])
                 if self.loop.busy:
                     self.loop.turn()
+                self.loop.publish()
                 self._say(idle=not self.loop.busy)
             reason = BackendLost("the engine was shut down")
         except BackendLost as error:
@@ -223,6 +238,8 @@ class Carrier:
             self._keep(self.loop.scheduler.lost(reason))
             self._send(News(outputs=tuple(self._outputs), lost=reason))
             self._started.backend.close()
+            if self._started.publisher is not None:
+                self._started.publisher.close()
 
     def _ready(self, message: Message) -> Message:
         """With what only this side has: the search for stop strings."""

@@ -50,7 +50,8 @@ Message: TypeAlias = Submit | Abort | Flush | Load
 class Stats:
     """How the loop stands. running, waiting: requests; waiting_tokens: of their prompts; accounts: pages of each cache
     group; held: pages that open requests hold, over all groups; status: the backend's. The rest counts since the start:
-    steps, preemptions, repairs (of lost pages), prompt_tokens seated, cached_tokens of them, made_tokens committed."""
+    steps, preemptions, repairs (of lost pages), prompt_tokens seated, cached_tokens of them, made_tokens committed,
+    events_dropped (batches of the cache's)."""
 
     running: int
     waiting: int
@@ -61,6 +62,7 @@ class Stats:
     prompt_tokens: int
     cached_tokens: int
     made_tokens: int
+    events_dropped: int
     accounts: tuple[Account, ...]
     status: Status
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backends import open_backend, several
 from backends.api.protocol import Backend
@@ -25,6 +26,9 @@ from engine.sched.stop import Stopper
 from engine.text.detokenize import StopStrings
 from engine.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from engine.run.events import Publisher
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
@@ -39,13 +43,14 @@ class Decided:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none. weights:
-    opens others of the same model, in a folder (`other_weights`)."""
+    opens others of the same model, in a folder (`other_weights`). publisher: tells of the cache."""
 
     scheduler: Scheduler
     backend: Backend
     info: Info
     stopper: Callable[[SamplingParams], Stopper | None]
     weights: Callable[[str], WeightSource]
+    publisher: Publisher | None = None
 
 
 def decide(config: Config, default: Path) -> Decided:
@@ -108,7 +113,9 @@ def start(
             queue=queue,
             queue_tokens=queue_tokens,
             eviction=decided.resolved.eviction,
+            events=bool(decided.resolved.events),
         )
+        publisher = _publisher(decided.resolved)
     except BaseException:
         backend.close()
         raise
@@ -131,8 +138,22 @@ def start(
         return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
 
     return Started(
-        scheduler=scheduler, backend=backend, info=info, stopper=stopper, weights=partial(other_weights, decided)
+        scheduler=scheduler,
+        backend=backend,
+        info=info,
+        stopper=stopper,
+        weights=partial(other_weights, decided),
+        publisher=publisher,
     )
+
+
+def _publisher(resolved: Resolved) -> Publisher | None:
+    """What tells of the cache, if anything does."""
+    if not resolved.events:
+        return None
+    from engine.run.events import Publisher  # needs sockets
+
+    return Publisher(resolved.events, resolved.replay)
 
 
 def other_weights(decided: Decided, path: str) -> Checkpoint:

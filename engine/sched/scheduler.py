@@ -35,7 +35,8 @@ class Scheduler:
     policy: order of those that wait (engine.sched.policy). radix: keep prefixes. priority_preemption: by how much a
     request's priority must be above another's to take its seat, 0 = never. ageing: seconds of waiting that count as one
     priority, 0 = never. least: tokens of an uncached prefix that are worth waiting for when another computes them.
-    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound. eviction: the cache's.
+    queue, queue_tokens: requests that may wait, and tokens of their prompts; None is no bound. eviction, events: the
+    cache's.
     prompt_tokens, cached_tokens: of the requests seated so far, and how many of them came from the prefix cache or from
     the run that computed them. repairs: how often `audit` found pages lost. version: of the weights that made the last
     tokens committed.
@@ -53,6 +54,7 @@ class Scheduler:
         queue: int | None = None,
         queue_tokens: int | None = None,
         eviction: str = "lru",
+        events: bool = False,
     ) -> None:
         for name, built in (("shards", limits.shards == 1), ("whole_rows", not limits.whole_rows)):
             if not built:
@@ -60,7 +62,7 @@ class Scheduler:
         self.limits, self.radix = limits, radix
         self.priority_preemption, self.ageing = priority_preemption, ageing
         self.room = capacity(limits)
-        self.store = Store(limits, radix, eviction)
+        self.store = Store(limits, radix, eviction, events)
         self.waiting = Waiting()
         self.running: dict[Run, None] = {}
         self.queue, self.queue_tokens = queue, queue_tokens

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backends.api.limits import Limits
 from engine.cache.check import repair
+from engine.cache.events import AllBlocksCleared
 from engine.cache.pages import PagePool
 from engine.cache.radix import NONE, Match, RadixTree
 from engine.cache.sequence import SequenceCache
@@ -34,11 +35,12 @@ class Account:
 
 
 class Store:
-    """Pools and radix tree. radix: keep prefixes. eviction: what of them goes first. copies: to be done before the next
+    """Pools and radix tree. radix: keep prefixes. eviction: what of them goes first. events: log what
+    comes and goes (engine.cache.events). copies: to be done before the next
     step that is planned; those asked for while a step is planned belong to the one after."""
 
-    def __init__(self, limits: Limits, radix: bool, eviction: str) -> None:
-        self.limits, self.radix, self.eviction = limits, radix, eviction
+    def __init__(self, limits: Limits, radix: bool, eviction: str, events: bool = False) -> None:
+        self.limits, self.radix, self.eviction, self.events = limits, radix, eviction, events
         self.copies: list[Copy] = []
         self._stateful = [g for g, group in enumerate(limits.groups) if group.kind == "state"]
         self._begin(0)
@@ -48,10 +50,12 @@ class Store:
         """New pools, and a tree that knows of nothing; what runs hold is of the old ones."""
         self.copies.clear()
         self._begin(self.tree.version)
+        if self.tree.log is not None:
+            self.tree.log.append(AllBlocksCleared())
 
     def _begin(self, version: int) -> None:
         self.pools = [PagePool(n) for n in self.limits.pages]
-        self.tree = RadixTree(self.limits.groups, self.pools, eviction=self.eviction)
+        self.tree = RadixTree(self.limits.groups, self.pools, eviction=self.eviction, events=self.events)
         self.tree.renew(version)
 
     def accounts(self, running: Iterable[Run]) -> list[Account]:

@@ -174,6 +174,8 @@ class Metrics(Collector):
         yield _counter("radixmesh:steps", "Steps sent to the device.", one, {(model,): stats.steps})
         yield _counter("radixmesh:preemptions", "Requests that lost their slot.", one, {(model,): stats.preemptions})
         yield _counter("radixmesh:repairs", "Times that pages were found lost.", one, {(model,): stats.repairs})
+        lost, says = stats.events_dropped, "Batches of cache events that were not sent."
+        yield _counter("radixmesh:cache_events_dropped", says, one, {(model,): lost})
         yield _counter(
             "radixmesh:compiles_after_ready", "Programs compiled after the start: must stay 0.", one, {(model,): late}
         )

@@ -52,6 +52,9 @@ FAULTS: list[Fault] = [
         ("a split takes the state along", UPPER + "[NONE] * len(self.groups)", UPPER + "[*node.states]"),
         ("a split cuts hashes wrongly", "node.hashes[:count], node.hashes[count:]", "node.hashes, node.hashes[count:]"),
         ("a removal is not told", "self.log.append(BlockRemoved(hashes=node.hashes))", "pass"),
+        ("pages of old weights are still told", "if node.hashes and not root.fresh:", "if False:"),
+        ("old weights that come back are not told", "self._tell(node, root.space)", "pass"),
+        ("what old weights make is told", "leaf.parent is not None and leaf.fresh", "leaf.parent is not None"),
         ("flush tells of less", "self.log[known:] = [AllBlocksCleared()]", "self.log[known:] = []"),
     ),
     *_faults(
