@@ -29,6 +29,7 @@ def generate(
     backend: options.Backend = None,
     mesh: options.Mesh = None,
     dtype: options.Dtype = None,
+    deterministic: options.Deterministic = False,
     config: options.File = None,
     pairs: options.Set = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
@@ -88,7 +89,7 @@ def generate(
     SamplingParams.of(params)  # before anything is opened
     params["n"] = n
     texts = list(prompts or PROMPTS)
-    given = options.flags(model, backend, mesh, dtype, pairs)
+    given = options.flags(model, backend, mesh, dtype, pairs, deterministic)
     names: list[str | None] = [None]
     if compare:
         # Two arithmetics agree to the token in float32; sampled tokens do when they share a seed.
