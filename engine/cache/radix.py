@@ -351,10 +351,11 @@ class RadixTree:
         if self.log is not None and node.hashes:
             self.log.append(BlockRemoved(hashes=node.hashes))
 
-    def flush(self) -> None:
-        """Drop every node that no lock protects."""
+    def flush(self, namespace: Hashable | None = None) -> None:
+        """Drop every node that no lock protects; of one namespace, where one is given."""
         known = len(self.log or ())
-        for node in reversed([*self.nodes()]):  # children before their parents
+        roots = [root for space, root in self.roots.items() if namespace is None or space[1] == namespace]
+        for node in reversed([node for root in roots for node in below(root)]):  # children before their parents
             if node.alive and not node.lock and not node.children:
                 self._drop(node)
         if self.log is not None and not self.roots:

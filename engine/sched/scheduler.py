@@ -100,11 +100,13 @@ class Scheduler:
             watched=request.stopper is not None or masks is not None or params.logprobs is not None,
             steady=not (masks or params.logit_bias or self.limits.device_draft) and self.limits.stages == 1,
             masks=masks,
+            space=self.store.space(request),
             fill=request.tokens,
             length=len(request.tokens),
             key=as_key(request.tokens),
         )
         self._runs[request.rid] = run
+        self.store.enter(run)
         self._again = 0
         self.waiting.add(run)
         if request.deadline is not None:
@@ -131,8 +133,8 @@ class Scheduler:
         is given any more; what waits is computed anew."""
         self.store.tree.renew(version)
         self._sharing.clear()
-        for run in self.running:
-            self.waiting.call(run)
+        for leader in self.running:
+            self.waiting.call(leader)
         for run in self.waiting:
             run.hint = -1
         self._again = 0
@@ -353,6 +355,9 @@ class Scheduler:
     def _seat(self, run: Run, draft: Draft) -> bool:
         """Give a run a slot and the longest cached prefix, if the pages that it needs can be had. True, too, when it
         does better to wait for another."""
+        parent = self._sharing.parent(run)
+        if parent is not None and not run.scored and parent.scored and parent.scores_alike(run):
+            run.scores = parent.scores
         match = self.store.match(run)
         run.hint = match.length
         if (found := self._leader(run, match)) is not None:
@@ -557,6 +562,7 @@ class Scheduler:
             self.waiting.remove(run)
         run.state = "ended"
         self._suspects.pop(run, None)
+        self.store.leave(run)
         del self._runs[run.request.rid]
         rid = run.request.rid
         return Output(

@@ -93,6 +93,8 @@ FAULTS = [
             "for i, t in enumerate(run.request.tokens)] if",
         ),
         # Scores and masks.
+        ("every answer scores the prompt", "run.scores = parent.scores", "pass"),
+        ("scores that were not asked for are taken", "parent.scored and parent.scores_alike(run):", "parent.scored:"),
         ("a prompt that is scored branches where another's ends", " or run.unscored <= last", ""),
         ("scores of tokens past the end", "Scores.of(scores, keep)", "Scores.of(scores, len(new))"),
         ("nothing ends a request that only reads", "elif row.end == run.length and not run.most", "elif False"),
@@ -171,6 +173,8 @@ FAULTS = [
     ),
     *_faults(
         "engine.sched.store",
+        ("a group's pages outlive it", "self.tree.flush(run.space)", "pass"),
+        ("groups are one without the cache", "else (request.namespace, request.group)", "else (request.namespace, '')"),
         ("a scored prompt comes from the cache", "min(run.length, run.unscored) - 1", "run.length - 1"),
     ),
     *_faults(
