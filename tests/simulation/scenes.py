@@ -258,9 +258,11 @@ def a_prompt_is_scored_once_for_all_its_answers() -> None:
             stage = Stage(radix=radix)
             for i in range(4):
                 stage.ask(f"{i}", text, made=3, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": start})
-            stage.ask("odd", text, made=3, group="g", scored={"prompt_logprobs": 2, "logprob_start_len": start})
+            later = start + 3
+            stage.ask("odd", text, made=3, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": later})
             stage.run()
-            assert stage.scores == dict.fromkeys(("0", "1", "2", "3", "odd"), len(text) - start - 1)
+            want = dict.fromkeys(("0", "1", "2", "3"), len(text) - start - 1) | {"odd": len(text) - later - 1}
+            assert stage.scores == want, stage.scores
             assert stage.toy.fed == 2 * 41 + 3 + 5 * 2, stage.toy.fed
 
 
