@@ -257,13 +257,14 @@ def a_prompt_is_scored_once_for_all_its_answers() -> None:
         for start in (0, 5):
             stage = Stage(radix=radix)
             for i in range(4):
-                stage.ask(f"{i}", text, made=3, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": start})
+                stage.ask(f"{i}", text, made=9, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": start})
+            stage.to(4)
             later = start + 3
-            stage.ask("odd", text, made=3, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": later})
+            stage.ask("odd", text, made=9, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": later})
             stage.run()
             want = dict.fromkeys(("0", "1", "2", "3"), len(text) - start - 1) | {"odd": len(text) - later - 1}
             assert stage.scores == want, stage.scores
-            assert stage.toy.fed == 2 * 41 + 3 + 5 * 2, stage.toy.fed
+            assert stage.toy.fed == 2 * 41 - later // 4 * 4 + 3 + 5 * 8, stage.toy.fed
 
 
 def a_group_is_checked() -> None:
