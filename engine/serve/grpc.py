@@ -19,9 +19,10 @@ from engine.run.answer import Answer
 from engine.sampling import SamplingParams
 from engine.sched.admission import MAX_TIMEOUT
 from engine.sched.scores import Score
+from engine.serve.call import Piece
 from engine.serve.pb import radixmesh_pb2 as pb
 from engine.serve.pb import radixmesh_pb2_grpc as rpc
-from engine.serve.service import Ask, Piece, Service, salted
+from engine.serve.service import Ask, Service, salted
 
 NAME = str(pb.DESCRIPTOR.services_by_name["Radixmesh"].full_name)
 OPEN = (f"/{health.SERVICE_NAME}/",)

@@ -21,11 +21,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from engine.config import Config, Serve
 from engine.errors import ConfigError, InvalidRequest
 from engine.serve import native, openai
+from engine.serve.call import Call
 from engine.serve.exchange import Endpoint, Exchange, Handler, trouble
 from engine.serve.keys import MAX_ID, Keys, Traffic, header
 from engine.serve.metrics import Metrics
 from engine.serve.records import log
-from engine.serve.service import Ask, Call, Service
+from engine.serve.service import Ask, Service
 
 MAX_HEAD = 64 << 10
 """Bytes of a request's line and headers."""

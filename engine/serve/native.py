@@ -16,6 +16,7 @@ from engine.config import show
 from engine.errors import InvalidRequest, ModelError
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams, scoring
+from engine.serve.call import Call
 from engine.serve.exchange import ENCODER, Exchange, problem
 from engine.serve.reading import HARMLESS, check, renamed
 from engine.serve.schemas import (
@@ -30,7 +31,7 @@ from engine.serve.schemas import (
     Update,
     prompts,
 )
-from engine.serve.service import INLINE, Ask, Call, salted
+from engine.serve.service import INLINE, Ask, salted
 from engine.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"

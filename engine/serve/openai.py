@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import InvalidRequest
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams, biases
+from engine.serve.call import Call, Piece
 from engine.serve.exchange import ENCODER, Exchange, NotFound
 from engine.serve.reading import convert, renamed
 from engine.serve.schemas import (
@@ -24,7 +25,7 @@ from engine.serve.schemas import (
     prompts,
 )
 from engine.serve.scores import Plain, Shown, Spoken, prompt_logprobs
-from engine.serve.service import Ask, Call, Piece, Service, salted
+from engine.serve.service import Ask, Service, salted
 
 if TYPE_CHECKING:
     from engine.serve.http import Face
