@@ -160,14 +160,20 @@ def other_weights(decided: Decided, path: str) -> Checkpoint:
     """The weights in another folder, for the model that is served. Of its config.json, dtype, eos and max_len may be
     others; they stay what they were. Raises ModelError naming what is not the same, or the tensor at fault."""
     try:
-        spec = fit(read_spec(Path(path)), decided.spec.max_len)
+        return _same(decided.spec, Path(path))
     except ConfigError as error:
         raise ModelError(f"{path}: {error}", field=error.field) from error
+    except (OSError, ValueError) as error:  # a path that is none, a file that may not be read
+        raise ModelError(f"{path[:200]!r}: can't be read: {str(error)[:200]}") from error
+
+
+def _same(served: ModelSpec, path: Path) -> Checkpoint:
+    spec = fit(read_spec(path), served.max_len)
     for name in sorted({f.name for f in fields(ModelSpec)} - {"dtype", "eos", "max_len"}):
-        theirs, ours = getattr(spec, name), getattr(decided.spec, name)
+        theirs, ours = getattr(spec, name), getattr(served, name)
         if theirs != ours:
             if name == "layers":
                 at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
                 theirs, ours = (len(theirs), len(ours)) if at is None else (f"layer {at} of another shape", "as served")
             raise ModelError(f"{path}: another model: {name}: {theirs}, not {ours}", field=name)
-    return Checkpoint(Path(path), decided.spec)
+    return Checkpoint(path, served)

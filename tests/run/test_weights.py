@@ -89,6 +89,9 @@ def test_tokens_are_those_of_an_engine_with_these_weights(backend: str, models: 
                 engine.update_weights(models.get(name, models["old"].parent / "none"))
             assert field is None or caught.value.field == field, caught.value
             assert field is None or field in str(caught.value)
+        for path in ("x" * 5000, "a\0b", "", str(models["old"] / "model.safetensors")):
+            with pytest.raises(ModelError):
+                engine.update_weights(path)
         loop = engine._client.carrier.loop
         whole, loop._weights = loop._weights, lambda path: Torn(Checkpoint(models["old"], engine.spec))
         with pytest.raises(ModelError, match="torn"):
