@@ -265,6 +265,12 @@ def a_prompt_is_scored_once_for_all_its_answers() -> None:
             want = dict.fromkeys(("0", "1", "2", "3"), len(text) - start - 1) | {"odd": len(text) - later - 1}
             assert stage.scores == want, stage.scores
             assert stage.toy.fed == 2 * 41 - later // 4 * 4 + 3 + 5 * 8, stage.toy.fed
+    stage, text = Stage(), prompt(random.Random(5), 43)  # what is left to score stands in the page that would be copied
+    stage.ask("0", text, made=20, group="g")
+    stage.to(4)
+    stage.ask("late", text, made=2, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": 40})
+    stage.run()
+    assert stage.scores == {"late": 2}, stage.scores
 
 
 def a_group_is_checked() -> None:
