@@ -35,7 +35,8 @@ class Resolved:
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
     policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
-    eviction: what of it goes first.
+    eviction: what of it goes first. events: address where its events are published, replay: where they can be had
+    again; "" is none.
     deterministic: what a request gets never depends on what else runs, to the bit.
     penalties: counts for penalties are kept on the device. max_logprobs: alternatives that a token may be asked for.
     mesh: devices along each axis; devices: CPU devices that jax makes, where it runs on a CPU.
@@ -56,6 +57,8 @@ class Resolved:
     depth: int = 2
     radix: bool = True
     eviction: str = "lru"
+    events: str = ""
+    replay: str = ""
     policy: str = "lpm"
     priority_preemption: int = 10
     ageing: int = 30
@@ -76,6 +79,12 @@ def _fail(key: str, what: str) -> ConfigError:
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise _fail(key, f"must be a string, not {value!r}")
+    return value
+
+
+def _address(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.startswith(("tcp://", "ipc://")):
+        raise _fail(key, f'must be an address such as "tcp://127.0.0.1:5557" or "ipc:///tmp/events", not {value!r}')
     return value
 
 
@@ -158,7 +167,8 @@ class Cache:
     """tokens: positions that the pool of pages holds. fraction: share of the device's free memory that weights and
     cache may take, where tokens is not given. page: tokens per page. dtype: of keys and values. radix: keep prefixes.
     eviction: what goes first when pages are short, in the order of: last use; uses, last use; used once, last use;
-    priority of the requests, last use.
+    priority of the requests, last use. events: ZeroMQ address where what is cached is told (engine.run.events), replay:
+    where it can be had again; "auto" is none.
     """
 
     tokens: int | None = _key(_or_auto(_whole(1)), None)
@@ -167,6 +177,8 @@ class Cache:
     dtype: str = _key(_one_of(DTYPES), "auto")
     radix: bool = _key(_flag, True)
     eviction: str = _key(_one_of(EVICTIONS), "lru")
+    events: str | None = _key(_or_auto(_address), None)
+    replay: str | None = _key(_or_auto(_address), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,7 @@ class DeadlineExceeded(RadixmeshError):
 
     http = 504
     grpc = "DEADLINE_EXCEEDED"
+    code = "deadline_exceeded"
 
 
 class StepRefused(RadixmeshError):

@@ -59,14 +59,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on one device: weights, and the cache of each group."""
+    """Bytes on one device: weights, the cache of each group, and the counts of penalties."""
 
     weights: int
     cache: tuple[int, ...]
+    counts: int
 
     @property
     def total(self) -> int:
-        return self.weights + sum(self.cache)
+        return self.weights + sum(self.cache) + self.counts
 
 
 def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, list[Decision]]:
@@ -91,11 +92,13 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
     values = {d.field: d.value for d in made}
     groups = local_groups(spec, config.cache.page, mesh)
     weights = weight_bytes(spec, values["dtype"], mesh)
+    weights += count_bytes(spec, config.sched.penalties, values["slots"])
     made += _lengths(config, spec, device, groups, weights, values)
     made += [
         Decision(field="page", value=config.cache.page, why="cache.page"),
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
         Decision(field="eviction", value=config.cache.eviction, why="cache.eviction"),
+        *_events(config),
         Decision(field="policy", value=config.sched.policy, why="sched.policy"),
         Decision(field="deterministic", value=config.backend.deterministic, why="backend.deterministic"),
         Decision(field="penalties", value=config.sched.penalties, why="sched.penalties"),
@@ -113,6 +116,12 @@ def weight_bytes(spec: ModelSpec, dtype: str, mesh: MeshSpec) -> int:
     return sum(prod(shard_shape(p.shape, p.axes, mesh)) for p in params(spec).values()) * ITEMSIZE[dtype]
 
 
+def count_bytes(spec: ModelSpec, penalties: bool, slots: int) -> int:
+    """Bytes of the counts of penalties on one device: int32 for each token of the vocabulary and slot, and a slot that
+    padding writes to."""
+    return 4 * (slots + 1) * spec.vocab if penalties else 0
+
+
 def local_groups(spec: ModelSpec, page: int, mesh: MeshSpec) -> tuple[CacheGroup, ...]:
     """The cache groups of a model with the heads that one device holds."""
     groups = cache_groups(spec, page)
@@ -125,6 +134,7 @@ def plan_memory(spec: ModelSpec, resolved: Resolved) -> Memory:
     return Memory(
         weights=weight_bytes(spec, resolved.dtype, resolved.mesh),
         cache=tuple(n * g.page_bytes(resolved.cache_dtype) for n, g in zip(resolved.pages, groups, strict=True)),
+        counts=count_bytes(spec, resolved.penalties, resolved.slots),
     )
 
 
@@ -240,7 +250,8 @@ def _lengths(
     weights: int,
     values: dict[str, Any],
 ) -> list[Decision]:
-    """max_len and pages: how far one request may reach, and how many tokens the cache holds."""
+    """max_len and pages: how far one request may reach, and how many tokens the cache holds. weights: bytes, with the
+    counts of penalties."""
     page, asked = config.cache.page, config.model.max_len
     if asked is not None and asked > spec.max_len:
         raise ConfigError(
@@ -263,8 +274,8 @@ def _lengths(
     need = sum(n * c for n, c in zip(pages, costs, strict=True))
     if need > free:
         raise ConfigError(
-            f"cache.tokens: weights of {weights / GIB:.2f} GiB and a cache of {need / GIB:.2f} GiB do not fit the "
-            f"{device.memory_bytes / GIB:.2f} GiB that are free; lower cache.tokens or model.max_len",
+            f"cache.tokens: {weights / GIB:.2f} GiB of weights and counts and {need / GIB:.2f} GiB of cache do not fit "
+            f"the {device.memory_bytes / GIB:.2f} GiB that are free; lower cache.tokens or model.max_len",
             field="cache.tokens",
         )
     return [
@@ -294,7 +305,7 @@ def _tokens(
         source = f"{room / GIB:.2f} GiB of the CPU's free memory"
     else:
         room = int(portion * device.memory_bytes) - weights
-        source = f"{portion:.0%} of the free memory, less {weights / GIB:.2f} GiB of weights"
+        source = f"{portion:.0%} of the free memory, less {weights / GIB:.2f} GiB of weights and counts"
     fixed = sum(c * n for c, n, g in zip(costs, _pages(1 << 40, groups, values), groups, strict=True) if g.window)
     each = sum(c for c, g in zip(costs, groups, strict=True) if not g.window)
     most = SPARE * values["slots"] * reach
@@ -319,6 +330,18 @@ def _pages(tokens: int, groups: Sequence[CacheGroup], values: dict[str, Any]) ->
             pages = min(pages, values["slots"] * -(-(g.window + values["max_tokens"] + 2 * g.page) // g.page))
         out.append(pages)
     return tuple(out)
+
+
+def _events(config: Config) -> list[Decision]:
+    cache = config.cache
+    if cache.events is not None and not cache.radix:
+        raise ConfigError("cache.events: there is nothing to tell without cache.radix", field="cache.events")
+    if cache.replay is not None and cache.events is None:
+        raise ConfigError("cache.replay: there is nothing to tell again without cache.events", field="cache.replay")
+    return [
+        Decision(field=name, value=getattr(cache, name) or "", why=f"cache.{name}" if getattr(cache, name) else "off")
+        for name in ("events", "replay")
+    ]
 
 
 def _programs(config: Config) -> Decision:

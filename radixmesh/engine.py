@@ -20,10 +20,10 @@ from engine.errors import InvalidRequest
 from engine.run.answer import Answer, several
 from engine.run.client import Streams
 from engine.run.local import LocalClient
-from engine.run.messages import Abort, Submit
+from engine.run.messages import Abort, Load, Submit
 from engine.run.start import decide, start
 from engine.sampling import SamplingParams, scoring
-from engine.sched.admission import check_request
+from engine.sched.admission import check_request, deadline
 from engine.sched.request import Request
 from engine.text.tokenizer import Tokenizer
 
@@ -81,6 +81,19 @@ class Engine:
         """Stop and free the device. Harmless when it was done; a request afterwards raises BackendLost."""
         self._finalizer()
 
+    def update_weights(self, path: str | Path) -> int:
+        """Take the weights in another folder, of the same model, between two steps: what runs goes on with them, and
+        nothing that the old ones made is matched any more. Gives their version, as meta_info's weight_version has it.
+
+        Raises ModelError naming what is not the same or the tensor at fault; then the old ones serve on.
+        """
+        rid = f"load-{uuid4().hex}"
+        self._streams.open(Load(rid=rid, path=str(path)), rid)
+        (output,) = self._streams.read(rid)
+        if output.error is not None:
+            raise output.error
+        return output.version
+
     def status(self) -> Status:
         """How the backend stands: device, programs compiled, bytes."""
         return self._client.carrier.loop.backend.status()
@@ -96,15 +109,17 @@ class Engine:
         top_logprobs_num: int = 0,
         return_text_in_logprobs: bool = False,
         cache_salt: str = "",
+        timeout: float | None = None,
     ) -> Result | list[Result]:
         """Complete one prompt, or a list of them together.
 
         prompts or token_ids: one, or a list. sampling_params: SGLang's names, one for all or a list with one each; a
         mapping may hold `n`, answers to each prompt, which stand side by side in the list that comes back.
         return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs: SGLang's way to ask for logprobs;
-        -1 is none of the prompt. cache_salt: keeps the prefix cache of those who give it apart.
+        -1 is none of the prompt. cache_salt: keeps the prefix cache of those who give it apart. timeout: seconds after
+        which whatever has not ended ends with what it has made, waiting or running; its finish_reason is an abort.
         Gives a dict for one answer and a list of dicts for several: text (not with skip_tokenizer), output_ids and
-        meta_info: id, prompt_tokens, completion_tokens, cached_tokens, seed and finish_reason, which is
+        meta_info: id, prompt_tokens, completion_tokens, cached_tokens, seed, weight_version and finish_reason, which is
         {"type": "length", "length": n}, {"type": "stop", "matched": id or string} or {"type": "abort", "message": why};
         with logprobs also input_token_logprobs and output_token_logprobs, (logprob, id, text or None) each, and
         input_top_logprobs and output_top_logprobs.
@@ -113,7 +128,7 @@ class Engine:
         """
         scores, _ = scoring(return_logprob, logprob_start_len, top_logprobs_num)
         spell = self._spell(return_text_in_logprobs)
-        answers, many = self._answers(prompts, token_ids, sampling_params, scores, cache_salt)
+        answers, many = self._answers(prompts, token_ids, sampling_params, scores, cache_salt, timeout)
         unread: list[str] = []
         try:
             for answer in answers:
@@ -140,6 +155,7 @@ class Engine:
         top_logprobs_num: int = 0,
         return_text_in_logprobs: bool = False,
         cache_salt: str = "",
+        timeout: float | None = None,
     ) -> Iterator[Result]:
         """Complete one prompt and give what there is after each step, as `generate` would; n is 1.
 
@@ -149,7 +165,7 @@ class Engine:
         if isinstance(sampling_params, (list, tuple)):
             raise InvalidRequest("sampling_params: must be a mapping or SamplingParams", field="sampling_params")
         scores, _ = scoring(return_logprob, logprob_start_len, top_logprobs_num)
-        answers, many = self._answers(prompt, token_ids, sampling_params, scores, cache_salt)
+        answers, many = self._answers(prompt, token_ids, sampling_params, scores, cache_salt, timeout)
         if len({a.request.tokens for a in answers}) < len(answers):
             raise InvalidRequest("n: stream gives one answer; use generate for several", field="n")
         if many:
@@ -182,9 +198,17 @@ class Engine:
                 answer.take(output)
 
     def _answers(
-        self, prompts: Any, token_ids: Any, sampling_params: Any, scores: Mapping[str, Any], salt: str
+        self,
+        prompts: Any,
+        token_ids: Any,
+        sampling_params: Any,
+        scores: Mapping[str, Any],
+        salt: str,
+        timeout: float | None,
     ) -> tuple[list[Answer], bool]:
         """Everything that is asked, checked, and whether it is a list."""
+        now = time.monotonic()
+        until = deadline(timeout, now)
         ids, many = self._prompts(prompts, token_ids)
         if isinstance(sampling_params, (list, tuple)):
             if not many or len(sampling_params) != len(ids):
@@ -197,7 +221,7 @@ class Engine:
             params = [_wanted(sampling_params, scores)] * len(ids)
         answers: list[Answer] = []
         for i, (tokens, (one, n)) in enumerate(zip(ids, params, strict=True)):
-            request = self._request(tokens, one, salt)
+            request = replace(self._request(tokens, one, salt), arrival=now, deadline=until)
             try:
                 check_request(request, self._client.info.limits, self._client.info.room, ())
             except InvalidRequest as error:
@@ -238,7 +262,6 @@ class Engine:
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             eos=frozenset(self._client.info.eos),
-            arrival=time.monotonic(),
             namespace=(salt,) if salt else (),
             bad_words=words,
         )

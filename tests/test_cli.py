@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from engine.config import load
 from engine.sampling import SamplingParams
 from radixmesh import cli
-from radixmesh.commands import generate, options
+from radixmesh.commands import bench, generate, options, serve
 from radixmesh.commands.generate import Ran, differences
 from radixmesh.engine import DEMO
 from tests.text.made import made
@@ -142,14 +145,39 @@ def test_explain_says_what_and_why(
     args = ("explain", "--model", str(folder), "--backend", "jax", "--set", "cache.page=32", "--set", "cache_tokens=64")
     code, out, _ = call(monkeypatch, capsys, *args)
     assert code == 0
-    for part in ("backend.name", "cache.page", "max_len", "what the cache holds", "memory: weights", "layers 0-1:"):
+    for part in ("backend.name", "cache.page", "max_len", "what the cache holds", "counts of penalties", "layers 0-1:"):
         assert part in out
     code, out, _ = call(monkeypatch, capsys, *args, "--json")
     said = json.loads(out)
     made_ = {d["field"]: d["value"] for d in said["decisions"]}
     assert (code, made_["page"], made_["pages"], made_["max_len"]) == (0, 32, [2], 64)
-    assert said["memory"]["total"] == said["memory"]["weights"] + sum(said["memory"]["cache"])
+    memory = said["memory"]
+    assert memory["total"] == sum((memory["weights"], *memory["cache"], memory["counts"]))
+    assert memory["counts"] > 0
+    _, off, _ = call(monkeypatch, capsys, *args, "--json", "--set", "sched.penalties=false")
+    assert json.loads(off)["memory"]["counts"] == 0
     assert said["layers"][0]["layers"] == [0, 1]
+
+
+def test_deterministic_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, **given: object) -> None:
+            super().__init__(1)
+
+    seen: list[bool] = []
+    monkeypatch.setattr(generate, "_run", lambda name, config, given, *rest: seen.append(read(given)) or exit(0))
+    monkeypatch.setattr(serve, "run", lambda config: seen.append(config.backend.deterministic))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("radixmesh.bench.offline.measure_subject", lambda *given: seen.append(read(given[-1])) or [])
+    for command in (["generate"], ["serve"], ["bench", "offline", "--subjects", "torch"]):
+        for flag in ([], ["--deterministic"]):
+            done = CliRunner().invoke(cli.make_app(), [*command, *flag])
+            assert done.exit_code == 0, done.output
+    assert seen == [False, True] * 3
+
+
+def read(given: Mapping[str, object]) -> bool:
+    return load(None, given).backend.deterministic
 
 
 @pytest.mark.parametrize(

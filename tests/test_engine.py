@@ -70,6 +70,26 @@ def test_greedy_is_hugging_faces(case: Case) -> None:
     assert 0 <= meta["seed"] < 2**64
 
 
+@pytest.mark.parametrize("radix", [True, False])
+def test_answers_to_one_prompt_read_it_once(radix: bool, case: Case) -> None:
+    ids = case.tokenizer.encode(
+        "the quick brown fox jumps over the lazy dog, then the dog jumps over the quick fox " * 2
+    )
+    asked = {"temperature": 1.0, "max_new_tokens": 6, "seed": 3, "ignore_eos": True, "n": 3}
+    scored = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
+    with Engine(case.model.path, backend="reference", radix=radix, **SMALL) as engine:
+        many = engine.generate(token_ids=ids, sampling_params=asked, **scored)
+        assert [r["meta_info"]["cached_tokens"] for r in many] == [0, len(ids) - 1, len(ids) - 1]
+        for result in many:
+            one = asked | {"n": 1, "seed": result["meta_info"]["seed"]}
+            alone = engine.generate(token_ids=ids, sampling_params=one, **scored)
+            assert alone["output_ids"] == result["output_ids"]
+            for name in ("input_token_logprobs", "input_top_logprobs"):
+                for a, b in zip(alone["meta_info"][name][1:], result["meta_info"][name][1:], strict=True):
+                    assert np.allclose(np.array(a, float), np.array(b, float), atol=1e-4, equal_nan=True)
+        assert engine.generate(token_ids=ids, sampling_params=GREEDY)["meta_info"]["cached_tokens"] > 0 or not radix
+
+
 def test_lists_and_one_set_of_parameters_each(case: Case) -> None:
     prompts = ["the dog", "def f ( x )", "привет"]
     params = [GREEDY | {"max_new_tokens": n} for n in (3, 9, 1)]

@@ -88,7 +88,10 @@ class JaxBackend:
         """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
         that a ModelError (which names the tensor) changes nothing."""
         self._open()
-        self.weights = params.upload(self.plan.leaves, self.plan.config, self.plan.mesh, weights)
+        try:
+            self.weights = params.upload(self.plan.leaves, self.plan.config, self.plan.mesh, weights)
+        except jax.errors.JaxRuntimeError as error:  # no room for both
+            self._fail(error)
         self.version = version
         self.memory["weights"] = _held(self.weights)
         if self.caches is None:

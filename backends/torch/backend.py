@@ -89,10 +89,9 @@ class TorchBackend:
         self._empty()
 
     def load(self, weights: WeightSource, version: int = 0) -> None:
-        """Take weights; steps that are out keep the old ones. Raises ModelError naming a tensor."""
+        """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
+        that a ModelError (which names the tensor) changes nothing."""
         with self._device():
-            if not self.flights:
-                self.weights = {}  # the old ones need not stand beside the new
             dtype = params.DTYPES[self.config.dtype]
             self.weights = params.upload(self.spec, weights, dtype, self.device, self.config.mesh, self.rank)
         self.version = version

@@ -194,14 +194,20 @@ class RadixTree:
         return leaf
 
     def _tell(self, leaf: Node, space: tuple[int, Hashable]) -> None:
-        """Log a new leaf."""
-        if self.log is not None and leaf.parent is not None:
+        """Log a node that came, if it is of the weights of now."""
+        if self.log is not None and leaf.parent is not None and leaf.fresh:
             before, tokens = leaf.parent.hashes, tuple(array("i", leaf.key))
             parent = before[-1] if before else None
             leaf.hashes = chain(leaf.key, self._width, parent, space)
             self.log.append(
                 BlockStored(hashes=leaf.hashes, parent=parent, tokens=tokens, page=self.page, namespace=space[1])
             )
+
+    def _untell(self, node: Node) -> None:
+        """Log that a node can't be matched any more."""
+        if self.log is not None:
+            self.log.append(BlockRemoved(hashes=(*node.hashes,)))
+        node.hashes = ()
 
     def _count(self) -> int:
         self._serial += 1
@@ -342,13 +348,14 @@ class RadixTree:
         for queue in (self.leaves, *self.loose.values()) if node.queued else ():
             if node.queued & queue.bit:
                 queue.died()
-        if self.log is not None:
+        if self.log is not None and node.hashes:
             self.log.append(BlockRemoved(hashes=node.hashes))
 
-    def flush(self) -> None:
-        """Drop every node that no lock protects."""
+    def flush(self, namespace: Hashable | None = None) -> None:
+        """Drop every node that no lock protects; of one namespace, where one is given."""
         known = len(self.log or ())
-        for node in reversed([*self.nodes()]):  # children before their parents
+        roots = [root for space, root in self.roots.items() if namespace is None or space[1] == namespace]
+        for node in reversed([node for root in roots for node in below(root)]):  # children before their parents
             if node.alive and not node.lock and not node.children:
                 self._drop(node)
         if self.log is not None and not self.roots:
@@ -360,6 +367,11 @@ class RadixTree:
         for root in self.roots.values():
             root.fresh = root.space[0] == version
             for node in below(root):
+                if node.hashes and not root.fresh:
+                    self._untell(node)
+                elif not node.fresh and root.fresh:
+                    node.fresh = True
+                    self._tell(node, root.space)
                 node.fresh = root.fresh
         for queue in (self.leaves, *self.loose.values()):
             queue.renew()

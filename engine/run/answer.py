@@ -27,7 +27,8 @@ def several(request: Request, n: int) -> list[Request]:
 @dataclass(slots=True, kw_only=True)
 class Answer:
     """What has come back of a request. stream: makes its text; None without a tokenizer. scores: of its ids, and
-    prompt_scores of the prompt's from params.logprob_start_len + 1 on, where they were asked for."""
+    prompt_scores of the prompt's from params.logprob_start_len + 1 on, where they were asked for. version: of the
+    weights that made its last token; None until it ended."""
 
     request: Request
     stream: TextStream | None
@@ -38,6 +39,7 @@ class Answer:
     cached: int = 0
     finish: Finish | None = None
     error: RadixmeshError | None = None
+    version: int | None = None
 
     def take(self, output: Output) -> str:
         """Add what is new, and give the new text. Raises BackendLost when the engine is gone."""
@@ -50,6 +52,7 @@ class Answer:
             self.prompt_scores += output.prompt_logprobs.rows()
         self.cached, self.finish = output.cached_tokens, output.finish
         self.error = output.error
+        self.version = None if output.finish is None else output.version
         new = "" if self.stream is None else self._piece(self.stream, output)
         self.text += new
         return new
@@ -94,6 +97,7 @@ class Answer:
                 "cached_tokens": self.cached,
                 "finish_reason": self._reason(),
                 "seed": self.request.seed,
+                "weight_version": self.version,
                 **self._logprobs(spell or (lambda token: None)),
             },
         }

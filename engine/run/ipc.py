@@ -1,8 +1,9 @@
 """What crosses between an engine's process and its client: typed msgpack, no pickle. One frame is one message.
 
-What crosses as it is: Abort, Flush, News, Info, Config. An error crosses as (class in engine.errors, message, field,
-rows) and comes back as that class. Of a Request neither stopper nor grammar crosses: the engine's side makes the one,
-and the other is refused until it has a form of its own here; its namespace is a tuple of strings and integers.
+What crosses as it is: Abort, Flush, Load, News, Info, Config. An error crosses as (class in engine.errors, message,
+field, rows) and comes back as that class. Of a Request neither stopper nor grammar crosses: the engine's side makes
+the one, and the other is refused until it has a form of its own here; its namespace is a tuple of strings and
+integers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from engine.config import Config
 from engine.errors import InvalidRequest, RadixmeshError, StepRefused
 from engine.mesh import MeshSpec
 from engine.resolve import Decision
-from engine.run.messages import Abort, Flush, Info, Message, News, Submit
+from engine.run.messages import Abort, Flush, Info, Load, Message, News, Submit
 from engine.sched.request import Request
 
 ORDERS, REPORTS = "orders", "reports"
@@ -90,6 +91,10 @@ class _Flush(msgspec.Struct, frozen=True, array_like=True, tag="flush"):
     said: Flush
 
 
+class _Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
+    said: Load
+
+
 class _News(msgspec.Struct, frozen=True, array_like=True, tag="news"):
     said: News
 
@@ -114,7 +119,7 @@ class _Error(msgspec.Struct, frozen=True, array_like=True):
     rows: tuple[int, ...] = ()
 
 
-_WRAPS: Mapping[type, Any] = {Submit: _Submit, Abort: _Abort, Flush: _Flush, News: _News}
+_WRAPS: Mapping[type, Any] = {Submit: _Submit, Abort: _Abort, Flush: _Flush, Load: _Load, News: _News}
 
 
 def encode_order(order: Order) -> bytes:
@@ -160,7 +165,7 @@ def _unpack(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
         message = decoder.decode(frame)
     except (msgspec.MsgspecError, RadixmeshError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise Malformed(f"a message of {len(frame)} bytes can't be read: {error}") from error
-    return message.said if isinstance(message, (_Submit, _Abort, _Flush, _News)) else message
+    return message.said if isinstance(message, (_Submit, _Abort, _Flush, _Load, _News)) else message
 
 
 def _bare(submit: Submit) -> Request:
@@ -218,6 +223,6 @@ def _made(kind: Any, value: Any) -> Any:
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 _ORDERS: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    Begin | Shutdown | _Submit | _Abort | _Flush, dec_hook=_made
+    Begin | Shutdown | _Submit | _Abort | _Flush | _Load, dec_hook=_made
 )
 _REPORTS: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Stage | _Ready | Failed | _News, dec_hook=_made)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from engine.errors import RadixmeshError
 from engine.run.loop import Carrier
-from engine.run.messages import Info, Message, News, Submit
+from engine.run.messages import Flush, Info, Load, Message, News, Submit
 from engine.run.start import Started
 from engine.sched.request import Output
 from engine.sched.stop import Finish
@@ -95,8 +95,8 @@ class LocalClient:
             unheard: list[Output] = []
             while not self._inbox.empty():
                 message = self._inbox.get()
-                if isinstance(message, Submit):
-                    rid = message.request.rid
+                if isinstance(message, Submit | Flush | Load):
+                    rid = message.request.rid if isinstance(message, Submit) else message.rid
                     unheard.append(Output(rid=rid, finish=Finish(kind="error"), error=news.lost))
             news = News(outputs=(*news.outputs, *unheard), lost=news.lost)
         with self._lock:

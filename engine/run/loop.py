@@ -7,16 +7,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from backends.api.protocol import Backend
 from backends.api.step import Ticket
-from engine.errors import BackendLost, DeviceFailed, InvalidRequest, Overloaded, RadixmeshError, StepRefused
-from engine.run.messages import Abort, Flush, Message, News, Stats, Submit
+from engine.errors import (
+    BackendLost,
+    DeviceFailed,
+    InvalidRequest,
+    ModelError,
+    Overloaded,
+    RadixmeshError,
+    StepRefused,
+)
+from engine.model.weights import WeightSource
+from engine.run.messages import Abort, Flush, Load, Message, News, Stats, Submit
 from engine.run.start import Started
 from engine.sched.request import Output
 from engine.sched.rows import Plan
 from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Finish
+
+if TYPE_CHECKING:
+    from engine.run.events import Publisher
 
 COLLECT_SECONDS = 240.0
 AUDIT_STEPS = 256
@@ -27,7 +40,8 @@ STATS_SECONDS = 0.5
 
 class Loop:
     """One scheduler and one backend, `depth` steps in flight. emit: called with what is new after each step. clock:
-    seconds, which the scheduler is told.
+    seconds, which the scheduler is told. weights: opens those of a Load. publisher: is told what
+    came into the cache and went.
 
     doing: what the backend was asked for last, for whoever finds the loop stuck; since: when, on the monotonic clock.
     begun: requests that were first sent to the device, and how long each had waited; whoever reads it empties it.
@@ -40,7 +54,10 @@ class Loop:
         emit: Callable[[Sequence[Output]], None],
         depth: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        weights: Callable[[str], WeightSource] | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
+        self._weights, self.publisher = weights, publisher
         self.scheduler, self.backend, self.emit, self.clock = scheduler, backend, emit, clock
         self.depth = depth or backend.limits.depth
         self.steps = self.made = 0
@@ -67,6 +84,13 @@ class Loop:
                     self.emit([output])
             elif isinstance(message, Flush):
                 self.emit([self._flush(message.rid)])
+            elif isinstance(message, Load):
+                self.emit([self._load(message)])
+
+    def publish(self) -> None:
+        """Tell what came into the cache and went since the last time."""
+        if self.publisher is not None and (events := self.scheduler.store.tree.drain()):
+            self.publisher.publish(events)
 
     def stats(self) -> Stats:
         """How it stands."""
@@ -81,6 +105,7 @@ class Loop:
             prompt_tokens=s.prompt_tokens,
             cached_tokens=s.cached_tokens,
             made_tokens=self.made,
+            events_dropped=0 if self.publisher is None else self.publisher.dropped,
             accounts=tuple(s.accounts()),
             status=self.backend.status(),
         )
@@ -120,6 +145,24 @@ class Loop:
             return _refusal(rid, InvalidRequest("flush_cache: requests are open; try again when none is"))
         self.scheduler.flush()
         return Output(rid=rid, finish=Finish(kind="stop"))
+
+    def _load(self, message: Load) -> Output:
+        """New weights, in order with the forwards: steps that are out keep the old ones. Where the new can't be taken
+        these serve on."""
+        if self._weights is None:
+            return _refusal(message.rid, InvalidRequest("path: this engine takes no other weights", field="path"))
+        version = self.scheduler.store.tree.version + 1
+        self.since, self.doing = time.monotonic(), f"load of {message.path}"
+        try:
+            self.backend.load(self._weights(message.path), version)
+        except (ModelError, InvalidRequest) as error:
+            return _refusal(message.rid, error)
+        except DeviceFailed as error:
+            self._out.clear()
+            self.emit(self.scheduler.device_failed(error))
+            return _refusal(message.rid, error)
+        self.scheduler.renew(version)
+        return Output(rid=message.rid, finish=Finish(kind="stop"), version=version)
 
     def _asks(self, what: str, plan: Plan) -> None:
         self.since = time.monotonic()
@@ -170,7 +213,9 @@ class Carrier:
         receive: Callable[[bool], Sequence[Message] | None],
         send: Callable[[News], None],
     ) -> None:
-        self.loop = Loop(started.scheduler, started.backend, self._keep)
+        self.loop = Loop(
+            started.scheduler, started.backend, self._keep, weights=started.weights, publisher=started.publisher
+        )
         self._started, self._receive, self._send = started, receive, send
         self._outputs: list[Output] = []
         self._told = 0.0
@@ -184,6 +229,7 @@ class Carrier:
                 self.loop.take([self._ready(m) for m in messages])
                 if self.loop.busy:
                     self.loop.turn()
+                self.loop.publish()
                 self._say(idle=not self.loop.busy)
             reason = BackendLost("the engine was shut down")
         except BackendLost as error:
@@ -192,6 +238,8 @@ class Carrier:
             self._keep(self.loop.scheduler.lost(reason))
             self._send(News(outputs=tuple(self._outputs), lost=reason))
             self._started.backend.close()
+            if self._started.publisher is not None:
+                self._started.publisher.close()
 
     def _ready(self, message: Message) -> Message:
         """With what only this side has: the search for stop strings."""

@@ -34,14 +34,24 @@ class Flush:
     rid: str
 
 
-Message: TypeAlias = Submit | Abort | Flush
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Take the weights in a folder, of the model that is served. Answered by an Output of this rid, with the version
+    that they have from now on, or with why they were refused."""
+
+    rid: str
+    path: str
+
+
+Message: TypeAlias = Submit | Abort | Flush | Load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """How the loop stands. running, waiting: requests; waiting_tokens: of their prompts; accounts: pages of each cache
     group; held: pages that open requests hold, over all groups; status: the backend's. The rest counts since the start:
-    steps, preemptions, repairs (of lost pages), prompt_tokens seated, cached_tokens of them, made_tokens committed."""
+    steps, preemptions, repairs (of lost pages), prompt_tokens seated, cached_tokens of them, made_tokens committed,
+    events_dropped (batches of the cache's)."""
 
     running: int
     waiting: int
@@ -52,6 +62,7 @@ class Stats:
     prompt_tokens: int
     cached_tokens: int
     made_tokens: int
+    events_dropped: int
     accounts: tuple[Account, ...]
     status: Status
 

@@ -36,7 +36,7 @@ from engine.run.ipc import (
     decode_report,
     encode_order,
 )
-from engine.run.messages import Flush, Info, Message, News, Submit
+from engine.run.messages import Flush, Info, Load, Message, News, Submit
 from engine.sched.request import Output
 from engine.sched.stop import Finish
 
@@ -119,7 +119,7 @@ class ProcessClient:
                 raise BackendLost("the engine's process is gone") from error
             if isinstance(message, Submit):
                 self._open.add(message.request.rid)
-            elif isinstance(message, Flush):
+            elif isinstance(message, Flush | Load):
                 self._open.add(message.rid)
 
     def shutdown(self) -> None:

@@ -26,7 +26,7 @@ from backends.api.protocol import Status
 from backends.api.step import U32, ScheduleStep, StepResult, Ticket
 from backends.api.turns import Turns
 from engine.config import Resolved
-from engine.errors import BackendLost, ConfigError, RadixmeshError
+from engine.errors import BackendLost, ConfigError, ModelError, RadixmeshError
 from engine.model.checkpoint import Checkpoint
 from engine.model.spec import ModelSpec
 from engine.model.weights import WeightSource
@@ -73,10 +73,9 @@ class RemoteBackend:
 
     def load(self, weights: WeightSource, version: int = 0) -> None:
         """Take weights. A checkpoint's files are opened by each process, which reads its part; any other source is read
-        here. Raises ModelError naming a tensor; no step is taken then until weights are whole again."""
+        here. Raises ModelError naming a tensor, and then every process has kept the old ones."""
         self._open()
         folder = str(weights.path) if isinstance(weights, Checkpoint) else None
-        self._turns.loaded = False
         self._tell(wire.Load(folder=folder, version=version))
         self._status = self._hear(None, weights)[0].status
         self._turns.loaded = True
@@ -162,9 +161,12 @@ class RemoteBackend:
             if seconds is not None and time.monotonic() - start > seconds:
                 late = ", ".join(str(rank) for rank in range(self._crew.size) if rank not in answers)
                 self._lose(f"rank {late} gave no answer after {seconds:g} s")
-        for rank in range(self._crew.size):
-            if isinstance(answers[rank], wire.Raised):
-                raise answers[rank].error
+        raised = {rank: a.error for rank, a in sorted(answers.items()) if isinstance(a, wire.Raised)}
+        if raised and (len(raised) < self._crew.size or not all(isinstance(e, ModelError) for e in raised.values())):
+            rank, error = next(iter(raised.items()))
+            self._lose(f"rank {rank} could not take the weights that others took: {error}")
+        if raised:
+            raise next(iter(raised.values()))
         return [answers[rank] for rank in range(self._crew.size)]
 
     def _fail(self, rank: int, error: RadixmeshError) -> NoReturn:

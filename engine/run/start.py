@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backends import open_backend, several
 from backends.api.protocol import Backend
 from backends.probe import probe
 from engine.config import Config, Resolved
+from engine.errors import ConfigError, ModelError
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
 from engine.model.spec import ModelSpec, fit
+from engine.model.weights import WeightSource
 from engine.resolve import Decision, resolve
 from engine.run.messages import Info
 from engine.sampling import SamplingParams
@@ -21,6 +25,9 @@ from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Stopper
 from engine.text.detokenize import StopStrings
 from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.run.events import Publisher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +42,15 @@ class Decided:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none."""
+    """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none. weights:
+    opens others of the same model, in a folder (`other_weights`). publisher: tells of the cache."""
 
     scheduler: Scheduler
     backend: Backend
     info: Info
     stopper: Callable[[SamplingParams], Stopper | None]
+    weights: Callable[[str], WeightSource]
+    publisher: Publisher | None = None
 
 
 def decide(config: Config, default: Path) -> Decided:
@@ -103,7 +113,9 @@ def start(
             queue=queue,
             queue_tokens=queue_tokens,
             eviction=decided.resolved.eviction,
+            events=bool(decided.resolved.events),
         )
+        publisher = _publisher(decided.resolved)
     except BaseException:
         backend.close()
         raise
@@ -125,4 +137,43 @@ def start(
             return None
         return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
 
-    return Started(scheduler=scheduler, backend=backend, info=info, stopper=stopper)
+    return Started(
+        scheduler=scheduler,
+        backend=backend,
+        info=info,
+        stopper=stopper,
+        weights=partial(other_weights, decided),
+        publisher=publisher,
+    )
+
+
+def _publisher(resolved: Resolved) -> Publisher | None:
+    """What tells of the cache, if anything does."""
+    if not resolved.events:
+        return None
+    from engine.run.events import Publisher  # needs sockets
+
+    return Publisher(resolved.events, resolved.replay)
+
+
+def other_weights(decided: Decided, path: str) -> Checkpoint:
+    """The weights in another folder, for the model that is served. Of its config.json, dtype, eos and max_len may be
+    others; they stay what they were. Raises ModelError naming what is not the same, or the tensor at fault."""
+    try:
+        return _same(decided.spec, Path(path))
+    except ConfigError as error:
+        raise ModelError(f"{path}: {error}", field=error.field) from error
+    except (OSError, ValueError) as error:  # a path that is none, a file that may not be read
+        raise ModelError(f"{path[:200]!r}: can't be read: {str(error)[:200]}") from error
+
+
+def _same(served: ModelSpec, path: Path) -> Checkpoint:
+    spec = fit(read_spec(path), served.max_len)
+    for name in sorted({f.name for f in fields(ModelSpec)} - {"dtype", "eos", "max_len"}):
+        theirs, ours = getattr(spec, name), getattr(served, name)
+        if theirs != ours:
+            if name == "layers":
+                at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
+                theirs, ours = (len(theirs), len(ours)) if at is None else (f"layer {at} of another shape", "as served")
+            raise ModelError(f"{path}: another model: {name}: {theirs}, not {ours}", field=name)
+    return Checkpoint(path, served)

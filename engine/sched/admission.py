@@ -13,6 +13,8 @@ from engine.sched.features import check_features
 from engine.sched.request import Request, Run
 
 HIGH, LOW, RISE, FALL = 0.7, 0.1, 0.1, 0.001
+MAX_TIMEOUT = 7 * 86400.0
+"""Seconds that a request may give itself."""
 FORESEEN = 4096
 """Tokens still to be made that are counted of one request at most: many could, few do."""
 
@@ -64,6 +66,19 @@ def capacity(limits: Limits) -> int:
                 field="cache.tokens",
             )
     return limits.max_len
+
+
+def deadline(timeout: float | None, now: float) -> float | None:
+    """When a request ends that gives itself `timeout` seconds from now on; None is never. Raises InvalidRequest."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise InvalidRequest(f"timeout: must be a number of seconds, not {timeout!r}", field="timeout")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise InvalidRequest(
+            f"timeout: must be above 0 and at most {MAX_TIMEOUT:g} seconds, not {timeout:g}", field="timeout"
+        )
+    return now + timeout
 
 
 def check_request(request: Request, limits: Limits, room: int, taken: Container[str]) -> None:

@@ -54,7 +54,7 @@ class Request:
 class Output:
     """News of a request: tokens committed since the last, and how it ended, if it did. cached_tokens: prompt tokens
     that came from the prefix cache. logprobs: of these tokens; prompt_logprobs: of the prompt, all at once with the
-    first token; None where they weren't asked for."""
+    first token; None where they weren't asked for. version: of the weights that made the last token, with finish."""
 
     rid: str
     tokens: tuple[int, ...] = ()
@@ -63,6 +63,7 @@ class Output:
     error: RadixmeshError | None = None
     logprobs: Scores | None = None
     prompt_logprobs: Scores | None = None
+    version: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -71,7 +72,8 @@ class Run:
 
     rank: its place among those that wait, lowest first (engine.sched.policy.rank). steady: its decoding rows are alike
     from step to step, and `row` is the one that they all are. ends: ids that end it; watched: other things may, too.
-    most: tokens that it may make. masks: what bounds its vocabulary. scores: of the prompt, as far as they came.
+    most: tokens that it may make. space: what shares its prefixes: its namespace, or its group where nobody else may.
+    masks: what bounds its vocabulary. scores: of the prompt, as far as they came.
 
     epoch: counts its seatings; results of another epoch are never taken. fill: what must be fed before new tokens are
     made, the prompt and, after a preemption, the output so far; length: of fill; key: of fill, as the tree compares.
@@ -94,6 +96,7 @@ class Run:
     ends: frozenset[int]
     steady: bool
     watched: bool
+    space: Hashable = ()
     masks: Masks | None = None
     epoch: int = 0
     state: Literal["waiting", "seated", "ended"] = "waiting"
@@ -152,6 +155,16 @@ class Run:
     def masked(self) -> bool:
         """Whether the next row's token has a mask. Such a row has no drafts, so `made` is exact as long as it has."""
         return self.masks is not None and self.masks.binds(self.made)
+
+    @property
+    def scored(self) -> bool:
+        """Whether all of the prompt's logprobs that are wanted have come."""
+        return self.unscored == len(self.request.tokens)
+
+    def scores_alike(self, other: Run) -> bool:
+        """Whether another with the same prompt wants the same logprobs of it."""
+        a, b = self.request.params, other.request.params
+        return (a.prompt_logprobs, a.logprob_start_len) == (b.prompt_logprobs, b.logprob_start_len)
 
     @property
     def unscored(self) -> int:

@@ -26,14 +26,15 @@ class Plan:
 
 
 class Draft:
-    """A step being planned, and what is left of it: free rows, tokens, history, masks, bias and page-table edits.
+    """Step `number` being planned, and what is left of it: free rows, tokens, history, masks, bias, page-table edits.
 
     edits: (slot, index, page), for each cache group. copies: (group, shard, src, dst).
     """
 
-    __slots__ = ("bias", "copies", "edits", "free", "history", "masks", "most", "rows", "tokens")
+    __slots__ = ("bias", "copies", "edits", "free", "history", "masks", "most", "number", "rows", "tokens")
 
-    def __init__(self, limits: Limits, copies: list[tuple[int, int, int, int]]) -> None:
+    def __init__(self, limits: Limits, copies: list[tuple[int, int, int, int]], number: int) -> None:
+        self.number = number
         self.rows: list[Row] = []
         self.edits: list[list[tuple[int, int, int]]] = [[] for _ in limits.groups]
         self.copies = copies
@@ -69,13 +70,13 @@ class Draft:
         cache.sent()
 
 
-def build(number: int, draft: Draft, limits: Limits, last: Plan | None) -> Plan:
+def build(draft: Draft, limits: Limits, last: Plan | None) -> Plan:
     """Lay out a step.
 
     last: the step before. While the same runs decode and none comes or goes, their rows are the same objects
     (Run.row), and all but lengths, pages and copies is what it was.
     """
-    rows, edits, cut = draft.rows, draft.edits, _ints(draft.copies).reshape(-1, 4)
+    number, rows, edits, cut = draft.number, draft.rows, draft.edits, _ints(draft.copies).reshape(-1, 4)
     if last is not None and last.rows == tuple(rows):
         upper = last.step.upper + np.int32(1)
         tables = tuple(

@@ -54,15 +54,22 @@ class Sharing:
         if self._groups.get(run.request.group) is run:
             del self._groups[run.request.group]
 
+    def clear(self) -> None:
+        """What is computed now is of no use to those that come later."""
+        self._open.clear()
+        self._groups.clear()
+
     def leader(self, run: Run, cached: int) -> tuple[Run, int] | None:
         """The run that a waiting one does well to wait for, and until which position: it is about to have more of the
         same than the `cached` tokens. Not one of a lower priority, which others may go before."""
-        if run.waits >= PATIENCE or run.unscored < len(run.request.tokens):  # it must compute to score
-            return None
         parent, last = self.parent(run), len(run.request.tokens) - 1
+        if run.waits >= PATIENCE or not (run.scored or (parent is not None and parent.scores_alike(run))):
+            return None  # it must compute to score
         gain = min(self.least, GAIN)
         if parent is not None and parent.settled < last and last >= self.least and last > cached:
             return parent, last
+        if not run.scored:
+            return None
         best: tuple[Run, int] | None = None
         for other in islice(reversed(self._open.get(self._mark(run), {})), LOOKED_AT):
             same = min(alike(other.key, run.key) // KEY_BYTES, run.length - 1) // self.page * self.page
@@ -83,9 +90,9 @@ class Sharing:
         last, ends = len(run.request.tokens) - 1, set()
         if run.request.group:
             ends = {last // self.page * self.page, last}
-        space, mark = run.request.namespace, run.key[: self.least * KEY_BYTES]
+        space, mark = run.space, run.key[: self.least * KEY_BYTES]
         for other in waiting:
-            if other.request.namespace == space and other.key.startswith(mark):
+            if other.space == space and other.key.startswith(mark):
                 ends.add(min(alike(other.key, run.key) // KEY_BYTES, other.length - 1) // self.page * self.page)
         return {end for end in ends if end > run.fed}
 
@@ -96,12 +103,12 @@ class Sharing:
     def parent(self, run: Run) -> Run | None:
         """A seated run of the same group, whose prompt really is the same."""
         parent = self._groups.get(run.request.group)
-        if parent is None or parent is run or parent.request.namespace != run.request.namespace:
+        if parent is None or parent is run or parent.space != run.space:
             return None
         return parent if parent.request.tokens == run.request.tokens else None
 
     def _mark(self, run: Run) -> Hashable:
-        return run.request.namespace, run.key[: self.least * KEY_BYTES]
+        return run.space, run.key[: self.least * KEY_BYTES]
 
 
 def alike(a: bytes, b: bytes) -> int:

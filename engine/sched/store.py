@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from backends.api.limits import Limits
 from engine.cache.check import repair
+from engine.cache.events import AllBlocksCleared
 from engine.cache.pages import PagePool
 from engine.cache.radix import NONE, Match, RadixTree
 from engine.cache.sequence import SequenceCache
-from engine.sched.request import Run
+from engine.sched.request import Request, Run
 
 Copy = tuple[int, int, int, int]
 """(group, shard, src, dst)"""
@@ -34,21 +36,29 @@ class Account:
 
 
 class Store:
-    """Pools and radix tree. radix: keep prefixes. eviction: what of them goes first. copies: to be done before the next
-    step that is planned; those asked for while a step is planned belong to the one after."""
+    """Pools and radix tree. radix: keep prefixes of requests that ended. eviction: what of them goes first. events: log
+    what comes and goes (engine.cache.events). copies: to be done before the next step that is planned; those asked
+    for while a step is planned belong to the one after."""
 
-    def __init__(self, limits: Limits, radix: bool, eviction: str) -> None:
-        self.limits, self.radix, self.eviction = limits, radix, eviction
+    def __init__(self, limits: Limits, radix: bool, eviction: str, events: bool = False) -> None:
+        self.limits, self.radix, self.eviction, self.events = limits, radix, eviction, events
         self.copies: list[Copy] = []
+        self._open: Counter[Hashable] = Counter()
         self._stateful = [g for g, group in enumerate(limits.groups) if group.kind == "state"]
-        self.empty()
+        self._begin(0)
         self.page = self.tree.page
 
     def empty(self) -> None:
         """New pools, and a tree that knows of nothing; what runs hold is of the old ones."""
         self.copies.clear()
+        self._begin(self.tree.version)
+        if self.tree.log is not None:
+            self.tree.log.append(AllBlocksCleared())
+
+    def _begin(self, version: int) -> None:
         self.pools = [PagePool(n) for n in self.limits.pages]
-        self.tree = RadixTree(self.limits.groups, self.pools, eviction=self.eviction)
+        self.tree = RadixTree(self.limits.groups, self.pools, eviction=self.eviction, events=self.events)
+        self.tree.renew(version)
 
     def accounts(self, running: Iterable[Run]) -> list[Account]:
         """Where the pages of each group are."""
@@ -60,7 +70,25 @@ class Store:
 
     def keeps(self, run: Run) -> bool:
         """Whether the prefix cache is for this run."""
-        return self.radix and not run.cold
+        return (self.radix or bool(run.request.group)) and not run.cold
+
+    def space(self, request: Request) -> Hashable:
+        """What may share a request's prefixes: without the prefix cache only the answers of its group, while any of
+        them is open."""
+        return request.namespace if self.radix else (request.namespace, request.group)
+
+    def enter(self, run: Run) -> None:
+        """A run is open."""
+        if not self.radix and run.request.group:
+            self._open[run.space] += 1
+
+    def leave(self, run: Run) -> None:
+        """A run ended."""
+        if self._open[run.space]:
+            self._open[run.space] -= 1
+            if not self._open[run.space]:
+                del self._open[run.space]
+                self.tree.flush(run.space)
 
     def mend(self, running: Iterable[Run]) -> list[Run]:
         """Make all true again: pages that nobody has become free, what is broken in the tree goes; where a page is two
@@ -76,7 +104,7 @@ class Store:
         """The longest cached prefix of what a run must be fed, but for one token at least, and for what must score the
         prompt: a token is scored by the row that feeds the one before it."""
         most = min(run.length, run.unscored) - 1
-        return self.tree.match(run.request.namespace, run.key, most if self.keeps(run) else 0)
+        return self.tree.match(run.space, run.key, most if self.keeps(run) else 0)
 
     def fits(self, match: Match, need: Sequence[int]) -> bool:
         """Whether so many pages of each group can be had beside a match; those that nobody reads are evicted for it."""
@@ -139,7 +167,7 @@ class Store:
             return
         whole = min(length, len(run.request.tokens) + len(run.out)) // self.page * self.page
         given = [(states or {}).get(g, NONE) for g in range(len(self.pools))]
-        cache.share(run.request.namespace, run.prefix(whole), given, run.request.priority)
+        cache.share(run.space, run.prefix(whole), given, run.request.priority)
         if states is not None:
             self._drop(run, at)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import InvalidRequest, Overloaded, RadixmeshError
+from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded, RadixmeshError
 from engine.serve.reading import read
 
 if TYPE_CHECKING:
@@ -67,11 +67,10 @@ def problem(error: RadixmeshError) -> tuple[int, bytes, tuple[Header, ...]]:
     overloaded = isinstance(error, Overloaded)
     kind = "invalid_request_error" if error.http < 500 else "server_error"
     code = getattr(error, "code", None) or ("overloaded" if overloaded else None)
-    return (
-        error.http,
-        trouble(str(error), kind, error.field, code),
-        ((b"retry-after", b"1"),) if overloaded else (),
-    )
+    headers: tuple[Header, ...] = ((b"retry-after", b"1"),) if overloaded else ()
+    if isinstance(error, DeadlineExceeded):  # OpenAI's clients ask again after any 5xx, unless they are told
+        headers = ((b"x-should-retry", b"false"),)
+    return error.http, trouble(str(error), kind, error.field, code), headers
 
 
 def trouble(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:

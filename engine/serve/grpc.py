@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -16,10 +17,12 @@ from grpc_reflection.v1alpha import reflection
 from engine.errors import ConfigError, InvalidRequest, RadixmeshError
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams
+from engine.sched.admission import MAX_TIMEOUT
 from engine.sched.scores import Score
+from engine.serve.call import Piece
 from engine.serve.pb import radixmesh_pb2 as pb
 from engine.serve.pb import radixmesh_pb2_grpc as rpc
-from engine.serve.service import Ask, Piece, Service, salted
+from engine.serve.service import Ask, Service, salted
 
 NAME = str(pb.DESCRIPTOR.services_by_name["Radixmesh"].full_name)
 OPEN = (f"/{health.SERVICE_NAME}/",)
@@ -30,6 +33,7 @@ FIELD = "radixmesh-field"
 MAX_ID = 128
 MAX_DETAILS = 1000
 WATCH_SECONDS = 0.25
+LEAST_SECONDS = 1e-3
 
 
 async def start_grpc(service: Service, host: str, port: int, api_key: str | None = None) -> tuple[grpc.aio.Server, int]:
@@ -72,7 +76,8 @@ class Inference:
         try:
             if request.model and request.model != self.service.name:
                 await _end(context, grpc.StatusCode.NOT_FOUND, f"model: {self.service.name} is served here", "model")
-            call = await self.service.open([read(request)], request.request_id, ROUTE)
+            ask = replace(read(request), timeout=_left(context))
+            call = await self.service.open([ask], request.request_id, ROUTE)
         except RadixmeshError as error:
             await refuse(context, error)
         left, name = len(call.answers), call.id
@@ -93,11 +98,22 @@ class Inference:
             await refuse(context, InvalidRequest("request_id: is empty; name a request", field="request_id"))
         return pb.AbortReply(aborted=self.service.abort(request.request_id))
 
+    async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Any) -> pb.UpdateWeightsReply:
+        """Other weights of the same model."""
+        try:
+            return pb.UpdateWeightsReply(weight_version=await self.service.update(request.path))
+        except RadixmeshError as error:
+            await refuse(context, error)
+
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsReply:
         """The one model."""
         info = self.service.info
         model = pb.Model(
-            name=self.service.name, architecture=info.architecture, max_len=info.room, vocab=info.limits.vocab
+            name=self.service.name,
+            architecture=info.architecture,
+            max_len=info.room,
+            vocab=info.limits.vocab,
+            weight_version=self.service.version,
         )
         return pb.ListModelsReply(models=[model])
 
@@ -191,6 +207,13 @@ def read(request: pb.GenerateRequest) -> Ask:
     )
 
 
+def _left(context: Any) -> float | None:
+    """Seconds until the deadline of an RPC, None where it has none or a far one; one that has passed is about to end
+    it."""
+    left = context.time_remaining()
+    return None if left is None or left > MAX_TIMEOUT else max(left, LEAST_SECONDS)
+
+
 def _ids(given: pb.TokenIds) -> list[int]:
     _known(given, "token_ids")
     return list(given.ids)
@@ -229,7 +252,13 @@ def _pieces(batch: Sequence[Piece], answers: Sequence[Answer]) -> list[pb.Piece]
             text = matched if isinstance(matched, str) else None
             token = matched if isinstance(matched, int) else None
             made[piece.index].finish.CopyFrom(
-                pb.Finish(reason=piece.finish.kind, matched_text=text, matched_token_id=token, seed=seed)
+                pb.Finish(
+                    reason=piece.finish.kind,
+                    matched_text=text,
+                    matched_token_id=token,
+                    seed=seed,
+                    weight_version=answer.version,
+                )
             )
     return list(made.values())
 

@@ -21,11 +21,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from engine.config import Config, Serve
 from engine.errors import ConfigError, InvalidRequest
 from engine.serve import native, openai
+from engine.serve.call import Call
 from engine.serve.exchange import Endpoint, Exchange, Handler, trouble
 from engine.serve.keys import MAX_ID, Keys, Traffic, header
 from engine.serve.metrics import Metrics
 from engine.serve.records import log
-from engine.serve.service import Ask, Call, Service
+from engine.serve.service import Ask, Service
 
 MAX_HEAD = 64 << 10
 """Bytes of a request's line and headers."""
@@ -44,6 +45,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/detokenize", native.detokenize),
     ("POST", "/abort_request", native.abort),
     ("POST", "/flush_cache", native.flush),
+    ("POST", "/update_weights_from_disk", native.update),
     ("GET", "/server_info", native.info),
 )
 
@@ -55,9 +57,17 @@ class Face:
     def __init__(self, service: Service, config: Config | Serve) -> None:
         self.service, self.config = service, config
         self.metrics = Metrics(service)
-        self.fingerprint = openai.fingerprint(service)
+        self._prints: dict[int, str] = {}
         self._taken: set[str] = set()
         service.finished += [self.metrics.record, log]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model with the weights that it has now."""
+        version = self.service.version
+        if version not in self._prints:
+            self._prints = {version: openai.fingerprint(self.service)}
+        return self._prints[version]
 
     async def open(self, x: Exchange, asks: Sequence[Ask], rid: str | None) -> Call:
         """A call under the id that its client gave it: rid, else X-Request-Id unless that is in use."""

@@ -12,7 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from engine.serve.service import Record, Service
+from engine.serve.call import Record
+from engine.serve.service import Service
 
 LOGGER = logging.getLogger("radixmesh.http")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
@@ -174,6 +175,8 @@ class Metrics(Collector):
         yield _counter("radixmesh:steps", "Steps sent to the device.", one, {(model,): stats.steps})
         yield _counter("radixmesh:preemptions", "Requests that lost their slot.", one, {(model,): stats.preemptions})
         yield _counter("radixmesh:repairs", "Times that pages were found lost.", one, {(model,): stats.repairs})
+        lost, says = stats.events_dropped, "Batches of cache events that were not sent."
+        yield _counter("radixmesh:cache_events_dropped", says, one, {(model,): lost})
         yield _counter(
             "radixmesh:compiles_after_ready", "Programs compiled after the start: must stay 0.", one, {(model,): late}
         )

@@ -10,14 +10,28 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import msgspec
+
 from engine.config import show
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, ModelError
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams, scoring
-from engine.serve.exchange import ENCODER, Exchange
-from engine.serve.reading import HARMLESS, check
-from engine.serve.schemas import GENERATE, NATIVE, Abort, Detokenize, Generate, Nothing, Tokenize, prompts
-from engine.serve.service import INLINE, Ask, Call, salted
+from engine.serve.call import Call
+from engine.serve.exchange import ENCODER, Exchange, problem
+from engine.serve.reading import HARMLESS, check, renamed
+from engine.serve.schemas import (
+    GENERATE,
+    NATIVE,
+    UPDATE,
+    Abort,
+    Detokenize,
+    Generate,
+    Nothing,
+    Tokenize,
+    Update,
+    prompts,
+)
+from engine.serve.service import INLINE, Ask, salted
 from engine.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -43,7 +57,7 @@ async def generate(x: Exchange) -> None:
         text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         asks.append(
             Ask(params=params, text=text, ids=ids, n=n, priority=form.priority or 0,
-                namespace=salted(form.cache_salt), names=names, field=field)
+                namespace=salted(form.cache_salt), timeout=form.timeout, names=names, field=field)
         )  # fmt: skip
     call = await x.face.open(x, asks, form.rid)
     try:
@@ -164,6 +178,22 @@ async def flush(x: Exchange) -> None:
     await x.json({"flushed": True})
 
 
+async def update(x: Exchange) -> None:
+    """POST /update_weights_from_disk."""
+    form, service = x.read(Update, UPDATE), x.face.service
+    if form.abort_all_requests:
+        service.abort("")
+    try:
+        with renamed({"path": "model_path"}):
+            version = await service.update(form.model_path)
+    except ModelError as error:
+        status, body, _ = problem(error)
+        await x.json({"success": False, "message": str(error), **msgspec.json.decode(body)}, status)
+        return
+    said = f"the weights of {form.model_path} are version {version}"
+    await x.json({"success": True, "message": said, "num_paused_requests": 0, "weight_version": version})
+
+
 async def info(x: Exchange) -> None:
     """GET /server_info: what was asked, what was decided, how it stands. Never the key."""
     service, told = x.face.service, x.face.service.info
@@ -172,6 +202,7 @@ async def info(x: Exchange) -> None:
             "model": service.name,
             "model_path": told.path,
             "architecture": told.architecture,
+            "weight_version": service.version,
             "backend": told.backend,
             "max_model_len": told.room,
             "config": {k: v for k, v in show(x.face.config) if not k.endswith("api_key")},

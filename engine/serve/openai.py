@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import InvalidRequest
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams, biases
+from engine.serve.call import Call, Piece
 from engine.serve.exchange import ENCODER, Exchange, NotFound
 from engine.serve.reading import convert, renamed
 from engine.serve.schemas import (
@@ -24,7 +25,7 @@ from engine.serve.schemas import (
     prompts,
 )
 from engine.serve.scores import Plain, Shown, Spoken, prompt_logprobs
-from engine.serve.service import Ask, Call, Piece, Service, salted
+from engine.serve.service import Ask, Service, salted
 
 if TYPE_CHECKING:
     from engine.serve.http import Face
@@ -54,7 +55,7 @@ async def chat(x: Exchange) -> None:
     )
     asks = [
         Ask(params=params, messages=given, n=_n(form), priority=form.priority or 0, namespace=salted(form.cache_salt),
-            field="messages", names=names)
+            timeout=form.timeout, field="messages", names=names)
     ]  # fmt: skip
     last = told(x, form)
     call = await x.face.open(x, asks, form.rid)
@@ -103,7 +104,7 @@ async def completions(x: Exchange) -> None:
     given, _ = prompts(form.prompt, "prompt")
     asks = [
         Ask(params=params, text=p if isinstance(p, str) else None, ids=None if isinstance(p, str) else p, n=best_of,
-            priority=form.priority or 0, namespace=salted(form.cache_salt), names=names)
+            priority=form.priority or 0, namespace=salted(form.cache_salt), timeout=form.timeout, names=names)
         for p in given
     ]  # fmt: skip
     last = told(x, form)
@@ -322,10 +323,10 @@ def merge(batch: Sequence[Piece]) -> list[Piece]:
 
 
 def fingerprint(service: Service) -> str:
-    """The same for as long as model, backend and what was decided are the same."""
+    """The same for as long as model, weights, backend and what was decided are the same."""
     info = service.info
     decided = [(d.field, str(d.value)) for d in info.decisions]
-    text = repr((info.path, info.architecture, info.backend, info.status.device, info.status.version, decided))
+    text = repr((info.path, info.architecture, info.backend, info.status.device, service.version, decided))
     return f"fp_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -387,4 +388,5 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "radixmesh",
         "root": service.info.path,
         "max_model_len": service.info.room,
+        "weight_version": service.version,
     }

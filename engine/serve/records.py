@@ -8,7 +8,7 @@ from typing import TextIO
 
 import msgspec
 
-from engine.serve.service import Record
+from engine.serve.call import Record
 
 LOGGER = logging.getLogger("radixmesh.requests")
 

@@ -24,7 +24,8 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class Sampled(msgspec.Struct, kw_only=True):
     """What chat and plain completions share. Beside OpenAI's: SGLang's and vLLM's names of what OpenAI does not have.
 
-    rid: the request's id; X-Request-Id is otherwise. cache_salt: keeps this client's prefix cache apart.
+    rid: the request's id; X-Request-Id is otherwise. cache_salt: keeps this client's prefix cache apart. timeout:
+    seconds from its arrival after which it ends, whatever it has made.
     """
 
     model: str | None = None
@@ -55,6 +56,7 @@ class Sampled(msgspec.Struct, kw_only=True):
     rid: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
 
 
 class Chat(Sampled, kw_only=True):
@@ -94,7 +96,7 @@ class Part(msgspec.Struct, kw_only=True):
 
 class Generate(msgspec.Struct, kw_only=True):
     """POST /generate, as SGLang has it. sampling_params: one for all, or a list with one each. logprob_start_len: the
-    first token of the prompt that is listed; -1 is none."""
+    first token of the prompt that is listed; -1 is none. timeout: as Sampled has it."""
 
     text: str | list[Any] | None = None
     input_ids: list[Any] | None = None
@@ -104,6 +106,7 @@ class Generate(msgspec.Struct, kw_only=True):
     priority: int | None = None
     model: str | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
     return_logprob: bool | None = None
     logprob_start_len: int | None = None
     top_logprobs_num: int | None = None
@@ -131,6 +134,13 @@ class Abort(msgspec.Struct, kw_only=True):
 
     rid: str | None = None
     abort_all: bool | None = None
+
+
+class Update(msgspec.Struct, kw_only=True):
+    """POST /update_weights_from_disk, as SGLang has it. model_path: a folder of the engine's machine."""
+
+    model_path: str
+    abort_all_requests: bool | None = None
 
 
 class Nothing(msgspec.Struct):
@@ -205,6 +215,17 @@ NATIVE: Unbuilt = {
     ),
 }
 """GENERATE and what belongs into sampling_params."""
+UPDATE: Unbuilt = {
+    "load_format": (_NOT, ("auto",)),
+    "weight_version": ("weights are counted here, and the answer says their number", ()),
+    "flush_cache": ("what other weights made is never matched", (True,)),
+    "is_async": (_NOT, (False,)),
+    "keep_pause": (_NOT, (False,)),
+    "torch_empty_cache": (_NOT, (False,)),
+    "recapture_cuda_graph": (_NOT, (False,)),
+    "token_step": (_NOT, (0,)),
+    "manifest": (_NOT, ({},)),
+}
 STREAM_OPTIONS: Unbuilt = {"continuous_usage_stats": (_NOT, (False,))}
 MESSAGE: Unbuilt = {
     "tool_calls": (_TOOLS, ([],)),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from engine.run.answer import Answer
 from engine.sched.scores import Score
-from engine.serve.service import Piece
+from engine.serve.call import Piece
 from engine.text.detokenize import Detokenizer
 from engine.text.tokenizer import Tokenizer
 

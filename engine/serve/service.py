@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +16,14 @@ from uuid import uuid4
 
 from engine.config import Serve
 from engine.errors import BackendLost, ContextOverflow, InvalidRequest, Overloaded, RadixmeshError
-from engine.run.answer import Answer, several
+from engine.run.answer import several
 from engine.run.client import Client
-from engine.run.messages import Abort, Flush, News, Stats, Submit
+from engine.run.messages import Abort, Flush, Load, News, Stats, Submit
 from engine.sampling import SamplingParams
-from engine.sched.admission import check_request
+from engine.sched.admission import check_request, deadline
 from engine.sched.request import Output, Request
-from engine.sched.scores import Score
 from engine.sched.stop import Finish
+from engine.serve.call import Call, Record
 from engine.serve.reading import renamed
 from engine.text.chat import render
 from engine.text.tokenizer import Tokenizer
@@ -39,7 +38,7 @@ class Ask:
     """One prompt to be completed `n` times: text, ids or messages, whichever is given.
 
     field: what the face calls the prompt, for its errors; names: what it calls parameters, where that differs.
-    namespace: keeps prefix caches apart.
+    namespace: keeps prefix caches apart. timeout: seconds from its arrival after which it ends; None is never.
     """
 
     params: SamplingParams
@@ -50,56 +49,9 @@ class Ask:
     n: int = 1
     priority: int = 0
     namespace: tuple[str | int, ...] = ()
+    timeout: float | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     field: str = "prompt"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """What a turn added to one answer of a Call. index: of the answer; finish: None until the last piece. scores: of
-    the tokens; prompt_scores: of the prompt, with the first piece; both empty where they weren't asked for. first:
-    whether it is an answer's first."""
-
-    index: int
-    text: str
-    tokens: tuple[int, ...]
-    finish: Finish | None
-    scores: tuple[Score, ...] = ()
-    prompt_scores: tuple[Score, ...] = ()
-    first: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """A request that ended. Times are seconds: queue until its first row was sent to the device, prefill until its
-    first token, decode until its end. reason: a Finish.kind. call: id of the Call, as its client knows it; route: what
-    it came by."""
-
-    rid: str
-    call: str
-    route: str
-    reason: str
-    error: str | None
-    prompt_tokens: int
-    cached_tokens: int
-    made_tokens: int
-    queue: float
-    prefill: float
-    decode: float
-
-    @property
-    def total(self) -> float:
-        """Seconds from arrival to end."""
-        return self.queue + self.prefill + self.decode
-
-
-@dataclass(slots=True, kw_only=True)
-class Timing:
-    """When things happened to a request, on the monotonic clock; 0 = not yet."""
-
-    arrival: float
-    begun: float = 0.0
-    first: float = 0.0
 
 
 def salted(salt: str | None) -> tuple[str, ...]:
@@ -113,7 +65,7 @@ class Service:
     """Carries requests between faces and one client. Everything but what a thread is used for runs on one event loop.
 
     name: of the model, as clients say it. finished: called with a Record for each request that ends. stats: the last
-    that the engine told. draining: new calls are refused. lost: why the engine is gone.
+    that the engine told. draining: new calls are refused. lost: why the engine is gone. version: of the weights.
     """
 
     def __init__(self, client: Client, tokenizer: Tokenizer | None, config: Serve, name: str) -> None:
@@ -124,6 +76,7 @@ class Service:
         self.draining = False
         self.lost: RadixmeshError | None = None
         self.created = int(time.time())
+        self.version = client.info.status.version
         self._calls: dict[str, tuple[Call, int]] = {}
         self._waiting: dict[str, asyncio.Future[Output]] = {}
         self._heard = asyncio.Event()
@@ -145,7 +98,8 @@ class Service:
 
         So what is refused is refused before a face has sent anything. call: id that the client knows; "" makes one.
         route: for its Records.
-        Raises InvalidRequest or ContextOverflow naming the field, Overloaded, BackendLost.
+        Raises InvalidRequest or ContextOverflow naming the field, Overloaded, BackendLost, DeadlineExceeded when it
+        passes before any answer has a token.
         """
         self._admit()
         self._bound(asks)
@@ -192,15 +146,29 @@ class Service:
 
     async def flush(self) -> None:
         """Empty the prefix cache. Raises InvalidRequest while requests are open."""
-        rid = f"flush-{uuid4().hex}"
-        answer = self._waiting[rid] = self._loop.create_future()
+        await self._ask(Flush(rid=f"flush-{uuid4().hex}"))
+
+    async def update(self, path: str) -> int:
+        """Take the weights in a folder; requests go on with them. Gives their version. Raises ModelError naming what is
+        wrong with them, and then the old ones serve on."""
+        self._admit()
+        if not path or "\0" in path:
+            raise InvalidRequest("path: name the folder of a model", field="path")
+        output = await self._ask(Load(rid=f"load-{uuid4().hex}", path=path))
+        self.version = output.version
+        return output.version
+
+    async def _ask(self, message: Flush | Load) -> Output:
+        """Say what is answered by one Output, and wait for it. Raises its error."""
+        answer = self._waiting[message.rid] = self._loop.create_future()
         try:
-            self.client.say(Flush(rid=rid))
-            output = await answer
+            self.client.say(message)
+            output: Output = await answer
         finally:
-            self._waiting.pop(rid, None)
+            self._waiting.pop(message.rid, None)
         if output.error is not None:
             raise output.error
+        return output
 
     def abort(self, rid: str) -> int:
         """End requests now: one, all answers of a Call, or with "" all. Gives how many."""
@@ -239,6 +207,7 @@ class Service:
             if not 1 <= ask.n <= self.config.n:
                 with renamed(ask.names):
                     raise InvalidRequest(f"n: must be between 1 and {self.config.n}, not {ask.n}", field="n")
+            deadline(ask.timeout, 0.0)
         most = max(self.config.queue + self.info.limits.slots, self.config.n)
         if (count := sum(ask.n for ask in asks)) > most:
             name = asks[0].field.partition("[")[0]
@@ -286,6 +255,7 @@ class Service:
                 arrival=arrival,
                 priority=ask.priority,
                 namespace=ask.namespace,
+                deadline=deadline(ask.timeout, arrival),
                 bad_words=self._text("bad_words").sequences(words) if words else (),
             ),
             ask.n,
@@ -302,7 +272,8 @@ class Service:
 
     def _deliver(self, news: News) -> None:
         """The news of a turn, on the event loop."""
-        self.stats = news.stats or self.stats
+        if news.stats is not None:
+            self.stats, self.version = news.stats, news.stats.status.version
         self.lost = news.lost or self.lost
         now = time.monotonic()
         for rid, waited in news.begun:
@@ -350,100 +321,3 @@ class Service:
         )
         for tell in self.finished:
             tell(record)
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """What a client asked for at once: several answers, read together. Closing it aborts those that are open."""
-
-    service: Service
-    id: str
-    route: str = ""
-    answers: list[Answer] = field(default_factory=list)
-    times: list[Timing] = field(default_factory=list)
-    made: list[int] = field(default_factory=list)
-    left: int = 0
-    _closed: bool = False
-    _news: deque[tuple[int, Output]] = field(default_factory=deque)
-    _waiter: asyncio.Future[None] | None = None
-
-    def add(self, request: Request) -> None:
-        """One more answer."""
-        self.answers.append(Answer.of(request, self.service.tokenizer))
-        self.times.append(Timing(arrival=request.arrival))
-        self.made.append(0)
-        self.left += 1
-
-    def put(self, index: int, output: Output, now: float) -> None:
-        """News of an answer."""
-        self._news.append((index, output))
-        self.made[index] += len(output.tokens)
-        if output.tokens and not self.times[index].first:
-            self.times[index].first = now
-        if output.finish is not None:
-            self.left -= 1
-            self.service._record(self, index, output, now)
-
-    def wake(self) -> None:
-        """There is something to read."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def first(self) -> None:
-        """Wait for the first news. Raises what refused it."""
-        await self._wait()
-        for _, output in self._news:
-            if isinstance(output.error, (InvalidRequest, Overloaded, BackendLost)):
-                raise output.error
-
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """What is new, until all answers ended. Raises the error of an answer that failed; all are aborted then.
-
-        An answer that was aborted ends with a finish of kind "abort".
-        """
-        try:
-            while self.left or self._news:
-                await self._wait()
-                batch = []
-                while self._news:
-                    index, output = self._news.popleft()
-                    if output.error is not None:
-                        raise output.error
-                    answer = self.answers[index]
-                    before, told, first = len(answer.scores), len(answer.prompt_scores), not answer.ids
-                    text = answer.take(output)
-                    piece = Piece(
-                        index=index,
-                        text=text,
-                        tokens=output.tokens,
-                        finish=output.finish,
-                        scores=tuple(answer.scores[before:]),
-                        prompt_scores=tuple(answer.prompt_scores[told:]),
-                        first=first,
-                    )
-                    batch.append(piece)
-                yield batch
-        finally:
-            self.close()
-
-    async def whole(self) -> list[Answer]:
-        """All answers, when all have ended. Raises as `pieces` does."""
-        async for _ in self.pieces():
-            pass
-        return self.answers
-
-    def close(self) -> None:
-        """Abort the answers that have not ended. Harmless afterwards."""
-        for answer in () if self._closed else self.answers:
-            rid = answer.request.rid
-            if self.service._calls.get(rid, (None, 0))[0] is self:
-                self.service._abort(rid)
-        self._closed = True
-
-    async def _wait(self) -> None:
-        while not self._news:
-            self._waiter = self.service._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None

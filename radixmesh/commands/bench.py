@@ -39,6 +39,7 @@ def offline(
     made: Annotated[int, typer.Option(help="Tokens made for each.")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed repeats after a warm-up.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of transformers.")] = 2,
+    deterministic: options.Deterministic = False,
     out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
     pairs: options.Set = None,
 ) -> None:
@@ -47,7 +48,7 @@ def offline(
     from radixmesh.bench.record import write
     from radixmesh.engine import DEMO
 
-    sizes, settings = [int(b) for b in batch.split(",")], options.read_set(pairs)
+    sizes, settings = [int(b) for b in batch.split(",")], options.read_set(pairs) | options.exact(deterministic)
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = bench.make_model(Path(folder), bench.known(shape)) if shape else Path(model) if model else DEMO

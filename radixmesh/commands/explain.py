@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -42,7 +43,7 @@ def explain(
                 {
                     "model": str(decided.path),
                     "decisions": decisions,
-                    "memory": {"weights": memory.weights, "cache": memory.cache, "total": memory.total},
+                    "memory": asdict(memory) | {"total": memory.total},
                     "layers": [{"layers": [first, last], "kernel": kernel} for first, last, kernel in layers],
                 }
             )
@@ -57,7 +58,8 @@ def explain(
     cache = " + ".join(_size(b) for b in memory.cache)
     size = decided.resolved.mesh.size
     each = f" on each of {size} devices" if size > 1 else ""
-    console.print(f"memory{each}: weights {_size(memory.weights)}, cache {cache}, together {_size(memory.total)}")
+    parts = f"weights {_size(memory.weights)}, cache {cache}, counts of penalties {_size(memory.counts)}"
+    console.print(f"memory{each}: {parts}, together {_size(memory.total)}")
     for first, last, kernel in layers:
         console.print(f"layers {first}-{last}: {kernel}" if last > first else f"layer {first}: {kernel}", markup=False)
 

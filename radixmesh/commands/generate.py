@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ def generate(
     backend: options.Backend = None,
     mesh: options.Mesh = None,
     dtype: options.Dtype = None,
+    deterministic: options.Deterministic = False,
     config: options.File = None,
     pairs: options.Set = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
@@ -60,41 +61,14 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Complete prompts and print the text and how fast it came."""
-    params = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "seed": seed,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "stop": stop,
-        "stop_token_ids": stop_token_ids,
-        "ignore_eos": ignore_eos,
-        "min_new_tokens": min_new_tokens,
-        "logit_bias": options.read_bias(logit_bias),
-        "allowed_token_ids": allowed_token_ids,
-        "bad_words": bad_words,
-        "logprobs": logprobs,
-        "prompt_logprobs": prompt_logprobs,
-        "logprob_start_len": logprob_start_len,
-        "skip_special_tokens": not special,
-        "no_stop_trim": no_stop_trim,
-    }
-    from engine.sampling import SamplingParams
-
-    SamplingParams.of(params)  # before anything is opened
-    params["n"] = n
-    texts = list(prompts or PROMPTS)
-    given = options.flags(model, backend, mesh, dtype, pairs)
+    params = _params(locals())
+    given = options.flags(model, backend, mesh, dtype, pairs, deterministic)
     names: list[str | None] = [None]
     if compare:
         # Two arithmetics agree to the token in float32; sampled tokens do when they share a seed.
-        names = list(COMPARED)
-        given = {"dtype": "float32"} | given
+        names, given = [*COMPARED], {"dtype": "float32"} | given
         params["seed"] = 0 if seed is None else seed
+    texts = list(prompts or PROMPTS)
     done = [_run(name, config, given, texts, params, chat) for name in names]
     agreed = differences(done)
     if as_json:
@@ -103,6 +77,16 @@ def generate(
         _show(texts, done, agreed)
     if agreed:
         raise typer.Exit(1)
+
+
+def _params(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that are sampling parameters, and n. Raises InvalidRequest before anything is opened."""
+    from engine.sampling import SamplingParams
+
+    params = {f.name: flags[f.name] for f in fields(SamplingParams) if f.name in flags}
+    params |= {"logit_bias": options.read_bias(flags["logit_bias"]), "skip_special_tokens": not flags["special"]}
+    SamplingParams.of(params)
+    return params | {"n": flags["n"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

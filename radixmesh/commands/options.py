@@ -16,6 +16,7 @@ Mesh = Annotated[str | None, typer.Option(help='Devices, such as "tp=2".')]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
 File = Annotated[Path | None, typer.Option("--config", help="A TOML configuration; flags stand over it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as cache.page=32.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits whatever else runs; slower.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,9 +47,19 @@ def read_bias(pairs: list[str] | None) -> dict[str, float] | None:
     return out or None
 
 
+def exact(deterministic: bool) -> dict[str, Any]:
+    """The flag as a key, where it was given."""
+    return {"backend.deterministic": True} if deterministic else {}
+
+
 def flags(
-    model: str | None, backend: str | None, mesh: str | None, dtype: str | None, pairs: list[str] | None
+    model: str | None,
+    backend: str | None,
+    mesh: str | None,
+    dtype: str | None,
+    pairs: list[str] | None,
+    deterministic: bool = False,
 ) -> dict[str, Any]:
-    """The shared options as overrides of a configuration; None is what was not given."""
+    """The shared options as overrides of a configuration; None, and false, is what was not given."""
     given = {"model": model, "backend": backend, "mesh": mesh, "dtype": dtype}
-    return read_set(pairs) | {k: v for k, v in given.items() if v is not None}
+    return read_set(pairs) | exact(deterministic) | {k: v for k, v in given.items() if v is not None}

@@ -45,6 +45,7 @@ def serve(
     dtype: options.Dtype = None,
     grpc_port: Annotated[int | None, typer.Option(help="Of gRPC, which is off if left out; 0 is any.")] = None,
     api_key: Annotated[str | None, typer.Option(help="What clients must send; none if left out.")] = None,
+    deterministic: options.Deterministic = False,
     config: options.File = None,
     pairs: options.Set = None,
 ) -> None:
@@ -55,7 +56,7 @@ def serve(
     from engine.config import load
 
     faces = {"serve.host": host, "serve.port": port, "serve.grpc_port": grpc_port, "serve.api_key": api_key}
-    given = options.flags(model, backend, mesh, dtype, pairs)
+    given = options.flags(model, backend, mesh, dtype, pairs, deterministic)
     lost = run(load(config, given | {k: v for k, v in faces.items() if v is not None}))
     if lost is not None:
         print(f"radixmesh: {' '.join(str(lost).split())}", file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError
 from engine.mesh import MeshSpec
 from engine.model.params import params
 from engine.model.spec import ModelSpec
+from engine.resolve import count_bytes
 
 FLAT: ModelSpec = replace(SPEC, layers=SPEC.layers[:1])
 DEEP: ModelSpec = replace(
@@ -54,6 +55,7 @@ def warm() -> Iterator[Host]:
 def test_step_copies_neither_caches_nor_state(warm: Host) -> None:
     backend: Any = warm.backend
     held = sum(array.nbytes for array in (*backend.caches, *backend.state))
+    assert backend.counts.nbytes == count_bytes(SPEC, True, backend.limits.slots)  # what the memory plan says
     for tokens in (1, 8, 40):
         memory = backend.programs.take(Program("step", tokens)).memory_analysis()
         assert memory.alias_size_in_bytes == held, f"{tokens} tokens: a donation is lost"

@@ -1,4 +1,4 @@
-"""Planted faults of the cache, as in tests/simulation/faults.py: the state machine must notice each.
+"""Planted faults of the cache (tests.planting): the state machine must notice each.
 
 `python -m tests.cache.faults N` runs the machine with fault N and exits 1 when it fails, as it should.
 """
@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.simulation.faults import Fault, Planter, _faults
+from tests.planting import Fault, faults, plant
 
 EXAMPLES = 500
 
@@ -22,7 +24,7 @@ LAST = "elif not parent.lock:\n                self.offer(parent)"
 RANK = "node.fresh, self._class(node), node.tick"
 
 FAULTS: list[Fault] = [
-    *_faults(
+    *faults(
         "engine.cache.radix",
         ("a match goes past its limit", "min(len(tokens) // width, limit // self.page)", "len(tokens) // width"),
         ("a match is not marked as used", "node.tick = tick\n", "pass\n"),
@@ -52,9 +54,12 @@ FAULTS: list[Fault] = [
         ("a split takes the state along", UPPER + "[NONE] * len(self.groups)", UPPER + "[*node.states]"),
         ("a split cuts hashes wrongly", "node.hashes[:count], node.hashes[count:]", "node.hashes, node.hashes[count:]"),
         ("a removal is not told", "self.log.append(BlockRemoved(hashes=node.hashes))", "pass"),
+        ("pages of old weights are still told", "if node.hashes and not root.fresh:", "if False:"),
+        ("old weights that come back are not told", "self._tell(node, root.space)", "pass"),
+        ("what old weights make is told", "leaf.parent is not None and leaf.fresh", "leaf.parent is not None"),
         ("flush tells of less", "self.log[known:] = [AllBlocksCleared()]", "self.log[known:] = []"),
     ),
-    *_faults(
+    *faults(
         "engine.cache.evict",
         ("the youngest goes first", RANK, RANK.replace("node.tick", "-node.tick")),
         ("old weights go last", RANK, RANK.replace("node.fresh", "not node.fresh")),
@@ -63,7 +68,7 @@ FAULTS: list[Fault] = [
         ("SLRU protects after three", "node.hits >= PROTECTED", "node.hits > PROTECTED"),
         ("a node is queued twice", "if not node.queued & self.bit:", "if True:"),
     ),
-    *_faults(
+    *faults(
         "engine.cache.node",
         ("a window's page too little is matched", "to * page - group.window + 1", "to * page"),
         ("a window's page too much is asked", "to * page - group.window + 1", "to * 0"),
@@ -72,21 +77,17 @@ FAULTS: list[Fault] = [
         ("a column is joined from below", "for node in path:", "for node in reversed(path):"),
         ("holes count as pages", "pages[pages != NONE]", "pages[pages != -2]"),
     ),
-    *_faults(
+    *faults(
         "engine.cache.events",
         ("a hash forgets what came before", "blake2b(before + key", "blake2b(key"),
     ),
 ]  # fmt: skip
 
 
-def main(number: int) -> int:
-    """Run the machine with a fault planted: 1 when it was noticed (good), 0 when not, 2 when it can't be planted."""
-    sys.meta_path.insert(0, Planter(FAULTS[number]))
-    try:
-        from tests.cache.machine import Machine
-    except AssertionError as error:
-        print(error)
-        return 2
+def trials() -> Iterable[tuple[str, Callable[[], object]]]:
+    """The machine."""
+    from tests.cache.machine import Machine
+
     once = settings(
         max_examples=EXAMPLES,
         stateful_step_count=40,
@@ -98,13 +99,8 @@ def main(number: int) -> int:
         print_blob=False,
         report_multiple_bugs=False,
     )
-    try:
-        run_state_machine_as_test(Machine, settings=once)
-    except Exception as error:  # noqa: BLE001 whatever breaks, the fault was noticed
-        print(f"noticed: {type(error).__name__}: {str(error)[:100]}")
-        return 1
-    return 0
+    return [("machine", partial(run_state_machine_as_test, Machine, settings=once))]
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(plant(FAULTS[int(sys.argv[1])], trials))

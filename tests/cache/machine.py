@@ -309,7 +309,10 @@ class Machine(RuleBasedStateMachine):
             self.tree.unlock(seq.node)
             return
         taken = [list(pool.take(n)) for pool, n in zip(self.pools, missing, strict=True)]
-        table = [parent[:count] + new for parent, new in zip(seq.table, taken, strict=True)]
+        table = [  # without what a window has left behind: the tree may have given that away
+            [page if i in self.needed(g, count) else NONE for i, page in enumerate(parent[:count])] + new
+            for g, (parent, new) in enumerate(zip(seq.table, taken, strict=True))
+        ]
         own = [set(pages) for pages in taken]
         self.seqs.append(
             Seq(
@@ -421,7 +424,7 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert isinstance(event, AllBlocksCleared)
                 self.heard.clear()
-        assert self.heard == {self.hash(*place) for place in self.walk()}
+        assert self.heard == {self.hash(*p) for p in self.walk() if p[0][0] == self.tree.version}
 
     def hash(self, space: tuple[int, Hashable], tokens: tuple[int, ...]) -> int:
         before = repr(space).encode()

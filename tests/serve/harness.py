@@ -18,8 +18,9 @@ import uvloop
 from engine.config import Config, load
 from engine.run.local import LocalClient
 from engine.run.start import decide, start
+from engine.serve.call import Record
 from engine.serve.http import listen, make_app, serve
-from engine.serve.service import Record, Service
+from engine.serve.service import Service
 from engine.text.tokenizer import Tokenizer
 from tests.text.made import byte_level
 from tests.tiny import tiny

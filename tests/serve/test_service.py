@@ -17,7 +17,8 @@ from engine.errors import BackendLost, ContextOverflow, InvalidRequest, Overload
 from engine.run.local import LocalClient
 from engine.run.start import decide, start
 from engine.sampling import SamplingParams
-from engine.serve.service import Ask, Piece, Record, Service
+from engine.serve.call import Piece, Record
+from engine.serve.service import Ask, Service
 from engine.text.tokenizer import Tokenizer
 from tests.text.made import made
 from tests.tiny import tiny

@@ -1,39 +1,22 @@
-"""Planted faults: each changes one line of the engine (or of the toy device); a scene or a few random trials notice.
+"""Planted faults (tests.planting): each changes one line of the engine, or of the toy device; a scene or a few random
+trials notice.
 
 `python -m tests.simulation.faults N` runs fault N in this process and exits 1 when one of them fails, as it should.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import sys
-from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Iterable
+from functools import partial
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.planting import faults, plant
+
 TRIALS = 150
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """What is broken, in which module, and how: `old` must stand there exactly once."""
-
-    name: str
-    module: str
-    old: str
-    new: str
-
-
-def _faults(module: str, *rows: tuple[str, str, str]) -> list[Fault]:
-    return [Fault(name=name, module=module, old=old, new=new) for name, old, new in rows]
-
 
 FAULTS = [
     # Those that the sketch of the contract was tried with.
-    *_faults(
+    *faults(
         "engine.cache.sequence",
         ("window trimmed one token early", "lower - group.window + 1", "lower - group.window + 2"),
         ("pages stay the sequence's after the tree took them", "self.own[g].difference_update(taken)", "pass"),
@@ -41,7 +24,7 @@ FAULTS = [
         ("seating sends no page table", "[list(enumerate(pages)) for pages in self.table]", "[[] for _ in self.table]"),
         ("the whole table is not told after a rebase", "self.edits[g] = list(enumerate(self.table[g]))", "pass"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.store",
         (
             "state checkpoint copy lost",
@@ -52,35 +35,60 @@ FAULTS = [
         ("a fork copies nothing", "copies += [(g, 0, source, page) for g, source, page in made]", "pass"),
         ("a checkpoint inside a page is shared at the page", "if at % self.page == 0 else None", "if at > 0 else None"),
     ),
-    *_faults(
+    *faults(
         "engine.cache.sequence",
         ("a fork copies the wrong page", "i = (at - other.base[g]) // group.page", "i = at // group.page - 1"),
         ("a fork's page is not told", "self.edits[g].append((len(self.table[g]), page))", "pass"),
         ("a fork reads zeros for its state", "self.read = [page if i == g else", "self.read = [NONE if i == g else"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.scheduler",
-        ("seated row sent as continuing", "start=run.start,", "start=-1,"),
         ("mask one token stale", "run.masks.accept(kept)", "run.masks.accept(kept[:-1])"),
-        ("pages sized without drafts", "run.upper + 1 + k, draft)", "run.upper + 1, draft)"),
         ("lower bound forgets rejections", "run.lower += moved - (fed - row.drafts)", "run.lower += row.drafts"),
         (
             "copies never cleared",
             "copies, self.store.copies = self.store.copies, []",
             "copies = list(self.store.copies)",
         ),
-        ("a row with nothing new is not looked at for its page", "run.upper < cache.still", "run.upper <= cache.still"),
-        # Preemption and slot reuse.
-        ("epoch not counted", "run.epoch += 1", "run.epoch += 0"),
-        ("rows in flight survive a preemption", "run.flying = run.verifying = run.pending = 0", "pass"),
-        ("a slot is given out twice", "self._slots.append(run.slot)", "self._slots += [run.slot] * 2"),
         (
             "a slot's new tenant sees old results",
             'if run.state != "seated" or run.epoch != row.epoch:\n',
             'if run.state != "seated":\n',
         ),
+        ("scores of tokens past the end", "Scores.of(scores, keep)", "Scores.of(scores, len(new))"),
+        ("nothing ends a request that only reads", "elif row.end == run.length and not run.most", "elif False"),
+        ("tree survives a device failure", "self.store.tree.flush()\n        for run", "for run"),
+        ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
+        ("suspects stay alone to their end", "if run.alone_until:\n                    self._passed(run)", "pass"),
+        (
+            "suspects run together",
+            "suspect = min(self._suspects, key=lambda r: r.order, default=None)",
+            "suspect = min([], default=None)",
+        ),
+        ("a deadline is only kept by those that wait", "run.order == order:", 'run.state == "waiting":'),
+        ("deadlines are ignored", "self._deadlines[0][0] <= now", "self._deadlines[0][0] < 0"),
+        ("the estimate never falls", "self.estimate.fall()", "pass"),
+    ),
+    *faults(
+        "engine.sched.seating",
+        ("epoch not counted", "run.epoch += 1", "run.epoch += 0"),
+        ("rows in flight survive a preemption", "run.flying = run.verifying = run.pending = 0", "pass"),
+        ("a slot is given out twice", "self.slots.append(run.slot)", "self.slots += [run.slot] * 2"),
         ("a steady row outlives its seat", "run.row = None", "pass"),
-        # Penalties' history.
+        ("every answer scores the prompt", "run.scores = parent.scores", "pass"),
+        ("scores that were not asked for are taken", "parent.scored and parent.scores_alike(run):", "parent.scored:"),
+        ("a prompt that is scored branches where another's ends", " or run.unscored <= last", ""),
+        ("those that wait for a run that is gone wait for ever", "self.waiting.call(run)\n", "pass\n"),
+        ("the estimate never rises", "self.estimate.rise()", "pass"),
+        ("the highest is preempted", "victim = max(", "victim = min("),
+        ("way is made for those below", "self._lowest = max(", "self._lowest = min("),
+        ("a fork goes on one token late", "return last if self.store.branch", "return last + 1 if self.store.branch"),
+    ),
+    *faults(
+        "engine.sched.feeding",
+        ("seated row sent as continuing", "start=run.start,", "start=-1,"),
+        ("pages sized without drafts", "run.upper + 1 + k, draft)", "run.upper + 1, draft)"),
+        ("a row with nothing new is not looked at for its page", "run.upper < cache.still", "run.upper <= cache.still"),
         ("fed again, output counts as prompt", "(t, i >= prompt)", "(t, False)"),
         (
             "history only at the first seating",
@@ -92,31 +100,9 @@ FAULTS = [
             "for i, t in enumerate(run.fill)] if",
             "for i, t in enumerate(run.request.tokens)] if",
         ),
-        # Scores and masks.
-        ("a prompt that is scored branches where another's ends", " or run.unscored <= last", ""),
-        ("scores of tokens past the end", "Scores.of(scores, keep)", "Scores.of(scores, len(new))"),
-        ("nothing ends a request that only reads", "elif row.end == run.length and not run.most", "elif False"),
         ("the last chunk of one that only reads is not fed", "run.most and run.decoding) or", "run.most) or"),
-        # Failure.
-        ("tree survives a device failure", "self.store.tree.flush()\n        for run", "for run"),
-        ("everyone in a failed step fails", "if len(suspects) != 1:", "if len(suspects) < 1:"),
-        ("suspects stay alone to their end", "if run.alone_until:\n                    self._passed(run)", "pass"),
-        (
-            "suspects run together",
-            "suspect = min(self._suspects, key=lambda r: r.order, default=None)",
-            "suspect = min([], default=None)",
-        ),
-        # Waiting for what another computes, and who is next.
-        ("those that wait for a run that is gone wait for ever", "self.waiting.call(run)\n", "pass\n"),
-        ("a deadline is only kept by those that wait", "run.order == order:", 'run.state == "waiting":'),
-        ("deadlines are ignored", "self._deadlines[0][0] <= now", "self._deadlines[0][0] < 0"),
-        ("the estimate never rises", "self.estimate.rise()", "pass"),
-        ("the estimate never falls", "self.estimate.fall()", "pass"),
-        ("the highest is preempted", "victim = max(", "victim = min("),
-        ("way is made for those below", "self._lowest = max(", "self._lowest = min("),
-        ("a fork goes on one token late", "return last if self.store.branch", "return last + 1 if self.store.branch"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.request",
         (
             "preempted output is not fed again",
@@ -124,12 +110,12 @@ FAULTS = [
             "self.fill = self.request.tokens",
         ),
     ),
-    *_faults(
+    *faults(
         "engine.sched.waiting",
         ("called back only when all is over", "settled >= upto", "settled < 0"),
         ("who waited for what is forgotten", "self._insert(run)\n\n    def _insert", "pass\n\n    def _insert"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.sharing",
         ("chunks end for nobody", "return {end for end in ends if end > run.fed}", "return set()"),
         ("chunks end where nothing needs it", "return run.length + self.page > self._whole", "return True"),
@@ -141,18 +127,18 @@ FAULTS = [
             "parent",
         ),
     ),
-    *_faults(
+    *faults(
         "engine.sched.policy",
         ("ageing off", "return (now / ageing if ageing else 0.0) - priority, order", "return float(-priority), order"),
         ("priority inversion", "- priority, order", "+ priority, order"),
         ("shortest prefix first", "-run.hint, run.rank, run)", "run.hint, run.rank, run)"),
         ("the lightest branch first", "(-len(b), b[0].rank), reverse=True", "(-len(b), b[0].rank)"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.admission",
         ("nothing is kept free for what runs", "return ceil(self.share *", "return ceil(0 *"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.rows",
         ("refused rows leave their tokens behind", "[i] for i in keep]", "[i] for i in range(len(keep))]"),
         ("one seed for all", "[run.request.seed for run in runs]", "[runs[0].request.seed for run in runs]"),
@@ -164,32 +150,34 @@ FAULTS = [
             "table if True else _table",
         ),
     ),
-    *_faults(
+    *faults(
         "engine.sched.request",
         ("scored again after a preemption", " + 1 + len(self.scores)", " + 1"),
         ("masks forget the tokens in flight", "return len(self.out) + self.flying", "return len(self.out)"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.store",
+        ("a group's pages outlive it", "self.tree.flush(run.space)", "pass"),
+        ("groups are one without the cache", "else (request.namespace, request.group)", "else (request.namespace, '')"),
         ("a scored prompt comes from the cache", "min(run.length, run.unscored) - 1", "run.length - 1"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.rows",
         ("bias is not counted", "self.bias -= len(row.run.request.params.logit_bias)", "pass"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.masks",
         ("a late mask is not waited for", "self.late = any(s.late for s in sources)", "self.late = False"),
         ("one token too many before it may stop", "made < self._until", "made <= self._until"),
         ("a bad word by its last token alone", " if tuple(self._made[1 - len(w) :]) == w[:-1]]", "]"),
         ("the longest bad word is forgotten", "max(len(w) for w in words) - 1", "min(len(w) for w in words) - 1"),
     ),
-    *_faults(
+    *faults(
         "engine.cache.node",
         ("a page too much is matched", "return low * width", "return high * width"),
         ("a prefix without its window is matched", "ok[1:] &= last <", "ok[1:] |= last <"),
     ),
-    *_faults(
+    *faults(
         "engine.cache.radix",
         (
             "eviction ignores locks",
@@ -199,12 +187,12 @@ FAULTS = [
         ("a window's pages are taken too soon", "away < group.window - 1", "away < 0"),
         ("a split forgets who reads", "upper.lock, upper.tick,", "_, upper.tick,"),
     ),
-    *_faults(
+    *faults(
         "engine.sched.stop",
         ("stops one token late", "keep, finish = i + 1, Finish", "keep, finish = i + 2, Finish"),
         ("length ignores what was made before", "if before + len(new) >= room:", "if len(new) >= room:"),
     ),
-    *_faults(
+    *faults(
         "tests.simulation.toy",
         ("state version ignored after a partial accept", "0 if seated else slot.version", "0"),
         (
@@ -216,50 +204,14 @@ FAULTS = [
 ]
 
 
-class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads one module with one line changed."""
+def trials() -> Iterable[tuple[str, Callable[[], object]]]:
+    """All scenes, then random trials."""
+    from tests.simulation.scenes import SCENES
+    from tests.simulation.trial import trial
 
-    def __init__(self, fault: Fault) -> None:
-        self.fault = fault
-        self.path = ROOT / (fault.module.replace(".", "/") + ".py")
-
-    def find_spec(self, name: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
-        return (
-            importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.fault.module else None
-        )
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        source = self.path.read_text()
-        assert source.count(self.fault.old) == 1, f"{self.fault.name}: stands {source.count(self.fault.old)} times"
-        exec(compile(source.replace(self.fault.old, self.fault.new), str(self.path), "exec"), module.__dict__)
-
-
-def main(number: int) -> int:
-    """Run trials with a fault planted: 1 when it was noticed (good), 0 when not, 2 when it could not be planted."""
-    sys.meta_path.insert(0, Planter(FAULTS[number]))
-    try:
-        from tests.simulation.scenes import SCENES
-        from tests.simulation.trial import trial
-    except AssertionError as error:
-        print(error)
-        return 2
-    for scene in SCENES:
-        try:
-            scene()
-        except Exception as error:  # noqa: BLE001 whatever breaks, the fault was noticed
-            print(f"scene {scene.__name__}: {type(error).__name__}: {str(error)[:100]}")
-            return 1
-    for seed in range(TRIALS):
-        try:
-            trial(seed, turns=600)
-        except Exception as error:  # noqa: BLE001 whatever breaks, the fault was noticed
-            print(f"trial {seed}: {type(error).__name__}: {str(error)[:100]}")
-            return 1
-    return 0
+    scenes = [(f"scene {scene.__name__}", scene) for scene in SCENES]
+    return [*scenes, *((f"trial {seed}", partial(trial, seed, turns=600)) for seed in range(TRIALS))]
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(plant(FAULTS[int(sys.argv[1])], trials))

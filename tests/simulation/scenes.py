@@ -227,6 +227,52 @@ def answers_that_score_compute_what_they_score() -> None:
         assert stage.last["late"].cached_tokens == start // 4 * 4
 
 
+def answers_share_a_prompt_without_the_cache() -> None:
+    """radix=False: the answers of one group, and nobody after them, nor another of the same prompt."""
+    tokens = prompt(random.Random(9), 41)
+    for slots in (8, 2):
+        stage = Stage(radix=False, slots=slots)
+        for i in range(4):
+            stage.ask(f"{i}", tokens, made=3, seed=i, group="g")
+        stage.ask("other", tokens, made=3)
+        stage.run()
+        assert stage.toy.fed == 2 * 41 + 3 + 5 * 2, stage.toy.fed
+        assert stage.scheduler.cached_tokens == 3 * 40, stage.scheduler.cached_tokens
+        assert [p.free for p in stage.scheduler.store.pools] == [1000], "pages are kept"
+        for i in range(2):
+            stage.ask(f"again {i}", tokens, made=3, seed=i, group="g")
+            stage.run()
+            assert stage.last[f"again {i}"].cached_tokens == 0, "what nobody may use was used"
+    stage = Stage(radix=False)
+    for i in range(8):
+        stage.ask(f"{i}", tokens, made=3, seed=i, group=f"g{i % 2}")
+    stage.run()
+    assert stage.scheduler.cached_tokens == 6 * 40, "one group took another's"
+
+
+def a_prompt_is_scored_once_for_all_its_answers() -> None:
+    """Those that come while the first computes it take its logprobs and its pages."""
+    text = prompt(random.Random(4), 41)
+    for radix in (True, False):
+        for start in (0, 5):
+            stage = Stage(radix=radix)
+            for i in range(4):
+                stage.ask(f"{i}", text, made=9, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": start})
+            stage.to(4)
+            later = start + 3
+            stage.ask("odd", text, made=9, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": later})
+            stage.run()
+            want = dict.fromkeys(("0", "1", "2", "3"), len(text) - start - 1) | {"odd": len(text) - later - 1}
+            assert stage.scores == want, stage.scores
+            assert stage.toy.fed == 2 * 41 - later // 4 * 4 + 3 + 5 * 8, stage.toy.fed
+    stage, text = Stage(), prompt(random.Random(5), 43)  # what is left to score stands in the page that would be copied
+    stage.ask("0", text, made=20, group="g")
+    stage.to(4)
+    stage.ask("late", text, made=2, group="g", scored={"prompt_logprobs": 1, "logprob_start_len": 40})
+    stage.run()
+    assert stage.scores == {"late": 2}, stage.scores
+
+
 def a_group_is_checked() -> None:
     """Requests that say they are answers to one prompt, and are not, share nothing."""
     stage = Stage()
@@ -422,6 +468,8 @@ SCENES = (
     who_computes_may_go,
     answers_share_a_prompt,
     answers_that_score_compute_what_they_score,
+    answers_share_a_prompt_without_the_cache,
+    a_prompt_is_scored_once_for_all_its_answers,
     a_group_is_checked,
     higher_goes_first,
     higher_takes_the_seat,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from engine.run import loop
-from tests.simulation.faults import FAULTS, ROOT
+from tests.planting import check_noticed
+from tests.simulation.faults import FAULTS
 from tests.simulation.scenes import SCENES, Stage
 from tests.simulation.trial import balance, trial
 
@@ -56,7 +55,4 @@ def test_scene(scene: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f.name for f in FAULTS])
 def test_fault_is_noticed(number: int) -> None:
-    command = [sys.executable, "-m", "tests.simulation.faults", str(number)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1, f"{FAULTS[number].name}: {done.stdout}{done.stderr}"
-    assert done.stdout.startswith(("trial ", "scene ")), done.stdout + done.stderr
+    check_noticed("tests.simulation.faults", FAULTS, number, 120)

@@ -190,20 +190,20 @@ class Toy:
         tokens = [t if t >= 0 else slot.last if t == -1 else slot.drafts[-2 - t] for t in raw]
         sums = [self._group(step, r, g, slot, seated, tokens, int(step.drafts[r])) for g in range(len(step.tables))]
         kinds = [g.kind for g in self.limits.groups]
-        picks = []
+        picks, plain = [], []
         for i in range(len(tokens)):
             by = {kind: s[i] for kind, s in zip(kinds, sums, strict=True)}
             seed, position = int(step.sampling.seed[r]), slot.length + i + 1
             picks.append(choose(by.get("full", 0), by.get("window", 0), by.get("state", 0), seed, position))
+            plain.append(choose(by.get("full", 0), by.get("window", 0), by.get("state", 0), 0, position))
         makes = bool(step.output[r] & TOKEN)
-        return Fed(
-            number, slot.length, tokens, int(step.drafts[r]), picks, makes, self._prompt(step, r, slot, picks, tokens)
-        )
+        prompt = self._prompt(step, r, slot, plain, tokens)
+        return Fed(number, slot.length, tokens, int(step.drafts[r]), picks, makes, prompt)
 
     def _prompt(
         self, step: ScheduleStep, r: int, slot: Slot, picks: Sequence[int], tokens: Sequence[int]
     ) -> Logprobs | None:
-        """What a row scores of its prompt."""
+        """What a row scores of its prompt, whatever its seed."""
         first, k = step.sampling.prompt_logprobs[r].tolist()
         if first < 0:
             return None

@@ -218,7 +218,7 @@ def make_cases(rng: random.Random, truth: Truth, max_len: int, count: int, chaos
                     poison=poison,
                     abort_at=abort_at,
                     scores=scores_of([*prompt, *expected], len(prompt), p.logprobs, truth, answer.seed),
-                    prompt=scores_of(prompt, p.logprob_start_len + 1, p.prompt_logprobs, truth, answer.seed),
+                    prompt=scores_of(prompt, p.logprob_start_len + 1, p.prompt_logprobs, truth, 0),
                 )
             )
     return cases

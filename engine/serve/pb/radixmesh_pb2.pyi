@@ -146,16 +146,18 @@ class Alternative(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Finish(_message.Message):
-    __slots__ = ("reason", "matched_text", "matched_token_id", "seed")
+    __slots__ = ("reason", "matched_text", "matched_token_id", "seed", "weight_version")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MATCHED_TEXT_FIELD_NUMBER: _ClassVar[int]
     MATCHED_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     reason: str
     matched_text: str
     matched_token_id: int
     seed: int
-    def __init__(self, reason: _Optional[str] = ..., matched_text: _Optional[str] = ..., matched_token_id: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    weight_version: int
+    def __init__(self, reason: _Optional[str] = ..., matched_text: _Optional[str] = ..., matched_token_id: _Optional[int] = ..., seed: _Optional[int] = ..., weight_version: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -179,6 +181,18 @@ class AbortReply(_message.Message):
     aborted: int
     def __init__(self, aborted: _Optional[int] = ...) -> None: ...
 
+class UpdateWeightsRequest(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
+
+class UpdateWeightsReply(_message.Message):
+    __slots__ = ("weight_version",)
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    weight_version: int
+    def __init__(self, weight_version: _Optional[int] = ...) -> None: ...
+
 class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -190,13 +204,15 @@ class ListModelsReply(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "max_len", "vocab")
+    __slots__ = ("name", "architecture", "max_len", "vocab", "weight_version")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     MAX_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     max_len: int
     vocab: int
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., max_len: _Optional[int] = ..., vocab: _Optional[int] = ...) -> None: ...
+    weight_version: int
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., max_len: _Optional[int] = ..., vocab: _Optional[int] = ..., weight_version: _Optional[int] = ...) -> None: ...

@@ -44,6 +44,11 @@ class RadixmeshStub(object):
                 request_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortRequest.SerializeToString,
                 response_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortReply.FromString,
                 _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/radixmesh.v1.Radixmesh/UpdateWeights',
+                request_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsReply.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/radixmesh.v1.Radixmesh/ListModels',
                 request_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.ListModelsRequest.SerializeToString,
@@ -56,8 +61,8 @@ class RadixmeshServicer(object):
 
     def Generate(self, request, context):
         """Complete a prompt. A request that is refused gets its status before the first chunk; status INVALID_ARGUMENT and
-        its like name the field at fault in the trailing metadata "radixmesh-field". Cancelling the call, or its deadline,
-        aborts the request.
+        its like name the field at fault in the trailing metadata "radixmesh-field". Cancelling the call aborts the request;
+        the deadline of the call is the request's, whether it waits or runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -65,6 +70,14 @@ class RadixmeshServicer(object):
 
     def Abort(self, request, context):
         """End requests now. Their streams end with the finish reason "abort".
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWeights(self, request, context):
+        """Take the weights in a folder of the engine's machine, of the model that is served. Requests go on with them; nothing
+        that others made is matched any more. FAILED_PRECONDITION says what is wrong with them, and the old ones serve on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +101,11 @@ def add_RadixmeshServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortRequest.FromString,
                     response_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortReply.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsReply.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -149,6 +167,33 @@ class Radixmesh(object):
             '/radixmesh.v1.Radixmesh/Abort',
             engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortRequest.SerializeToString,
             engine_dot_serve_dot_pb_dot_radixmesh__pb2.AbortReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/radixmesh.v1.Radixmesh/UpdateWeights',
+            engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsRequest.SerializeToString,
+            engine_dot_serve_dot_pb_dot_radixmesh__pb2.UpdateWeightsReply.FromString,
             options,
             channel_credentials,
             insecure,
