@@ -115,7 +115,6 @@ def test_preempted_requests_agree(judged: Callable[[str], Judged], backend: str,
         ]
         once = watch.fed - fed
         assert watch.preemptions == preempted
-    print("PRE", backend, shape, preempted, seats, fed, once)
     assert preempted > 0
     assert seats == len(found.prompts) + preempted
     assert fed >= once + PAGE, "nothing was computed again"
