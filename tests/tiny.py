@@ -34,9 +34,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-odd-heads": {"hidden": 96, "q_heads": 6, "kv_heads": 2, "head_dim": 10, "layers": 3, "vocab": 193},
     "llama-one-kv-head": {"hidden": 80, "q_heads": 5, "kv_heads": 1, "head_dim": 32, "tied": True},
     "llama-biases": {"hidden": 48, "q_heads": 3, "kv_heads": 3, "bias": True, "layers": 3},
-    "llama-rope-llama3": {
+    "llama-2": {"q_heads": 4, "kv_heads": 4, "norm_eps": 1e-5, "max_len": 256},  # and the first
+    "llama-rope-llama3": {  # 3.1; with a tied head 3.2
         "q_heads": 4,
-        "kv_heads": 4,
+        "kv_heads": 2,
         "head_dim": 24,
         "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32},
         "tied": True,

@@ -81,6 +81,41 @@ LLAMA_31_8B = {
     "use_cache": True,
     "vocab_size": 128256,
 }
+LLAMA_1_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.28.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+LLAMA_2_7B = LLAMA_1_7B | {
+    "max_position_embeddings": 4096,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+}
+LLAMA_32_1B = LLAMA_31_8B | {
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "rope_scaling": LLAMA3 | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
@@ -347,7 +382,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-8x7b": ("mixtral", MIXTRAL_8X7B),
     "llama-dynamic": ("llama", SIZES | {"rope_scaling": DYNAMIC, "max_position_embeddings": 64}),
     "qwen3-windows": ("qwen3", SIZES | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2} | KV),
+    "llama-1-7b": ("llama", LLAMA_1_7B),
+    "llama-2-7b": ("llama", LLAMA_2_7B),
     "llama-3.1-8b": ("llama", LLAMA_31_8B),
+    "llama-3.2-1b": ("llama", LLAMA_32_1B),
     "qwen3-0.6b": ("qwen3", QWEN3_06B),
     "llama-defaults": ("llama", SIZES),
     "llama-nulls": (

@@ -1,8 +1,8 @@
-"""One model on one mesh, in a process of its own: `python -m tests.parity.meshed BACKEND MESH FOLDER PROMPTS OUT`.
+"""One model on meshes, in a process of its own: `python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT`.
 
-How many devices jax has is settled when it starts, so the mesh has a process, which reads the prompts (JSON) and writes
-what it found to OUT: inner values and tokens on the mesh, whole and chunked, and on one device; what the engine says,
-cold and warm; the collectives of jax's programs.
+How many devices jax has is settled when it starts, so meshes have a process, the largest first (SIZES: "4,2"). It reads
+the prompts (JSON) and writes what it found to OUT: inner values and tokens on each mesh, whole and chunked, and on one
+device; what the engine says, cold and warm; the collectives of jax's programs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import numpy as np
 from backends.api.build import Host
 from backends.api.protocol import Backend
 from engine.config import load
-from engine.mesh import MeshSpec
 from engine.model.checkpoint import Checkpoint
 from engine.run import start
 from engine.run.start import Decided, decide
@@ -111,22 +109,32 @@ def restore(found: Any, name: str) -> Reading:
     )
 
 
-def main(backend: str, mesh: str, folder: Path, prompts: Path, target: Path) -> None:
-    asked = json.loads(prompts.read_text())
-    out: dict[str, Any] = {}
+def look(backend: str, size: int, folder: Path, prompts: list[list[int]], out: dict[str, Any]) -> dict[str, Any]:
+    """Everything on one mesh: readings go into `out`, facts come back."""
+    mesh = f"tp={size}"
     decided, device = opened(backend, mesh, folder)
     with closing(device):
         for name, count, chunk in (("whole", MADE, 64), ("chunked", 2, 16)):
-            save(out, name, read_backend(mesh, device, decided.spec, asked[0], count, chunk))
-        counts = collectives(device)
+            save(out, f"{size}/{name}", read_backend(mesh, device, decided.spec, prompts[0], count, chunk))
+        counts, open_device = collectives(device), start.open_device
         start.open_device = lambda decided: Kept(device)  # type: ignore[assignment]
-        talk = converse(backend, mesh, folder, asked)
-        over = backend == "torch" or finished(device, asked[0])
-    alone = start.open_backend(backend, decided.spec, replace(decided.resolved, mesh=MeshSpec()))
-    with closing(alone):
+        try:
+            talk = converse(backend, mesh, folder, prompts)
+        finally:
+            start.open_device = open_device
+        over = backend == "torch" or finished(device, prompts[0])
+    return {"collectives": counts, "engine": talk, "finished": over}
+
+
+def main(backend: str, sizes: str, folder: Path, prompts: Path, target: Path) -> None:
+    asked = json.loads(prompts.read_text())
+    out: dict[str, Any] = {}
+    facts = {size: look(backend, int(size), folder, asked, out) for size in sizes.split(",")}
+    decided = decide(load(None, SMALL | {"model": str(folder), "backend": backend}), folder)
+    with closing(start.open_backend(backend, decided.spec, decided.resolved)) as alone:
         alone.load(Checkpoint(folder, decided.spec))
         save(out, "alone", read_backend("alone", alone, decided.spec, asked[0], MADE, 64))
-    np.savez(target, facts=json.dumps({"collectives": counts, "engine": talk, "finished": over}), **out)
+    np.savez(target, facts=json.dumps(facts), **out)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def resident() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_memory_stays_flat_over_short_requests(backend: str) -> None:
     """10,000 requests of a few tokens, prefixes of all kinds: after the first 2,000 nothing grows by 8 MiB."""

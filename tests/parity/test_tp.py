@@ -28,51 +28,58 @@ from tests.parity.meshed import MADE, SMALL, restore
 from tests.tiny import SHAPES as tiny_shapes
 from tests.tiny import Tiny, assert_honest, prompt, tiny
 
-PROMPT = 40
-SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
+PROMPT, BACKENDS = 40, ("jax", "torch")
+SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     # one kv head on both devices, a vocabulary that two do not divide, biases of every kind
     "llama-odd": (
-        2,
+        (2,),
         {"hidden": 60, "q_heads": 4, "kv_heads": 1, "head_dim": 24, "tied": True, "vocab": 193, "bias": True},
     ),
     # each of two kv heads on two devices
-    "qwen3": (4, {"family": "qwen3", "q_heads": 8, "kv_heads": 2, "head_dim": 16, "layers": 3, "vocab": 250}),
-    "llama-even": (4, {"q_heads": 4, "kv_heads": 4, "head_dim": 24, "layers": 3, "bias": True}),
-    "qwen3-tied": (2, {"family": "qwen3", "q_heads": 6, "kv_heads": 2, "head_dim": 20, "tied": True, "bias": True}),
-    "llama-three": (3, {"hidden": 48, "q_heads": 6, "kv_heads": 3, "ffn": 99, "vocab": 100}),
+    "qwen3": ((4,), {"family": "qwen3", "q_heads": 8, "kv_heads": 2, "head_dim": 16, "layers": 3, "vocab": 250}),
+    "llama-even": ((4,), {"q_heads": 4, "kv_heads": 4, "head_dim": 24, "layers": 3, "bias": True}),
+    "qwen3-tied": ((2,), {"family": "qwen3", "q_heads": 6, "kv_heads": 2, "head_dim": 20, "tied": True, "bias": True}),
+    "llama-three": ((3,), {"hidden": 48, "q_heads": 6, "kv_heads": 3, "ffn": 99, "vocab": 100}),
 }
-"""Name -> devices, keywords of `tiny`."""
-FAMILIES = {
-    "phi3-short": 2,
-    "phi3-long": 2,
-    "gpt_oss-sinks": 2,
-    "gemma2-caps": 4,
-    "gemma3-two-ropes": 2,
-    "mixtral-window": 4,
-    "qwen3_moe-some-dense": 2,
-    "mistral-window": 2,
-    "qwen2-half-windowed": 2,
-}
-"""Names in tests.tiny -> devices: sinks, caps, experts, windows, fused projections and long ropes are split too."""
-SHAPES |= {name: (devices, tiny_shapes[name]) for name, devices in FAMILIES.items()}
+"""Name -> sizes of the meshes, keywords of `tiny`."""
 QUICK = ("llama-odd", "qwen3")
-CASES = [
-    pytest.param(backend, shape, marks=() if shape in QUICK else pytest.mark.slow)
-    for shape in SHAPES
-    for backend in ("jax", "torch")
+FAMILIES = (
+    "llama-2",
+    "llama-rope-llama3",
+    "qwen2-half-windowed",
+    "qwen3-grouped",
+    "mistral-window",
+    "gemma2-caps",
+    "gemma3-two-ropes",
+    "phi3-long",
+    "phi3-short",
+    "gpt_oss-sinks",
+    "qwen3_moe-some-dense",
+    "mixtral-window",
+)
+"""Names in tests.tiny, every family: 4 query heads, and 1, 2 or 4 kv heads, so that 4 devices repeat some."""
+SHAPES |= {name: ((4, 2), tiny_shapes[name]) for name in FAMILIES}
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))
+
+
+MESHES = [
+    pytest.param(shape, size, marks=() if shape in QUICK else SLOW)
+    for shape, (sizes, _) in SHAPES.items()
+    for size in sizes
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A model, its prompts, what Hugging Face computes of each, and what a mesh found (tests.parity.meshed)."""
+    """A model, its prompts, what Hugging Face computes of each, and what meshes found (tests.parity.meshed).
+
+    readings: "2/whole", "2/chunked" of two devices, and so on; "alone". facts: by the mesh's size."""
 
     model: Tiny
-    devices: int
     prompts: list[list[int]]
     oracle: list[Reading]
     readings: dict[str, Reading]
-    facts: dict[str, Any]
+    facts: dict[int, Any]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,7 @@ def find(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Found
     made: dict[tuple[str, str], Found] = {}
 
     def get(backend: str, shape: str) -> Found:
-        devices, keywords = SHAPES[shape]
+        sizes, keywords = SHAPES[shape]
         if shape not in models:
             model = tiny(tmp_path_factory.mktemp(shape), **keywords)
             assert_honest(model)
@@ -95,37 +102,42 @@ def find(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Found
             folder = tmp_path_factory.mktemp(f"{shape}-{backend}")
             asked, target = folder / "prompts.json", folder / "found.npz"
             asked.write_text(json.dumps(prompts))
-            mesh = f"tp={devices}"
-            command = [sys.executable, "-m", "tests.parity.meshed", backend, mesh, model.path, asked, target]
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+            program = [sys.executable, "-m", "tests.parity.meshed", backend, ",".join(map(str, sizes))]
+            limit = 250 if shape in QUICK else 1100
+            ran = subprocess.run(
+                [*program, model.path, asked, target], capture_output=True, text=True, timeout=limit, check=False
+            )
             assert ran.returncode == 0, ran.stderr[-4000:]
             with np.load(target) as found:
-                readings = {name: restore(found, name) for name in ("whole", "chunked", "alone")}
-                facts = json.loads(str(found["facts"]))
-            made[backend, shape] = Found(
-                model=model, devices=devices, prompts=prompts, oracle=oracle, readings=readings, facts=facts
-            )
+                names = [f"{size}/{name}" for size in sizes for name in ("whole", "chunked")]
+                readings = {name: restore(found, name) for name in (*names, "alone")}
+                facts = {int(size): said for size, said in json.loads(str(found["facts"])).items()}
+            made[backend, shape] = Found(model=model, prompts=prompts, oracle=oracle, readings=readings, facts=facts)
         return made[backend, shape]
 
     return get
 
 
-@pytest.mark.parametrize(("backend", "shape"), CASES)
-def test_agrees_layer_by_layer(find: Callable[[str, str], Found], backend: str, shape: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("shape", "size"), MESHES)
+def test_agrees_layer_by_layer(find: Callable[[str, str], Found], backend: str, shape: str, size: int) -> None:
     """With Hugging Face and with one device: every inner value, whole and chunked; 64 greedy tokens."""
     found = find(backend, shape)
     for judge in (found.oracle[0], found.readings["alone"]):
         for name, count in (("whole", MADE), ("chunked", 2)):
             short = replace(judge, tokens=judge.tokens[:count], margins=judge.margins[:count])
-            verdict = compare(short, found.readings[name])
+            verdict = compare(short, found.readings[f"{size}/{name}"])
             assert verdict.ok, f"{name} beside {judge.name}: first {verdict.first}, tokens {verdict.differs}"
 
 
-@pytest.mark.parametrize(("backend", "shape"), CASES)
-def test_the_engine_agrees_cold_chunked_and_warm(find: Callable[[str, str], Found], backend: str, shape: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("shape", "size"), MESHES)
+def test_the_engine_agrees_cold_chunked_and_warm(
+    find: Callable[[str, str], Found], backend: str, shape: str, size: int
+) -> None:
     """Prompts of 78 tokens together, in steps of 64 at most; then from a warm cache."""
     found = find(backend, shape)
-    said = found.facts["engine"]
+    said = found.facts[size]["engine"]
     for tokens in said["tokens"][:2]:
         for made, oracle in zip(tokens, found.oracle, strict=True):
             at = first_difference(oracle.tokens, made)
@@ -139,28 +151,28 @@ def test_the_engine_agrees_cold_chunked_and_warm(find: Callable[[str, str], Foun
         assert cached == whole
     assert said["late"] == 0
     if backend == "torch":
-        assert said["device"] == f"{found.devices} x cpu"
+        assert said["device"] == f"{size} x cpu"
 
 
-@pytest.mark.parametrize("shape", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SHAPES])
-def test_jax_and_torch_draw_the_same(find: Callable[[str, str], Found], shape: str) -> None:
+@pytest.mark.parametrize(("shape", "size"), MESHES)
+def test_jax_and_torch_draw_the_same(find: Callable[[str, str], Found], shape: str, size: int) -> None:
     """Sampled with a seed: one in three may differ at a near-tie, which is not measured here."""
-    jax, torch = (find(backend, shape).facts["engine"]["tokens"][2] for backend in ("jax", "torch"))
+    jax, torch = (find(backend, shape).facts[size]["engine"]["tokens"][2] for backend in ("jax", "torch"))
     assert sum(a == b for a, b in zip(jax, torch, strict=True)) >= 2
 
 
-@pytest.mark.parametrize("shape", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SHAPES])
-def test_a_step_has_two_sums_a_layer(find: Callable[[str, str], Found], shape: str) -> None:
+@pytest.mark.parametrize(("shape", "size"), MESHES)
+def test_a_step_has_two_sums_a_layer(find: Callable[[str, str], Found], shape: str, size: int) -> None:
     """And one for the embedding, and one join of the logits; no more."""
     found = find("jax", shape)
     layers = len(read_spec(found.model.path).layers)
     want = {"all-reduce": 2 * layers + 1, "all-gather": 1}
-    assert found.facts["collectives"] == [want] * 2  # both buckets
+    assert found.facts[size]["collectives"] == [want] * 2  # both buckets
 
 
 def test_on_a_cut_cpu_one_step_runs_at_a_time(find: Callable[[str, str], Found]) -> None:
     """jax's devices are threads there, and a queue of steps can take all of them (docs/decisions/0012)."""
-    assert find("jax", "qwen3").facts["finished"]
+    assert find("jax", "qwen3").facts[4]["finished"]
 
 
 def test_memory_is_of_one_device(find: Callable[[str, str], Found]) -> None:
@@ -169,7 +181,7 @@ def test_memory_is_of_one_device(find: Callable[[str, str], Found]) -> None:
         found = find(backend, "llama-odd")
         given = SMALL | {"model": str(found.model.path), "backend": backend, "mesh": "tp=2"}
         decided = decide(load(None, given), found.model.path)
-        plan, held = plan_memory(decided.spec, decided.resolved), found.facts["engine"]["memory"]
+        plan, held = plan_memory(decided.spec, decided.resolved), found.facts[2]["engine"]["memory"]
         assert held["weights"] == plan.weights
         spare = 0 if backend == "jax" else plan.cache[0] // decided.resolved.pages[0]  # torch's line of zeros
         assert 0 <= held["cache"] - sum(plan.cache) <= spare

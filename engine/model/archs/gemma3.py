@@ -9,19 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model.archs import gemma2, qwen3
-from engine.model.fields import FULL, SLIDING, Fields, longest, read_dtype, read_eos, read_heads, read_windows, rope_of
+from engine.model.fields import FULL, SLIDING, Fields, longest, read_heads, read_windows, rope_of
+from engine.model.parts import attention, finish
 from engine.model.rope import Rope
 from engine.model.rules import Rules
-from engine.model.spec import Attention, Layer, Mlp, ModelSpec
+from engine.model.spec import Layer, Mlp, ModelSpec
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The description, from the content of config.json. Raises ModelError naming a field that can't be honoured."""
     f = Fields(config)
-    hidden, vocab, count = f.size("hidden_size"), f.size("vocab_size"), f.size("num_hidden_layers")
-    q_heads, kv_heads, head_dim = read_heads(f, hidden, kv_heads=4, head_dim=256)
-    max_len, bias = f.size("max_position_embeddings", 131072), f.flag("attention_bias")
-    ropes = _ropes(f, head_dim, max_len)
+    hidden, count = f.size("hidden_size"), f.size("num_hidden_layers")
+    heads, bias = read_heads(f, hidden, kv_heads=4, head_dim=256), f.flag("attention_bias")
+    max_len = f.size("max_position_embeddings", 131072)
+    ropes = _ropes(f, heads[-1], max_len)
     scale = f.number("query_pre_attn_scalar", 256) ** -0.5
     f.only("hidden_activation", "gelu_pytorch_tanh")
     f.only("attn_logit_softcapping", None)  # transformers has the field and does nothing with it
@@ -30,40 +31,25 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     pattern = f.size("sliding_window_pattern", config.get("_sliding_window_pattern", 6))
     f.only("_sliding_window_pattern", pattern)  # the same field, as transformers 5 writes it
     usual = [SLIDING if (i + 1) % pattern else FULL for i in range(count)]
+    own = {"scale": scale, "bias": bias, "out_bias": bias, "qk_norm": True}
     layers = tuple(
         Layer(
-            mixer=Attention(
-                q_heads=q_heads,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                rope=ropes[SLIDING if window else FULL],
-                scale=scale,
-                bias=bias,
-                out_bias=bias,
-                qk_norm=True,
-                window=window,
-            ),
-            feed=feed,
-            sandwich=True,
+            mixer=attention(heads, ropes[SLIDING if window else FULL], window=window, **own), feed=feed, sandwich=True
         )
         for window in read_windows(f, f.may_size("sliding_window", 4096), usual)
     )
-    found = ModelSpec(
-        family="gemma3_text",
-        vocab=vocab,
-        hidden=hidden,
-        layers=layers,
-        norm_eps=f.number("rms_norm_eps", 1e-6),
+    return finish(
+        f,
+        "gemma3_text",
+        hidden,
+        layers,
+        longest(ropes[FULL], max_len),
+        tied=True,
+        eos=1,
         norm="offset",
-        tied=f.flag("tie_word_embeddings", True),
-        max_len=longest(ropes[FULL], max_len),
-        dtype=read_dtype(f),
-        eos=read_eos(f, vocab, absent=1),
         embed_scale=hidden**0.5,
         logit_cap=f.may("final_logit_softcapping"),
     )
-    f.close()
-    return found
 
 
 def _ropes(f: Fields, dim: int, max_len: int) -> dict[str, Rope]:

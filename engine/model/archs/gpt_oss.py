@@ -9,19 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model.archs import llama
-from engine.model.fields import (
-    FULL,
-    SLIDING,
-    Fields,
-    longest,
-    read_dtype,
-    read_eos,
-    read_heads,
-    read_rope,
-    read_windows,
-)
+from engine.model.fields import FULL, SLIDING, Fields, longest, read_heads, read_rope, read_windows
+from engine.model.parts import attention, finish, read_top_k
 from engine.model.rules import Rule, Rules
-from engine.model.spec import Attention, Experts, Layer, ModelSpec
+from engine.model.spec import Experts, Layer, ModelSpec
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 
@@ -34,51 +25,27 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     if quantised is not None:
         what = "MXFP4 experts are not built; convert the checkpoint to bfloat16, with transformers' dequantize"
         f.refuse("quantization_config", quantised, what)
-    hidden, vocab, count = f.size("hidden_size"), f.size("vocab_size"), f.size("num_hidden_layers")
-    q_heads, kv_heads, head_dim = read_heads(f, hidden, kv_heads=8, head_dim=64)
-    max_len, bias = f.size("max_position_embeddings", 131072), f.flag("attention_bias", True)
-    rope = read_rope(f, head_dim, max_len, theta=150000.0)
+    hidden, count = f.size("hidden_size"), f.size("num_hidden_layers")
+    heads, bias = read_heads(f, hidden, kv_heads=8, head_dim=64), f.flag("attention_bias", True)
+    max_len = f.size("max_position_embeddings", 131072)
+    rope = read_rope(f, heads[-1], max_len, theta=150000.0)
     f.only("hidden_act", "silu")
-    feed = _experts(f)
+    feed, usual = _experts(f), [FULL if i % 2 else SLIDING for i in range(count)]
     layers = tuple(
-        Layer(
-            mixer=Attention(
-                q_heads=q_heads,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                rope=rope,
-                scale=head_dim**-0.5,
-                bias=bias,
-                out_bias=bias,
-                window=window,
-                sinks=True,
-            ),
-            feed=feed,
-        )
-        for window in read_windows(
-            f, f.may_size("sliding_window", 128), [FULL if i % 2 else SLIDING for i in range(count)]
-        )
+        Layer(mixer=attention(heads, rope, bias=bias, out_bias=bias, window=window, sinks=True), feed=feed)
+        for window in read_windows(f, f.may_size("sliding_window", 128), usual)
     )
-    found = ModelSpec(
-        family="gpt_oss",
-        vocab=vocab,
-        hidden=hidden,
-        layers=layers,
-        norm_eps=f.number("rms_norm_eps", 1e-5),
-        norm="wide",
-        tied=f.flag("tie_word_embeddings"),
-        max_len=longest(rope, max_len),
-        dtype=read_dtype(f),
-        eos=read_eos(f, vocab),
-    )
-    f.close()
-    return found
+    return finish(f, "gpt_oss", hidden, layers, longest(rope, max_len), norm_eps=1e-5, norm="wide")
 
 
 def _experts(f: Fields) -> Experts:
-    found = Experts(
-        count=f.size("num_local_experts", 128),
-        top_k=f.size("num_experts_per_tok", 4),
+    count = f.size("num_local_experts", 128)
+    top_k = read_top_k(f, 4, count, "num_local_experts")
+    f.only("experts_per_token", top_k)
+    f.drop("initial_context_length")  # original_max_position_embeddings of the rope, again
+    return Experts(
+        count=count,
+        top_k=top_k,
         size=f.size("intermediate_size", 2880),
         renormalised=True,
         act="clamped",
@@ -86,11 +53,6 @@ def _experts(f: Fields) -> Experts:
         limit=f.number("swiglu_limit", 7.0),
         bias=True,
     )
-    if found.top_k > found.count:
-        f.refuse("num_experts_per_tok", found.top_k, f"must be at most num_local_experts = {found.count}")
-    f.only("experts_per_token", found.top_k)
-    f.drop("initial_context_length")  # original_max_position_embeddings of the rope, again
-    return found
 
 
 RULES: Rules = {

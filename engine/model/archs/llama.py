@@ -5,44 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.model.fields import Fields, longest, read_dtype, read_eos, read_heads, read_rope
+from engine.model.fields import Fields, longest, read_heads, read_rope
+from engine.model.parts import attention, finish
 from engine.model.rules import Rules
-from engine.model.spec import Attention, Layer, Mlp, ModelSpec
+from engine.model.spec import Layer, Mlp, ModelSpec
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The description, from the content of config.json. Raises ModelError naming a field that can't be honoured."""
     f = Fields(config)
-    hidden, vocab = f.size("hidden_size"), f.size("vocab_size")
-    q_heads, kv_heads, head_dim = read_heads(f, hidden)
-    max_len, bias = f.size("max_position_embeddings", 2048), f.flag("attention_bias")
-    rope = read_rope(f, head_dim, max_len)
+    hidden, count = f.size("hidden_size"), f.size("num_hidden_layers")
+    heads, bias = read_heads(f, hidden), f.flag("attention_bias")
+    max_len = f.size("max_position_embeddings", 2048)
+    rope = read_rope(f, heads[-1], max_len)
     f.only("hidden_act", "silu")
     layer = Layer(
-        mixer=Attention(
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            rope=rope,
-            scale=head_dim**-0.5,
-            bias=bias,
-            out_bias=bias,
-        ),
+        mixer=attention(heads, rope, bias=bias, out_bias=bias),
         feed=Mlp(size=f.size("intermediate_size"), bias=f.flag("mlp_bias")),
     )
-    found = ModelSpec(
-        family="llama",
-        vocab=vocab,
-        hidden=hidden,
-        layers=(layer,) * f.size("num_hidden_layers"),
-        norm_eps=f.number("rms_norm_eps", 1e-6),
-        tied=f.flag("tie_word_embeddings"),
-        max_len=longest(rope, max_len),
-        dtype=read_dtype(f),
-        eos=read_eos(f, vocab, absent=2),
-    )
-    f.close()
-    return found
+    return finish(f, "llama", hidden, (layer,) * count, longest(rope, max_len), eos=2)
 
 
 RULES: Rules = {

@@ -6,43 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model.archs import llama
-from engine.model.fields import Fields, longest, read_dtype, read_eos, read_heads, read_rope
+from engine.model.fields import Fields, longest, read_heads, read_rope
+from engine.model.parts import attention, finish
 from engine.model.rules import Rules
-from engine.model.spec import Attention, Layer, Mlp, ModelSpec
+from engine.model.spec import Layer, Mlp, ModelSpec
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The description, from the content of config.json. Raises ModelError naming a field that can't be honoured."""
     f = Fields(config)
-    hidden, vocab = f.size("hidden_size"), f.size("vocab_size")
-    q_heads, kv_heads, head_dim = read_heads(f, hidden, kv_heads=8)
-    max_len = f.size("max_position_embeddings", 131072)
-    rope = read_rope(f, head_dim, max_len)
+    hidden, count = f.size("hidden_size"), f.size("num_hidden_layers")
+    heads, max_len = read_heads(f, hidden, kv_heads=8), f.size("max_position_embeddings", 131072)
+    rope = read_rope(f, heads[-1], max_len)
     f.only("hidden_act", "silu")
-    layer = Layer(
-        mixer=Attention(
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            rope=rope,
-            scale=head_dim**-0.5,
-            window=f.may_size("sliding_window", 4096),  # null, as from version 0.2 on: none
-        ),
-        feed=Mlp(size=f.size("intermediate_size")),
-    )
-    found = ModelSpec(
-        family="mistral",
-        vocab=vocab,
-        hidden=hidden,
-        layers=(layer,) * f.size("num_hidden_layers"),
-        norm_eps=f.number("rms_norm_eps", 1e-6),
-        tied=f.flag("tie_word_embeddings"),
-        max_len=longest(rope, max_len),
-        dtype=read_dtype(f),
-        eos=read_eos(f, vocab, absent=2),
-    )
-    f.close()
-    return found
+    window = f.may_size("sliding_window", 4096)  # null, as from version 0.2 on: none
+    layer = Layer(mixer=attention(heads, rope, window=window), feed=Mlp(size=f.size("intermediate_size")))
+    return finish(f, "mistral", hidden, (layer,) * count, longest(rope, max_len), eos=2)
 
 
 RULES: Rules = llama.RULES

@@ -6,51 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model.archs import llama
-from engine.model.fields import Fields, longest, read_dtype, read_eos, read_heads, read_rope
+from engine.model.fields import Fields, longest, read_heads, read_rope
+from engine.model.parts import attention, finish, read_top_k
 from engine.model.rules import Rules
-from engine.model.spec import Attention, Experts, Layer, ModelSpec
+from engine.model.spec import Experts, Layer, ModelSpec
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The description, from the content of config.json. Raises ModelError naming a field that can't be honoured."""
     f = Fields(config)
-    hidden, vocab = f.size("hidden_size"), f.size("vocab_size")
-    q_heads, kv_heads, head_dim = read_heads(f, hidden, kv_heads=8)
-    max_len = f.size("max_position_embeddings", 131072)
-    rope = read_rope(f, head_dim, max_len, theta=1e6)
+    hidden, layers = f.size("hidden_size"), f.size("num_hidden_layers")
+    heads, max_len = read_heads(f, hidden, kv_heads=8), f.size("max_position_embeddings", 131072)
+    rope = read_rope(f, heads[-1], max_len, theta=1e6)
     f.only("hidden_act", "silu")
-    experts = Experts(
-        count=f.size("num_local_experts", 8),
-        top_k=f.size("num_experts_per_tok", 2),
-        size=f.size("intermediate_size"),
-        renormalised=True,
-    )
-    if experts.top_k > experts.count:
-        f.refuse("num_experts_per_tok", experts.top_k, f"must be at most num_local_experts = {experts.count}")
+    count = f.size("num_local_experts", 8)
     layer = Layer(
-        mixer=Attention(
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            rope=rope,
-            scale=head_dim**-0.5,
-            window=f.may_size("sliding_window"),
+        mixer=attention(heads, rope, window=f.may_size("sliding_window")),
+        feed=Experts(
+            count=count,
+            top_k=read_top_k(f, 2, count, "num_local_experts"),
+            size=f.size("intermediate_size"),
+            renormalised=True,
         ),
-        feed=experts,
     )
-    found = ModelSpec(
-        family="mixtral",
-        vocab=vocab,
-        hidden=hidden,
-        layers=(layer,) * f.size("num_hidden_layers"),
-        norm_eps=f.number("rms_norm_eps", 1e-5),
-        tied=f.flag("tie_word_embeddings"),
-        max_len=longest(rope, max_len),
-        dtype=read_dtype(f),
-        eos=read_eos(f, vocab, absent=2),
-    )
-    f.close()
-    return found
+    return finish(f, "mixtral", hidden, (layer,) * layers, longest(rope, max_len), norm_eps=1e-5, eos=2)
 
 
 RULES: Rules = {

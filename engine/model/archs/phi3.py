@@ -9,44 +9,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model.archs import llama
-from engine.model.fields import Fields, read_dtype, read_eos, read_heads, read_rope
+from engine.model.fields import Fields, read_heads, read_rope
+from engine.model.parts import attention, finish
 from engine.model.rules import Rule, Rules
-from engine.model.spec import Attention, Layer, Mlp, ModelSpec
+from engine.model.spec import Layer, Mlp, ModelSpec
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The description, from the content of config.json. Raises ModelError naming a field that can't be honoured."""
     f = Fields(config)
-    hidden, vocab = f.size("hidden_size"), f.size("vocab_size")
-    q_heads, kv_heads, head_dim = read_heads(f, hidden)
+    hidden, count = f.size("hidden_size"), f.size("num_hidden_layers")
+    heads = read_heads(f, hidden)
     max_len, original = f.size("max_position_embeddings", 4096), f.size("original_max_position_embeddings", 4096)
-    rope = read_rope(f, head_dim, max_len, partial=True, original=original, kinds=("default", "longrope", "su"))
+    rope = read_rope(f, heads[-1], max_len, partial=True, original=original, kinds=("default", "longrope", "su"))
     f.only("hidden_act", "silu")
     f.drop("auto_map")  # the first checkpoints name code of their own; transformers has the model since
     layer = Layer(
-        mixer=Attention(
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            rope=rope,
-            scale=head_dim**-0.5,
-            window=f.may_size("sliding_window"),
-        ),
+        mixer=attention(heads, rope, window=f.may_size("sliding_window")),
         feed=Mlp(size=f.size("intermediate_size")),
     )
-    found = ModelSpec(
-        family="phi3",
-        vocab=vocab,
-        hidden=hidden,
-        layers=(layer,) * f.size("num_hidden_layers"),
-        norm_eps=f.number("rms_norm_eps", 1e-5),
-        tied=f.flag("tie_word_embeddings"),
-        max_len=max_len,
-        dtype=read_dtype(f),
-        eos=read_eos(f, vocab, absent=32000),
-    )
-    f.close()
-    return found
+    return finish(f, "phi3", hidden, (layer,) * count, max_len, norm_eps=1e-5, eos=32000)
 
 
 RULES: Rules = {
