@@ -16,7 +16,9 @@ from engine.model.registry import read_spec
 from engine.model.spec import ModelSpec, fit
 from engine.resolve import Decision, resolve
 from engine.run.messages import Info
+from engine.run.sizes import SizeLog
 from engine.sampling import SamplingParams
+from engine.sched.admission import capacity
 from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Stopper
 from engine.text.detokenize import StopStrings
@@ -35,12 +37,14 @@ class Decided:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none."""
+    """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none. sizes: where
+    the sizes of steps are logged."""
 
     scheduler: Scheduler
     backend: Backend
     info: Info
     stopper: Callable[[SamplingParams], Stopper | None]
+    sizes: SizeLog | None = None
 
 
 def decide(config: Config, default: Path) -> Decided:
@@ -85,7 +89,10 @@ def start(
     clock = time.monotonic()
     stage("device")
     backend = open_device(decided)
+    limits = backend.limits  # warmup may leave them smaller for a while
     try:
+        room = capacity(limits)
+        sizes = SizeLog(decided.resolved.log, limits.token_buckets) if decided.resolved.log else None
         clock = timed("device", clock)
         stage("weights")
         backend.load(Checkpoint(decided.path, decided.spec))
@@ -93,9 +100,8 @@ def start(
         stage("programs")
         backend.warmup()
         timed("programs", clock)
-        limits = backend.limits
         scheduler = Scheduler(
-            limits,
+            backend.limits,
             policy=decided.resolved.policy,
             priority_preemption=decided.resolved.priority_preemption,
             ageing=decided.resolved.ageing,
@@ -113,7 +119,7 @@ def start(
         architecture=decided.spec.family,
         backend=decided.resolved.backend,
         limits=limits,
-        room=scheduler.room,
+        room=room,
         eos=tuple(sorted(set(ids))),
         status=backend.status(),
         stages=tuple(stages),
@@ -125,4 +131,4 @@ def start(
             return None
         return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
 
-    return Started(scheduler=scheduler, backend=backend, info=info, stopper=stopper)
+    return Started(scheduler=scheduler, backend=backend, info=info, stopper=stopper, sizes=sizes)

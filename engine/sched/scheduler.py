@@ -139,6 +139,11 @@ class Scheduler:
                 outputs.append(self._end(run, (), Finish(kind="abort"), error))
         return outputs
 
+    def grow(self, limits: Limits) -> None:
+        """Plan steps of this size from now on. limits: the ones that there are, with a larger max_tokens."""
+        assert limits.max_tokens > self.limits.max_tokens
+        self.limits = limits
+
     @property
     def busy(self) -> bool:
         """Whether any request has not ended."""
