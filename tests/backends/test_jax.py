@@ -177,7 +177,8 @@ def test_packed_buffer_holds_the_step() -> None:
         Row(slot=1, tokens=[-1], upper=9, top_k=4, min_p=0.125, seed=2**40 + 1),
     ]
     step = build(limits, 1, rows, [[(3, 0, 7)], [(1, 2, 5)]])
-    buffer, ahead = pack(step, shape, limits)
+    packed = pack(step, shape, limits)
+    buffer, ahead = packed.buffer, packed.ahead
     batch = jax.jit(unpack, static_argnums=1)(buffer, shape)
     assert not ahead
     assert batch.tokens[:21].tolist() == [*range(20), -1]
