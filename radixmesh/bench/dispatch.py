@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,8 +118,3 @@ def measure(mesh: str, rows: int, steps: int, settings: Mapping[str, Any]) -> Di
         wall_high=wall[len(wall) * 9 // 10],
         turn=1000 * median(turns),
     )
-
-
-def figures(dispatch: Dispatch) -> dict[str, Any]:
-    """As JSON has it."""
-    return asdict(dispatch)

@@ -79,5 +79,5 @@ def test_more_than_twelve_sizes_are_refused_and_defaults_have_fewer() -> None:
 
 
 def test_a_log_that_can_not_be_opened_ends_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sched.log: .* can't be written"):
+    with pytest.raises(ConfigError, match=r"sched\.log: .* can't be written"):
         Engine(backend="reference", **{"sched.log": str(tmp_path / "no" / "log")})
