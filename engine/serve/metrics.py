@@ -178,7 +178,7 @@ class Metrics(Collector):
         yield _counter(
             "radixmesh:compiles_after_ready", "Programs compiled after the start: must stay 0.", one, {(model,): late}
         )
-        yield from _programs(model, stats.status)
+        yield from describe(model, stats.status)
         states = GaugeMetricFamily("radixmesh:pages", "Pages of the cache.", labels=("model_name", "group", "state"))
         for i, account in enumerate(stats.accounts):
             for state in ("free", "evictable", "locked", "owned"):
@@ -186,7 +186,7 @@ class Metrics(Collector):
         yield states
 
 
-def _programs(model: str, status: Status) -> Iterator[Metric]:
+def describe(model: str, status: Status) -> Iterator[Metric]:
     """Where the programs came from, and how much of the steps that they ran was padding."""
     sources, one = status.sources, ("model_name",)
     made = {"bundle": sources.bundle, "cache": sources.cache, "compiler": sources.compiler}

@@ -195,6 +195,31 @@ def test_packed_buffer_holds_the_step() -> None:
         assert np.array_equal(getattr(batch, name)[:2], getattr(step.sampling, name))
 
 
+def test_a_packed_buffer_is_used_again_where_only_page_tables_differ() -> None:
+    limits = Limits.of(SPEC, config("jax", max_tokens=40, token_buckets=(40,)))
+    shape = make_shape(40, limits)
+    rows = [Row(slot=3, tokens=[-1], upper=9, temperature=0.5), Row(slot=1, tokens=[-1], upper=9, top_k=4)]
+    first = build(limits, 1, rows, [[(3, 0, 7)], [(1, 2, 5)]])
+    tables = build(limits, 2, rows, [[(1, 4, 2)], []]).tables
+    second = replace(first, step=2, tables=(tables[0], replace(tables[1], base=np.array([0, 4], np.int32))))
+    last = pack(first, shape, limits)
+    kept = last.buffer.copy()
+    for step, chosen in (
+        (second, True),
+        (second, False),
+        (replace(second, slots=np.array([3, 2], np.int32)), True),
+        (replace(second, starts=np.array([4, -1], np.int32)), True),
+        (replace(second, lens=np.array([1, 1], np.int32), output=np.array([0, 1], np.uint8)), True),
+        (replace(second, tokens=np.array([5, -1], np.int32)), True),
+        (replace(second, sampling=replace(second.sampling, top_k=np.array([0, 9], np.int32))), True),
+    ):
+        again = pack(step, shape, limits, chosen=chosen, last=last)
+        assert np.array_equal(again.buffer, pack(step, shape, limits, chosen=chosen).buffer)
+        assert np.array_equal(last.buffer, kept)
+    small = make_shape(8, limits)
+    assert np.array_equal(pack(second, small, limits, last=last).buffer, pack(second, small, limits).buffer)
+
+
 @pytest.mark.parametrize("partitionable", [True, False])
 def test_noise_is_that_of_jax_random(partitionable: bool) -> None:
     """The bits are those of jax.random, and ours do not depend on how jax is configured."""
