@@ -115,7 +115,7 @@ class JaxBackend:
         self._open()
         self._may_start(step)
         limits = self.limits  # a thread may raise them meanwhile
-        check_step(step, limits)
+        check_step(step, limits, None if self.packed is None else self.packed.step)
         asks = Asks.of(step)
         before = self.seats.before(step, asks)
         wanted = scored(step, before)

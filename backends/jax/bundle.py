@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from backends.jax.frozen import Loaded, freeze, thaw
 from backends.jax.recipe import first_difference, recipe
@@ -70,7 +72,7 @@ def save(programs: Programs, folder: Path) -> dict[str, Any]:
             raise ConfigError(f"out: {folder} has {there[0]} in it and is no bundle; give a new folder", field="out")
         (folder / MANIFEST).unlink(missing_ok=True)
         planned = programs.planned()
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with _uncached(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             lowered = ((program, programs.lower(program)) for program in planned)
             running = [(p, _digest(low), pool.submit(low.compile, programs.options)) for p, low in lowered]
             entries = [_write(folder, made, p, digest, future.result()) for p, digest, future in running]
@@ -85,6 +87,19 @@ def save(programs: Programs, folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"out: {folder} can't be written: {error.strerror}", field="out") from error
     return manifest
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Compile everything anew: of an executable that jax's cache had, XLA for CPUs writes only a part."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 def find(plan: Plan, options: Mapping[str, Any] | None) -> Bundle | None:

@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from backends import make_bundle
 from backends.api.conformance.bench import SPEC, config
 from backends.jax import bundle
 from backends.jax.backend import make_plan
 from backends.jax.recipe import first_difference
-from backends.jax.warmup import EDIT, Program, options
+from backends.jax.warmup import EDIT, EMPTY, Program, Programs, options
 from engine.config import load
 from engine.errors import ConfigError
 from engine.run.start import decide
@@ -64,7 +66,19 @@ def made(model: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.F
     folder = tmp_path_factory.mktemp("made") / "bundle"
     if not request.param:
         decided = decide(load(None, SMALL | {"model": str(model.path)}), model.path)
-        make_bundle(decided.spec, decided.resolved, folder)
+        before = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("kept")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()
+        try:  # what jax's cache has can't be written once more, so it must not be taken
+            for source in ("compiler", "cache"):
+                programs = Programs(make_plan(decided.spec, decided.resolved))
+                programs.take(EMPTY)
+                assert getattr(programs.sources(), source) == 1
+            make_bundle(decided.spec, decided.resolved, folder)
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+            compilation_cache.reset_cache()
         return folder, request.param
     pairs = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items() if "." in key]
     command = [sys.executable, "-m", "radixmesh", "bundle", "--out", str(folder), "--model", str(model.path)]
