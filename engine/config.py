@@ -18,6 +18,8 @@ Check: TypeAlias = Callable[[str, Any], Any]
 """(key, value) -> the value as it is kept. Raises ConfigError naming the key."""
 
 MOST = 2**31 - 1
+MOST_BUCKETS = 12
+"""Sizes that steps are padded to: each is a program."""
 BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -40,7 +42,9 @@ class Resolved:
     deterministic: what a request gets never depends on what else runs, to the bit.
     penalties: counts for penalties are kept on the device. max_logprobs: alternatives that a token may be asked for.
     mesh: devices along each axis; devices: CPU devices that jax makes, where it runs on a CPU.
-    stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none.
+    stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none. bundle:
+    folder of a bundle of them to start from, "" = none. ready_early: ready with the smallest steps, larger ones follow.
+    log: file that the sizes of steps are written to, "" = none.
     """
 
     backend: str
@@ -69,6 +73,9 @@ class Resolved:
     deterministic: bool = False
     stack: str = "list"
     programs: str = ""
+    bundle: str = ""
+    ready_early: bool = False
+    log: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -130,6 +137,8 @@ def _ladder(key: str, value: Any) -> tuple[int, ...]:
     steps = tuple(_whole(1)(key, v) for v in value)
     if any(a >= b for a, b in pairwise(steps)):
         raise _fail(key, f"must rise, not {list(steps)}")
+    if len(steps) > MOST_BUCKETS:
+        raise _fail(key, f"at most {MOST_BUCKETS} sizes, not {len(steps)}; radixmesh buckets chooses them from a log")
     return steps
 
 
@@ -188,7 +197,8 @@ class Sched:
     arrival, or heaviest branch of the tree of prompts. priority_preemption: by how much a request's priority must be
     above a running one's to take its seat, 0 is never. ageing: seconds of waiting that count as one priority, or 0.
     penalties: keep their counts, one number a slot and token, on the device. max_logprobs: alternatives that a token
-    may be asked for; 0: logprobs are refused.
+    may be asked for; 0: logprobs are refused. ready_early: be ready with small steps, while the programs of larger ones
+    are made. log: file that the sizes of steps are appended to; "auto" is none.
     """
 
     slots: int | None = _key(_or_auto(_whole(1, 65536)), None)
@@ -201,6 +211,8 @@ class Sched:
     ageing: int = _key(_whole(0), 30)
     penalties: bool = _key(_flag, True)
     max_logprobs: int = _key(_whole(0, 1024), 20)
+    ready_early: bool = _key(_flag, False)
+    log: str | None = _key(_or_auto(_text), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,11 +241,13 @@ class Serve:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jax:
     """stack: "scan" over stacked layers or a "list" of layers, unrolled. cache: folder that keeps compiled programs
-    from one start to the next; "auto" is one below the user's cache folder, "off" is none. devices: that a CPU is cut
-    into, so that meshes can be tried without accelerators; "auto" is what the mesh needs."""
+    from one start to the next; "auto" is one below the user's cache folder, "off" is none. bundle: folder of a bundle
+    to start from (`radixmesh bundle`); "auto" is none. devices: that a CPU is cut into, so that meshes can be tried
+    without accelerators; "auto" is what the mesh needs."""
 
     stack: str = _key(_one_of(STACKS), "auto")
     cache: str = _key(_text, "auto")
+    bundle: str | None = _key(_or_auto(_text), None)
     devices: int | None = _key(_or_auto(_whole(1, 64)), None)
 
 

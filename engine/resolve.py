@@ -107,6 +107,13 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="ageing", value=config.sched.ageing, why="sched.ageing"),
         _stack(config, device),
         _programs(config),
+        Decision(
+            field="bundle",
+            value=config.backend.jax.bundle or "",
+            why="backend.jax.bundle" if config.backend.jax.bundle else "auto: programs are compiled",
+        ),
+        _early(config, device),
+        Decision(field="log", value=config.sched.log or "", why="sched.log" if config.sched.log else "auto: none"),
     ]
     return Resolved(**{d.field: d.value for d in made}), made
 
@@ -357,6 +364,14 @@ def _programs(config: Config) -> Decision:
     return Decision(
         field="programs", value=str(home / ".cache" / "radixmesh" / "jax"), why="auto: the user's cache folder"
     )
+
+
+def _early(config: Config, device: Device) -> Decision:
+    """Whether only jax's first programs are waited for; the others have none to wait for."""
+    asked = config.sched.ready_early
+    if asked and device.backend != "jax":
+        return Decision(field="ready_early", value=False, why=f"{device.backend} compiles no programs ahead")
+    return Decision(field="ready_early", value=asked, why="sched.ready_early")
 
 
 def _stack(config: Config, device: Device) -> Decision:

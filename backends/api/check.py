@@ -6,6 +6,7 @@ found afterwards.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -46,18 +47,28 @@ CHOICES = np.array([[0, SMALLEST, 0], [LARGEST, 1, 1]], FLOAT)[:, :, None]
 """Lowest and highest temperature, top_p, min_p."""
 
 
-def check_step(step: ScheduleStep, limits: Limits) -> None:
+SAME = tuple(f.name for f in fields(ScheduleStep) if f.name not in ("step", "upper", "tables", "copies"))
+"""What steps share, as objects, while the same runs decode and none comes or goes (engine.sched.rows.build)."""
+
+
+def check_step(step: ScheduleStep, limits: Limits, last: ScheduleStep | None = None) -> None:
     """Refuse a step that breaks the contract, as far as it shows from the step and the limits.
+
+    last: a step that passed with these limits or smaller ones; what this one shares with it is not checked again.
 
     Raises StepRefused with the field (a name of ScheduleStep, "sampling.x" or "tables.g.x") and, where it can be told,
     the rows. What depends on the backend's state (depth, order of calls, a slot never seated) the backend refuses.
     """
-    _shapes(step, limits)
-    _features(step, limits)
-    _ranges(step, limits)
-    _rows(step, limits)
-    _choices(step, limits)
-    _tokens(step, limits)
+    known = last is not None and all(getattr(step, name) is getattr(last, name) for name in SAME)
+    if known and type(step.copies) is np.ndarray and not len(step.copies):
+        _changed(step, limits)
+    else:
+        _shapes(step, limits)
+        _features(step, limits)
+        _ranges(step, limits)
+        _rows(step, limits)
+        _choices(step, limits)
+        _tokens(step, limits)
     for g, group in enumerate(limits.groups):
         _table(step, limits, g, group)
     _ragged(step, limits)
@@ -137,6 +148,12 @@ def _shapes(step: ScheduleStep, limits: Limits) -> None:
     _list("sampling.label_ids", s.label_ids, INT, ())
     if rows > limits.max_rows:
         _refuse("slots", f"{rows} rows, the limit is {limits.max_rows}")
+    _tables(step, limits)
+
+
+def _tables(step: ScheduleStep, limits: Limits) -> None:
+    """dtypes and shapes of the tables."""
+    shape = step.slots.shape
     if len(step.tables) != len(limits.groups):
         _refuse("tables", f"{len(step.tables)} tables for {len(limits.groups)} cache groups")
     for g, (group, table) in enumerate(zip(limits.groups, step.tables, strict=True)):
@@ -148,6 +165,18 @@ def _shapes(step: ScheduleStep, limits: Limits) -> None:
         elif type(table) is StateTable:
             _array(f"tables.{g}.read", table.read, INT, shape)
             _array(f"tables.{g}.write", table.write, INT, shape)
+
+
+def _changed(step: ScheduleStep, limits: Limits) -> None:
+    """What is new in a step that shares the rest with one that passed."""
+    if step.step < 0:
+        _refuse("step", "must not be negative")
+    _array("upper", step.upper, INT, step.slots.shape)
+    _array("copies", step.copies, INT, (0, 4))
+    _tables(step, limits)
+    most = limits.max_len + limits.max_draft
+    _unless((step.upper >= 1) & (step.upper <= most), "upper", f"not in 1 .. {most}")
+    _ends(step)
 
 
 def _features(step: ScheduleStep, limits: Limits) -> None:
@@ -237,8 +266,7 @@ def _rows(step: ScheduleStep, limits: Limits) -> None:
     if len(set(step.slots.tolist())) != len(lens):
         found, count = np.unique(step.slots, return_counts=True)
         _refuse("slots", "a slot twice in a step", np.flatnonzero(np.isin(step.slots, found[count > 1])))
-    _unless((starts < 0) | (step.upper == starts + lens), "upper", "a seated row ends at starts + lens")
-    _unless(step.upper >= lens, "upper", "below lens")
+    _ends(step)
     if np.count_nonzero(drafts):
         _unless(drafts < lens, "drafts", "not below lens")
         _unless((drafts == 0) | (step.output != 0), "drafts", "are verified by rows that return a token")
@@ -252,6 +280,12 @@ def _rows(step: ScheduleStep, limits: Limits) -> None:
         _unless((first < 0) == (count < 0), field, "a first position and how many alternatives, or neither")
         _unless(first != 0, field, "nothing comes before position 0 that could score it")
         _unless((first < 0) | (starts < first), field, "the slot is seated behind what scores the first position")
+
+
+def _ends(step: ScheduleStep) -> None:
+    """The bounds of the lengths afterwards."""
+    _unless((step.starts < 0) | (step.upper == step.starts + step.lens), "upper", "a seated row ends at starts + lens")
+    _unless(step.upper >= step.lens, "upper", "below lens")
 
 
 def _choices(step: ScheduleStep, limits: Limits) -> None:

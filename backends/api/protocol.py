@@ -11,8 +11,22 @@ from engine.model.weights import WeightSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where a backend's programs came from. planned: all that steps may need; bundle, cache, compiler: how many were
+    loaded from a bundle, found in a cache of earlier starts, compiled; seconds: what all that took."""
+
+    planned: int = 0
+    bundle: int = 0
+    cache: int = 0
+    compiler: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How a backend stands. compiles_after_ready must stay 0; memory: bytes by use ("weights", "cache"), per device."""
+    """How a backend stands. programs: that exist; compiles_after_ready: on the way of a step, must stay 0; memory:
+    bytes by use ("weights", "cache"), per device; sources: where the programs came from; buckets: (size, steps padded
+    to it, tokens that they had), rising, of backends that pad."""
 
     ready: bool
     version: int
@@ -20,6 +34,8 @@ class Status:
     compiles_after_ready: int
     device: str
     memory: dict[str, int] = field(default_factory=dict)
+    sources: Sources = field(default_factory=Sources)
+    buckets: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +57,18 @@ class Backend(Protocol):
     """
 
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> Limits:
+        """What a step may hold. With `ready_early` max_tokens and token_buckets are small after warmup and grow, never
+        shrink, between calls: the loop tells the scheduler."""
+        ...
 
     def load(self, weights: WeightSource, version: int = 0) -> None:
         """Take weights; again later for new ones. Ordered like a forward."""
         ...
 
     def warmup(self) -> None:
-        """Build every program that a step may need. Compiling afterwards is an error, counted in status()."""
+        """Build every program that a step within `limits` may need. Compiling on the way of a step afterwards is an
+        error, counted in status()."""
         ...
 
     def forward(self, step: ScheduleStep) -> Ticket:

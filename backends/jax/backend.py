@@ -9,14 +9,15 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from backends.api.check import check_masks, check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
 from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, TOKEN, U8, U32, ScheduleStep, StepResult, Ticket
-from backends.jax import params
-from backends.jax.buckets import make_shape, pick
+from backends.jax import bundle, params
+from backends.jax.buckets import ladder, make_shape, pick
 from backends.jax.choosing import (
     Scores,
     pack_bias,
@@ -25,10 +26,10 @@ from backends.jax.choosing import (
     pack_scored,
     pack_wishes,
 )
-from backends.jax.inputs import pack, pack_copies
+from backends.jax.inputs import Packed, pack, pack_copies
 from backends.jax.mesh import open_mesh, replicated
 from backends.jax.step import Plan
-from backends.jax.warmup import COPY, COUNT, EDIT, EMPTY, SCORE, Program, Programs
+from backends.jax.warmup import COPY, COUNT, EDIT, EMPTY, Program, Programs, options, score
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
@@ -66,23 +67,29 @@ class JaxBackend:
     def __init__(self, spec: ModelSpec, config: Resolved) -> None:
         for key in config.options:
             raise ConfigError(f"backend.jax.{key}: unknown key; the jax backend has none", field=f"backend.jax.{key}")
-        mesh = open_mesh(config)
-        self.limits = Limits.of(spec, config, taps=True, **choosing(config))
-        self.plan = Plan(spec=spec, config=config, limits=self.limits, mesh=mesh)
-        self.programs = Programs(self.plan)
+        self.plan = make_plan(spec, config)
+        mesh, made = self.plan.mesh, bundle.find(self.plan, options(self.plan))
+        self.programs = Programs(self.plan, None if made is None else made.load)
+        self.buckets = dict.fromkeys(ladder(self.plan.limits), (0, 0))
         self.sharding = replicated(mesh)
         self.serial = config.platform == "cpu" and mesh.size > 1
         self.weights: Any = None
         self.caches: Any = None
         self.state: Any = None
         self.counts: Any = None
-        self.seats = Seats(self.limits.slots)
+        self.seats = Seats(self.plan.limits.slots)
         self.neutral: dict[int, tuple[jax.Array, jax.Array]] = {}
         self.memory = {"weights": 0, "cache": 0}
+        self.packed: Packed | None = None
         self.version = 0
         self.closed = False
         self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
         self.unsampled: ScheduleStep | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Of the steps whose programs exist."""
+        return self.programs.limits
 
     def load(self, weights: WeightSource, version: int = 0) -> None:
         """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
@@ -98,33 +105,39 @@ class JaxBackend:
             self._empty()
 
     def warmup(self) -> None:
-        """Compile every program that a step without taps may need."""
+        """Build every program that a step without taps may need, or with `ready_early` the first of them."""
         self._open()
         self.programs.warm()
 
     def forward(self, step: ScheduleStep) -> Ticket:
         """Enqueue the whole step, sampling included: where no row is masked they are one program."""
+        with self.programs.served:
+            return self._forward(step)
+
+    def _forward(self, step: ScheduleStep) -> Ticket:
         self._open()
         self._may_start(step)
-        check_step(step, self.limits)
+        limits = self.limits  # a thread may raise them meanwhile
+        check_step(step, limits, None if self.packed is None else self.packed.step)
         asks = Asks.of(step)
         before = self.seats.before(step, asks)
         wanted = scored(step, before)
         scores = wanted is not None and len(wanted.at) > 0
-        tokens = self.limits.max_tokens if scores else len(step.tokens)
-        shape = make_shape(pick(tokens, self.limits), self.limits)
+        tokens = limits.max_tokens if scores else len(step.tokens)
+        shape = make_shape(pick(tokens, limits), limits)
         program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed, edits = pack(step, shape, self.limits, chosen=not asks.any)
-        ahead = [(EDIT, part) for part in edits] + [(COUNT, part) for part in pack_counts(step, asks, self.limits)]
+        packed = self.packed = pack(step, shape, limits, chosen=not asks.any, last=self.packed)
+        ahead = [(EDIT, part) for part in packed.ahead] + [(COUNT, part) for part in pack_counts(step, asks, limits)]
         if len(step.copies):
-            ahead.append((COPY, pack_copies(step, self.limits)))
-        beside = {name: self.programs.take(name) for name in [name for name, _ in ahead] + [SCORE] * scores}
+            ahead.append((COPY, pack_copies(step, limits)))
+        scorer = score(limits.max_tokens, self.plan.limits)
+        beside = {name: self.programs.take(name) for name in [name for name, _ in ahead] + [scorer] * scores}
         try:
             if self.serial:
                 self._finish()
             for name, part in ahead:
                 self._ahead(name, beside[name], self._put(part))
-            given = self._put(packed)
+            given = self._put(packed.buffer)
             self.caches, self.state, made, kept, taps = program(self.weights, self.caches, self.state, given)
             flight = Flight(
                 version=self.version,
@@ -137,12 +150,13 @@ class JaxBackend:
                 wanted=wanted,
             )
             if wanted is not None and scores:
-                places = self._put(pack_scored(wanted, self.limits))
-                flight = replace(flight, prompts=beside[SCORE](self.weights, kept.hidden, places))
+                places = self._put(pack_scored(wanted, limits))
+                flight = replace(flight, prompts=beside[scorer](self.weights, kept.hidden, places))
             if not asks.any:
                 _send(flight)
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)
+        self._count(shape.tokens, len(step.tokens))
         self.seats.take(step, before, asks)
         self.flights[step.step], self.unsampled = flight, step
         return step.step
@@ -158,8 +172,14 @@ class JaxBackend:
         if step.step in self.flights:
             raise StepRefused(f"step: step {step.step} is out already", field="step")
 
-    def _put(self, value: Any) -> jax.Array:
-        return jax.device_put(value, self.sharding)
+    def _count(self, size: int, tokens: int) -> None:
+        """One more step of a bucket."""
+        steps, asked = self.buckets[size]
+        self.buckets[size] = steps + 1, asked + tokens
+
+    def _put(self, value: NDArray[Any]) -> jax.Array:
+        """An array that nobody changes afterwards, whole on every device: half the host's time of jax.device_put."""
+        return jax.make_array_from_callback(value.shape, self.sharding, lambda _: value)
 
     def _ahead(self, name: Program, program: Any, given: jax.Array) -> None:
         """Run a program that changes what the step's program finds."""
@@ -172,6 +192,10 @@ class JaxBackend:
 
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
         """Choose, where the step's own program could not; otherwise nothing but to keep the order."""
+        with self.programs.served:
+            self._sample(ticket, masks)
+
+    def _sample(self, ticket: Ticket, masks: U32 | None) -> None:
         self._open()
         step = self.unsampled
         if step is None or step.step != ticket:
@@ -219,7 +243,8 @@ class JaxBackend:
         flight = self.flights[ticket]
         try:
             _wait(flight.arrays, timeout)
-            result = _result(ticket, flight)
+            with self.programs.served:
+                result = _result(ticket, flight)
         except (jax.errors.JaxRuntimeError, TimeoutError) as error:
             self._fail(error)
         del self.flights[ticket]
@@ -235,6 +260,8 @@ class JaxBackend:
             compiles_after_ready=self.programs.late,
             device=f"{device.platform}:{device.device_kind}",
             memory=dict(self.memory),
+            sources=self.programs.sources(),
+            buckets=tuple((size, *counts) for size, counts in self.buckets.items()),
         )
 
     def close(self) -> None:
@@ -245,7 +272,7 @@ class JaxBackend:
         self.weights = self.caches = self.state = self.counts = None
         self.neutral.clear()
         self.memory = {"weights": 0, "cache": 0}
-        self.programs.made.clear()
+        self.programs.close()
 
     def _open(self) -> None:
         if self.closed:
@@ -275,6 +302,12 @@ class JaxBackend:
             self.closed = True
             raise BackendLost(f"the device failed and could not be used again: {again}") from error
         raise DeviceFailed(f"the device failed: {error}") from error
+
+
+def make_plan(spec: ModelSpec, config: Resolved) -> Plan:
+    """What the programs of a configuration are made from."""
+    limits = Limits.of(spec, config, taps=True, **choosing(config))
+    return Plan(spec=spec, config=config, limits=limits, mesh=open_mesh(config))
 
 
 def _send(flight: Flight) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -54,11 +55,17 @@ class Shape:
 
     def split(self, buffer: I32) -> dict[str, I32]:
         """Views of the parts of a packed buffer, on the host or on the device."""
-        out, at = {}, 0
-        for name, shape in self.fields().items():
-            out[name] = buffer[at : at + prod(shape)].reshape(shape)
-            at += prod(shape)
-        return out
+        return {name: buffer[part].reshape(shape) for name, part, shape in _parts(self)}
+
+
+@lru_cache
+def _parts(shape: Shape) -> tuple[tuple[str, slice, tuple[int, ...]], ...]:
+    """Where each field of a buffer lies."""
+    out, at = [], 0
+    for name, dims in shape.fields().items():
+        out.append((name, slice(at, at + prod(dims)), dims))
+        at += prod(dims)
+    return tuple(out)
 
 
 def make_shape(tokens: int, limits: Limits) -> Shape:

@@ -122,14 +122,14 @@ def pack_counts(step: ScheduleStep, asks: Asks, limits: Limits) -> list[I32]:
 
 def pack_scored(asked: Scored, limits: Limits) -> I32:
     """int32[1 + 2N]: how many, the tokens fed whose logits score, and what is scored."""
-    room = _blocks(limits) * BLOCK
+    room = _blocks(limits.max_tokens) * BLOCK
     out = np.zeros(1 + 2 * room, np.int32)
     out[0], out[1 : 1 + len(asked.at)], out[1 + room : 1 + room + len(asked.at)] = len(asked.at), asked.at, asked.token
     return out
 
 
-def _blocks(limits: Limits) -> int:
-    return -(-limits.max_tokens // BLOCK)
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)
 
 
 def choose(
@@ -218,9 +218,9 @@ def count(limits: Limits, counts: Array, packed: Array) -> Array:
 def score_prompts(plan: Plan, weights: Any, hidden: Array, packed: Array) -> Scores:
     """Logprobs of prompts' tokens, block by block, so that no more than a block's logits stand in memory.
 
-    hidden [T, hidden] of the largest bucket; packed: see pack_scored.
+    hidden [T, hidden]; packed: see pack_scored.
     """
-    k, room = plan.limits.max_logprobs, _blocks(plan.limits) * BLOCK
+    k, room = plan.limits.max_logprobs, _blocks(len(hidden)) * BLOCK
     at, token = packed[1 : 1 + room], packed[1 + room :]
 
     def block(i: Array, out: Scores) -> Scores:
@@ -264,9 +264,10 @@ def lower_count(plan: Plan) -> jax.stages.Lowered:
     return jax.jit(run, donate_argnums=0, out_shardings=whole).lower(caches.count_shape(plan.limits, plan.mesh), packed)
 
 
-def lower_score(plan: Plan) -> jax.stages.Lowered:
-    """The program behind a step that scores prompts; such a step is padded to the largest bucket."""
-    whole, limits = PartitionSpec(), plan.limits
+def lower_score(plan: Plan, tokens: int) -> jax.stages.Lowered:
+    """The program behind a step of `tokens` tokens that scores prompts; such a step is padded to the largest bucket
+    that there is."""
+    whole = PartitionSpec()
 
     def run(weights: Any, hidden: Array, packed: Array) -> Scores:
         return score_prompts(plan, weights, hidden, packed)
@@ -281,6 +282,6 @@ def lower_score(plan: Plan) -> jax.stages.Lowered:
     kept, kind = replicated(plan.mesh), DTYPES[plan.config.dtype]
     return jax.jit(local).lower(
         params.shapes(plan.leaves, plan.config, plan.mesh),
-        jax.ShapeDtypeStruct((limits.max_tokens, plan.spec.hidden), kind, sharding=kept),
-        jax.ShapeDtypeStruct((1 + 2 * _blocks(limits) * BLOCK,), jnp.int32, sharding=kept),
+        jax.ShapeDtypeStruct((tokens, plan.spec.hidden), kind, sharding=kept),
+        jax.ShapeDtypeStruct((1 + 2 * _blocks(tokens) * BLOCK,), jnp.int32, sharding=kept),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -45,11 +46,47 @@ class Batch(NamedTuple):
     tile_count: Any
 
 
-def pack(step: ScheduleStep, shape: Shape, limits: Limits, *, chosen: bool = True) -> tuple[I32, list[I32]]:
-    """int32[shape.size], and the edits that go ahead of the step, int32[EDITS, 3] each, where it has too many.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """A step as the program takes it: buffer int32[shape.size], and the edits that go ahead of it, int32[EDITS, 3]
+    each, where it has too many."""
 
-    chosen: by the step itself; otherwise it only finds its best tokens, and another program chooses.
-    """
+    step: ScheduleStep
+    shape: Shape
+    chosen: bool
+    buffer: I32
+    ahead: list[I32]
+
+
+SAME = ("slots", "starts", "lens", "tokens", "output", "sampling")
+"""What steps share, as objects, while the same runs decode and none comes or goes (engine.sched.rows.build)."""
+
+
+def pack(
+    step: ScheduleStep, shape: Shape, limits: Limits, *, chosen: bool = True, last: Packed | None = None
+) -> Packed:
+    """The step in one buffer. chosen: by the step itself; otherwise it only finds its best tokens, and another program
+    chooses. last: the step before, whose buffer is taken where all but page tables is the same."""
+    if (
+        last is not None
+        and last.shape == shape
+        and last.chosen == chosen
+        and all(getattr(step, name) is getattr(last.step, name) for name in SAME)
+    ):
+        buffer = last.buffer.copy()
+    else:
+        buffer = _lay(step, shape, limits, chosen)
+    at, rows, edits = shape.split(buffer), len(step.slots), []
+    for g, (table, column) in enumerate(zip(step.tables, columns(limits), strict=True)):
+        assert isinstance(table, PageTable)
+        at["base"][g, :rows] = table.base
+        edits.append(table.edits + np.array([0, column, 0], np.int32))
+    at["edits"][:], ahead = _cut(np.concatenate(edits), shape.edits, limits)
+    return Packed(step=step, shape=shape, chosen=chosen, buffer=buffer, ahead=ahead)
+
+
+def _lay(step: ScheduleStep, shape: Shape, limits: Limits, chosen: bool) -> I32:
+    """The buffer without page tables."""
     buffer = np.zeros(shape.size, np.int32)
     at, rows, s = shape.split(buffer), len(step.slots), step.sampling
     first = np.cumsum(step.lens, dtype=np.int32) - step.lens
@@ -71,17 +108,10 @@ def pack(step: ScheduleStep, shape: Shape, limits: Limits, *, chosen: bool = Tru
         "min_p": s.min_p.view(np.int32),
     }.items():
         line[name][:rows] = value
-    edits = []
-    for g, (table, column) in enumerate(zip(step.tables, columns(limits), strict=True)):
-        assert isinstance(table, PageTable)
-        at["base"][g, :rows] = table.base
-        edits.append(table.edits + np.array([0, column, 0], np.int32))
-    last, ahead = _cut(np.concatenate(edits), shape.edits, limits)
-    at["edits"][:] = last
     tiles = plan_tiles(step.lens, first, shape.tile)
     at["tiles"][: len(tiles)] = tiles
     at["head"][:] = [{"tokens": len(step.tokens), "tiles": len(tiles)}[name] for name in HEAD]
-    return buffer, ahead
+    return buffer
 
 
 def _cut(edits: I32, room: int, limits: Limits) -> tuple[I32, list[I32]]:

@@ -1,25 +1,33 @@
-"""Every program that a backend runs: planned once, compiled before ready, never after."""
+"""Every program that a backend runs: planned once, made before ready or behind it, never on the way of a request."""
 
 from __future__ import annotations
 
 import os
-import platform as machine
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from backends.api.limits import Limits
+from backends.api.protocol import Sources
 from backends.jax import caches, choosing, step
 from backends.jax.buckets import ladder, make_shape
+from backends.jax.heard import Heard
+from backends.jax.recipe import processor
 from backends.jax.step import Plan
 from engine.errors import StepRefused
 
 
 class Program(NamedTuple):
     """Which program. kind: "step" of a bucket of `size` tokens; "choose" for `size` rows; ahead of a step "edit" (page
-    tables), "copy" (pages) and "count" (histories); behind it "score" (prompts); "empty" (new caches and state)."""
+    tables), "copy" (pages) and "count" (histories); behind it "score" (prompts, of a step of `size` tokens; 0 is the
+    largest bucket); "empty" (new caches and state)."""
 
     kind: str
     size: int = 0
@@ -29,6 +37,7 @@ class Program(NamedTuple):
         return f"{self.kind} of size {self.size}" + (f" with taps {', '.join(self.taps)}" if self.taps else "")
 
 
+Executable: TypeAlias = Callable[..., Any]
 EMPTY, EDIT, COPY, COUNT, SCORE = (Program(kind) for kind in ("empty", "edit", "copy", "count", "score"))
 OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
@@ -43,62 +52,124 @@ def keep(folder: str) -> None:
     """
     if not folder or jax.config.jax_compilation_cache_dir is not None:
         return
-    cpu, facts = Path("/proc/cpuinfo"), set[str]()
-    if cpu.is_file():
-        facts = {x for x in cpu.read_text().splitlines() if x.startswith(("flags", "Features", "model name"))}
-    named = sha256(f"{machine.machine()} {sorted(facts)}".encode()).hexdigest()[:12]
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / named))
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / processor()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def options(plan: Plan) -> dict[str, bool | int | str]:
+    """What the compiler is told."""
+    return OPTIONS.get(plan.config.platform, {})
 
 
 class Programs:
     """The table of executables. All compiling of the backend happens here, ahead of time, so that it can be counted.
 
-    late: programs compiled after `ready`.
+    found: loads a program from a bundle. limits: of the steps whose programs exist: with `ready_early` max_tokens and
+    token_buckets grow as larger programs come.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.options = OPTIONS.get(plan.config.platform)
+    def __init__(self, plan: Plan, found: Callable[[Program], Executable] | None = None) -> None:
+        self.plan, self.found = plan, found
+        self.options = options(plan)
+        self.limits = plan.limits
         self.ready = False
-        self.late = 0
-        self.made: dict[Program, jax.stages.Compiled] = {}
+        self.made: dict[Program, Executable] = {}
+        self.served = Heard()
+        self._from = {"bundle": 0, "cache": 0, "compiler": 0}
+        self._seconds = 0.0
+        self._behind: threading.Thread | None = None
+        self._closed = False
 
-    def planned(self) -> list[Program]:
-        """What steps without taps may need."""
-        limits = self.plan.limits
-        shapes = [make_shape(tokens, limits) for tokens in ladder(limits)]
+    def planned(self, tokens: int = 0) -> list[Program]:
+        """What steps without taps may need, the largest first; tokens: where they have no more than these."""
+        limits, most = self.plan.limits, tokens or self.plan.limits.max_tokens
+        shapes = [make_shape(size, limits) for size in ladder(limits) if size <= most]
         some = [EMPTY, EDIT, COPY]
         some += [COUNT] if limits.max_history else []
-        some += [SCORE] if limits.max_logprobs else []
+        some += [score(most, limits)] if limits.max_logprobs else []
         some += [Program("choose", rows) for rows in sorted({shape.rows for shape in shapes})]
         return [*(Program("step", shape.tokens) for shape in reversed(shapes)), *some]
 
-    def take(self, program: Program) -> jax.stages.Compiled:
-        """The executable; compiled now if it is new. Raises StepRefused where that would be after ready."""
+    def rooms(self) -> list[int]:
+        """The largest steps that there are programs for, one after the other: one, unless ready early."""
+        limits = self.plan.limits
+        if not self.plan.config.ready_early:
+            return [limits.max_tokens]
+        return [size for size in ladder(limits) if size >= limits.max_rows]
+
+    def take(self, program: Program) -> Executable:
+        """The executable; made now if it is new. Raises StepRefused where that would be after ready."""
         if program not in self.made:
             if self.ready:
                 field = "taps" if program.taps else "tokens"
                 raise StepRefused(f"{field}: no program for a {program}: nothing compiles after warmup", field=field)
-            self._keep(program, self._lower(program).compile(self.options))
+            keep(self.plan.config.programs)
+            self._make([program])
         return self.made[program]
 
     def warm(self) -> None:
-        """Compile all that is planned, or load what an earlier start kept: traced one after the other, compiled side
-        by side."""
+        """Make all that is planned: load it from a bundle or what an earlier start kept, or compile it. Ready early,
+        only what the smallest steps need, which hold a row for each slot; the rest comes on a thread behind."""
         keep(self.plan.config.programs)
-        missing = [program for program in self.planned() if program not in self.made]
-        with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
-            running = [(program, pool.submit(self._lower(program).compile, self.options)) for program in missing]
-            for program, future in running:
-                self._keep(program, future.result())
+        first, *rest = self.rooms()
+        self._make(self.planned(first), os.cpu_count() or 1)
+        self.limits = cut(self.plan.limits, first)
+        self.served.compiles = 0
         self.ready = True
+        if rest and self._behind is None:
+            self._behind = threading.Thread(target=self._grow, args=(rest,), name="radixmesh-programs", daemon=True)
+            self._behind.start()
 
-    def _keep(self, program: Program, executable: jax.stages.Compiled) -> None:
-        self.made[program] = executable
-        self.late += self.ready
+    def sources(self) -> Sources:
+        """Where the programs came from. Any thread may ask."""
+        planned = {program for room in self.rooms() for program in self.planned(room)}
+        return Sources(planned=len(planned), seconds=self._seconds, **self._from)
 
-    def _lower(self, program: Program) -> jax.stages.Lowered:
+    @property
+    def late(self) -> int:
+        """Programs compiled after ready while a step was served (inside of `served`)."""
+        return self.served.compiles if self.ready else 0
+
+    def close(self) -> None:
+        """Let go of all; waits for the program that is being made."""
+        self._closed = True
+        if self._behind is not None:
+            self._behind.join()
+        self.made.clear()
+
+    def _grow(self, rooms: Sequence[int]) -> None:
+        """Make larger programs and then raise the limits, until all are there."""
+        for room in rooms:
+            try:
+                for program in reversed(self.planned(room)):  # one at a time: the device's steps want a core too
+                    if self._closed:
+                        return
+                    self._make([program])
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                what = f"steps stay at {self.limits.max_tokens} tokens: {' '.join(str(error).split())[:200]}"
+                print(f"radixmesh: a program of {room} tokens can't be made; {what}", file=sys.stderr, flush=True)
+                return
+            self.limits = cut(self.plan.limits, room)
+
+    def _make(self, programs: Sequence[Program], workers: int = 1) -> None:
+        """Make those that are new: traced one after the other, loaded or compiled side by side."""
+        began, missing = time.monotonic(), [program for program in programs if program not in self.made]
+        with ThreadPoolExecutor(max(1, min(len(missing), workers))) as pool:
+            running = [
+                pool.submit(_compile, self.lower(program), self.options)
+                if self.found is None
+                else pool.submit(self.found, program)
+                for program in missing
+            ]
+            for program, future in zip(missing, running, strict=True):
+                made = future.result()
+                executable, source = made if isinstance(made, tuple) else (made, "bundle")
+                self.made[program] = executable
+                self._from[source] += 1
+        self._seconds += time.monotonic() - began
+
+    def lower(self, program: Program) -> jax.stages.Lowered:
+        """The program, traced."""
         plan = self.plan
         match program.kind:
             case "empty":
@@ -110,7 +181,26 @@ class Programs:
             case "count":
                 return choosing.lower_count(plan)
             case "score":
-                return choosing.lower_score(plan)
+                return choosing.lower_score(plan, program.size or plan.limits.max_tokens)
             case "choose":
                 return choosing.lower_choose(plan, program.size)
         return step.lower_step(plan, program.size, program.taps)
+
+
+def score(tokens: int, limits: Limits) -> Program:
+    """The program that scores prompts of a step of `tokens` tokens. limits: of the largest steps."""
+    return SCORE if tokens == limits.max_tokens else Program("score", tokens)
+
+
+def cut(limits: Limits, tokens: int) -> Limits:
+    """The same limits for steps of at most `tokens` tokens."""
+    if tokens == limits.max_tokens:
+        return limits
+    return replace(limits, max_tokens=tokens, token_buckets=tuple(b for b in limits.token_buckets if b <= tokens))
+
+
+def _compile(lowered: jax.stages.Lowered, options: Any) -> tuple[Executable, str]:
+    """The executable, and whether jax's cache had it."""
+    with Heard() as heard:
+        executable = lowered.compile(options)
+    return executable, "cache" if heard.hits else "compiler"

@@ -22,6 +22,7 @@ from engine.errors import (
 )
 from engine.model.weights import WeightSource
 from engine.run.messages import Abort, Flush, Load, Message, News, Stats, Submit
+from engine.run.sizes import SizeLog
 from engine.run.start import Started
 from engine.sched.request import Output
 from engine.sched.rows import Plan
@@ -44,6 +45,7 @@ class Loop:
     came into the cache and went.
 
     doing: what the backend was asked for last, for whoever finds the loop stuck; since: when, on the monotonic clock.
+    sizes: where the sizes of steps are logged.
     begun: requests that were first sent to the device, and how long each had waited; whoever reads it empties it.
     """
 
@@ -56,9 +58,11 @@ class Loop:
         clock: Callable[[], float] = time.monotonic,
         weights: Callable[[str], WeightSource] | None = None,
         publisher: Publisher | None = None,
+        sizes: SizeLog | None = None,
     ) -> None:
         self._weights, self.publisher = weights, publisher
         self.scheduler, self.backend, self.emit, self.clock = scheduler, backend, emit, clock
+        self.sizes = sizes
         self.depth = depth or backend.limits.depth
         self.steps = self.made = 0
         self.doing, self.since = "idle", time.monotonic()
@@ -123,6 +127,8 @@ class Loop:
             raise
 
     def _turn(self) -> None:
+        if (limits := self.backend.limits).max_tokens > self.scheduler.limits.max_tokens:  # more programs are ready
+            self.scheduler.grow(limits)
         now = self.clock()
         if expired := self.scheduler.expire(now):
             self.emit(expired)
@@ -181,6 +187,8 @@ class Loop:
                 plan = slim
             else:
                 self.steps += 1
+                if self.sizes is not None:
+                    self.sizes.add(plan.step)
                 if self.steps % AUDIT_STEPS == 0:
                     self._audit()
                 for row in plan.rows:
@@ -214,7 +222,12 @@ class Carrier:
         send: Callable[[News], None],
     ) -> None:
         self.loop = Loop(
-            started.scheduler, started.backend, self._keep, weights=started.weights, publisher=started.publisher
+            started.scheduler,
+            started.backend,
+            self._keep,
+            weights=started.weights,
+            publisher=started.publisher,
+            sizes=started.sizes,
         )
         self._started, self._receive, self._send = started, receive, send
         self._outputs: list[Output] = []
@@ -258,6 +271,8 @@ class Carrier:
         now, stats = time.monotonic(), None
         if idle or now - self._told >= STATS_SECONDS:
             stats, self._told = self.loop.stats(), now
+            if self.loop.sizes is not None:
+                self.loop.sizes.flush()
         if self._outputs or self.loop.begun or stats is not None:
             self._send(News(outputs=tuple(self._outputs), begun=tuple(self.loop.begun), stats=stats))
             self._outputs, self.loop.begun = [], []

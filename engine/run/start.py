@@ -20,7 +20,9 @@ from engine.model.spec import ModelSpec, fit
 from engine.model.weights import WeightSource
 from engine.resolve import Decision, resolve
 from engine.run.messages import Info
+from engine.run.sizes import SizeLog
 from engine.sampling import SamplingParams
+from engine.sched.admission import capacity
 from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Stopper
 from engine.text.detokenize import StopStrings
@@ -43,7 +45,8 @@ class Decided:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """An engine that is ready. stopper: makes what finds a request's stop strings; None where it has none. weights:
-    opens others of the same model, in a folder (`other_weights`). publisher: tells of the cache."""
+    opens others of the same model, in a folder (`other_weights`). publisher: tells of the cache. sizes: where the sizes
+    of steps are logged."""
 
     scheduler: Scheduler
     backend: Backend
@@ -51,6 +54,7 @@ class Started:
     stopper: Callable[[SamplingParams], Stopper | None]
     weights: Callable[[str], WeightSource]
     publisher: Publisher | None = None
+    sizes: SizeLog | None = None
 
 
 def decide(config: Config, default: Path) -> Decided:
@@ -95,7 +99,10 @@ def start(
     clock = time.monotonic()
     stage("device")
     backend = open_device(decided)
+    limits = backend.limits  # warmup may leave them smaller for a while
     try:
+        room = capacity(limits)
+        sizes = SizeLog(decided.resolved.log, limits.token_buckets) if decided.resolved.log else None
         clock = timed("device", clock)
         stage("weights")
         backend.load(Checkpoint(decided.path, decided.spec))
@@ -103,9 +110,8 @@ def start(
         stage("programs")
         backend.warmup()
         timed("programs", clock)
-        limits = backend.limits
         scheduler = Scheduler(
-            limits,
+            backend.limits,
             policy=decided.resolved.policy,
             priority_preemption=decided.resolved.priority_preemption,
             ageing=decided.resolved.ageing,
@@ -125,7 +131,7 @@ def start(
         architecture=decided.spec.family,
         backend=decided.resolved.backend,
         limits=limits,
-        room=scheduler.room,
+        room=room,
         eos=tuple(sorted(set(ids))),
         status=backend.status(),
         stages=tuple(stages),
@@ -144,6 +150,7 @@ def start(
         stopper=stopper,
         weights=partial(other_weights, decided),
         publisher=publisher,
+        sizes=sizes,
     )
 
 

@@ -140,6 +140,11 @@ class Scheduler:
                 outputs.append(self._end(run, (), Finish(kind="abort"), error))
         return outputs
 
+    def grow(self, limits: Limits) -> None:
+        """Plan steps of this size from now on. limits: the ones that there are, with a larger max_tokens."""
+        assert limits.max_tokens > self.limits.max_tokens
+        self.limits = self._seating.limits = self._feeding.limits = limits
+
     @property
     def preemptions(self) -> int:
         """How often a run lost its seat to another."""

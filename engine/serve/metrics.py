@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from backends.api.protocol import Status
 from engine.serve.call import Record
 from engine.serve.service import Service
 
@@ -180,11 +181,33 @@ class Metrics(Collector):
         yield _counter(
             "radixmesh:compiles_after_ready", "Programs compiled after the start: must stay 0.", one, {(model,): late}
         )
+        yield from describe(model, stats.status)
         states = GaugeMetricFamily("radixmesh:pages", "Pages of the cache.", labels=("model_name", "group", "state"))
         for i, account in enumerate(stats.accounts):
             for state in ("free", "evictable", "locked", "owned"):
                 states.add_metric((model, str(i), state), getattr(account, state))
         yield states
+
+
+def describe(model: str, status: Status) -> Iterator[Metric]:
+    """Where the programs came from, and how much of the steps that they ran was padding."""
+    sources, one = status.sources, ("model_name",)
+    made = {"bundle": sources.bundle, "cache": sources.cache, "compiler": sources.compiler}
+    yield _gauge("radixmesh:programs_planned", "Programs that steps may need.", model, sources.planned)
+    told: dict[tuple[str, ...], float] = {(model, source): count for source, count in made.items()}
+    yield _counter(
+        "radixmesh:programs", "Programs that exist, by where they came from.", ("model_name", "source"), told
+    )
+    yield _counter(
+        "radixmesh:program_seconds", "Seconds that loading and compiling them took.", one, {(model,): sources.seconds}
+    )
+    for name, what, values in (
+        ("steps", "Steps padded to this many tokens.", {size: steps for size, steps, _ in status.buckets}),
+        ("tokens", "Tokens that these steps had.", {size: tokens for size, _, tokens in status.buckets}),
+        ("padding", "Tokens that were added.", {size: size * steps - tokens for size, steps, tokens in status.buckets}),
+    ):
+        labelled: dict[tuple[str, ...], float] = {(model, str(size)): value for size, value in values.items()}
+        yield _counter(f"radixmesh:bucket_{name}", what, ("model_name", "bucket"), labelled)
 
 
 def _counter(name: str, what: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:

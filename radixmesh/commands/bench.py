@@ -25,6 +25,8 @@ def register(app: typer.Typer) -> None:
     group.command()(scheduler)
     group.command()(serve)
     group.command()(radix)
+    group.command()(start)
+    group.command()(dispatch)
     app.add_typer(group, name="bench")
 
 
@@ -193,6 +195,63 @@ def radix(
         )
     if out is not None:
         write(out, "radix", figures)
+
+
+def start(
+    cases: Annotated[str, typer.Option(help="cold, kept, bundle, early.")] = "cold,kept,bundle,early",
+    repeats: Annotated[int, typer.Option(min=1, help="Starts of each.")] = 3,
+    model: options.Model = None,
+    mesh: options.Mesh = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    pairs: options.Set = None,
+) -> None:
+    """Seconds until `serve` is ready, on jax: with nothing kept, with programs kept by an earlier start, from a bundle,
+    and ready early."""
+    from radixmesh.bench import start as bench
+    from radixmesh.bench.record import write
+
+    names = [name.strip() for name in cases.split(",")]
+    for name in names:
+        if name not in bench.CASES:
+            raise ConfigError(f"cases: unknown {name!r}; there are {', '.join(bench.CASES)}", field="cases")
+    flags = [x for key, value in {"--model": model, "--mesh": mesh}.items() if value for x in (key, value)]
+    flags += [x for pair in pairs or () for x in ("--set", pair)]
+    figures = []
+    for name in names:
+        s = bench.measure(name, repeats, flags)
+        figures.append(asdict(s))
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in s.stages.items())
+        print(
+            f"{s.case:7} ready in {s.ready:6.2f} s (least {s.least:.2f}, processor {s.cpu:.1f}): {stages}", flush=True
+        )
+    if out is not None:
+        write(out, "start", figures)
+
+
+def dispatch(
+    mesh: options.Mesh = "tp=8",
+    rows: Annotated[int, typer.Option(min=1, max=4096, help="Rows that decode in each step.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, max=4096, help="Steps that are timed.")] = 100,
+    stacks: Annotated[str, typer.Option(help="scan, as on TPUs; list, as elsewhere.")] = "scan,list",
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    pairs: options.Set = None,
+) -> None:
+    """Milliseconds that the host takes to send a step to jax's devices; a CPU is cut into as many as the mesh has."""
+    from radixmesh.bench import dispatch as bench
+    from radixmesh.bench.record import write
+
+    figures = []
+    print(f"{'mesh':10} {'stack':5} {'rows':>5} {'host':>7} {'90%':>7} {'clock':>7} {'90%':>7} {'turn':>8} ms")
+    for stack in stacks.split(","):
+        settings = {"backend.jax.stack": stack.strip()} | options.read_set(pairs)
+        # a process for each: threads that one leaves behind must not slow the next
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as alone:
+            d = alone.submit(bench.measure, mesh or "", rows, steps, settings).result()
+        figures.append(asdict(d))
+        told = f"{d.host:7.3f} {d.host_high:7.3f} {d.wall:7.3f} {d.wall_high:7.3f} {d.turn:8.2f}"
+        print(f"{d.mesh:10} {d.stack:5} {d.rows:5} {told}", flush=True)
+    if out is not None:
+        write(out, "dispatch", figures)
 
 
 def serve(

@@ -46,6 +46,10 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Of gRPC, which is off if left out; 0 is any.")] = None,
     api_key: Annotated[str | None, typer.Option(help="What clients must send; none if left out.")] = None,
     deterministic: options.Deterministic = False,
+    ready_early: Annotated[
+        bool | None, typer.Option("--ready-early", help="Be ready with small steps, while larger ones are compiled.")
+    ] = None,
+    bundle: Annotated[str | None, typer.Option(help="Folder of compiled programs (radixmesh bundle).")] = None,
     config: options.File = None,
     pairs: options.Set = None,
 ) -> None:
@@ -57,6 +61,7 @@ def serve(
 
     faces = {"serve.host": host, "serve.port": port, "serve.grpc_port": grpc_port, "serve.api_key": api_key}
     given = options.flags(model, backend, mesh, dtype, pairs, deterministic)
+    faces |= {"sched.ready_early": ready_early, "backend.jax.bundle": bundle}
     lost = run(load(config, given | {k: v for k, v in faces.items() if v is not None}))
     if lost is not None:
         print(f"radixmesh: {' '.join(str(lost).split())}", file=sys.stderr, flush=True)

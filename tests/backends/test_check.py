@@ -68,6 +68,9 @@ def test_every_violation_is_refused_by_name(limits: Limits) -> None:
         assert str(error).startswith(bad.field), error
         assert bad.what != "a feature that is not built" or "not built" in str(error) or bad.field == "taps", error
         assert bad.rows is None or error.rows == bad.rows, f"{bad.what}: {error.rows}"
+        with pytest.raises(StepRefused) as again:  # beside a step that passed, of which it has all that is not bad
+            check_step(bad.step, limits, good)
+        assert (again.value.field, again.value.rows) == (error.field, error.rows), bad.what
 
 
 def test_good_steps_pass() -> None:

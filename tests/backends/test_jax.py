@@ -179,7 +179,8 @@ def test_packed_buffer_holds_the_step() -> None:
         Row(slot=1, tokens=[-1], upper=9, top_k=4, min_p=0.125, seed=2**40 + 1),
     ]
     step = build(limits, 1, rows, [[(3, 0, 7)], [(1, 2, 5)]])
-    buffer, ahead = pack(step, shape, limits)
+    packed = pack(step, shape, limits)
+    buffer, ahead = packed.buffer, packed.ahead
     batch = jax.jit(unpack, static_argnums=1)(buffer, shape)
     assert not ahead
     assert batch.tokens[:21].tolist() == [*range(20), -1]
@@ -194,6 +195,31 @@ def test_packed_buffer_holds_the_step() -> None:
     assert seeds[:2] == [2**64 - 2, 2**40 + 1]
     for name in ("temperature", "top_p", "min_p", "top_k"):
         assert np.array_equal(getattr(batch, name)[:2], getattr(step.sampling, name))
+
+
+def test_a_packed_buffer_is_used_again_where_only_page_tables_differ() -> None:
+    limits = Limits.of(SPEC, config("jax", max_tokens=40, token_buckets=(40,)))
+    shape = make_shape(40, limits)
+    rows = [Row(slot=3, tokens=[-1], upper=9, temperature=0.5), Row(slot=1, tokens=[-1], upper=9, top_k=4)]
+    first = build(limits, 1, rows, [[(3, 0, 7)], [(1, 2, 5)]])
+    tables = build(limits, 2, rows, [[(1, 4, 2)], []]).tables
+    second = replace(first, step=2, tables=(tables[0], replace(tables[1], base=np.array([0, 4], np.int32))))
+    last = pack(first, shape, limits)
+    kept = last.buffer.copy()
+    for step, chosen in (
+        (second, True),
+        (second, False),
+        (replace(second, slots=np.array([3, 2], np.int32)), True),
+        (replace(second, starts=np.array([4, -1], np.int32)), True),
+        (replace(second, lens=np.array([1, 1], np.int32), output=np.array([0, 1], np.uint8)), True),
+        (replace(second, tokens=np.array([5, -1], np.int32)), True),
+        (replace(second, sampling=replace(second.sampling, top_k=np.array([0, 9], np.int32))), True),
+    ):
+        again = pack(step, shape, limits, chosen=chosen, last=last)
+        assert np.array_equal(again.buffer, pack(step, shape, limits, chosen=chosen).buffer)
+        assert np.array_equal(last.buffer, kept)
+    small = make_shape(8, limits)
+    assert np.array_equal(pack(second, small, limits, last=last).buffer, pack(second, small, limits).buffer)
 
 
 @pytest.mark.parametrize("partitionable", [True, False])
@@ -379,13 +405,15 @@ def test_an_error_of_the_runtime_empties_the_caches(warm: Host) -> None:
     def explode(_: Any) -> NDArray[np.int32]:
         raise RuntimeError("the device is on fire")
 
-    @jax.jit
     def burn(made: jax.Array) -> jax.Array:
         return jax.pure_callback(explode, jax.ShapeDtypeStruct(made.shape, made.dtype), made)
 
+    # compiled here, or it would be counted as late
+    burning = jax.jit(burn).lower(jax.ShapeDtypeStruct((backend.limits.max_rows, 2), np.int32)).compile()
+
     def bad(*args: Any) -> Any:
         caches, state, made, *rest = good(*args)
-        return caches, state, burn(made), *rest
+        return caches, state, burning(made), *rest
 
     backend.programs.made[key] = bad  # type: ignore[assignment]
     text = warm.open()

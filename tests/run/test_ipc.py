@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.api.limits import Limits
-from backends.api.protocol import Status
+from backends.api.protocol import Sources, Status
 from engine import errors
 from engine.config import Config, load
 from engine.errors import InvalidRequest, RadixmeshError, StepRefused
@@ -107,6 +107,8 @@ STATUS = st.builds(
     compiles_after_ready=COUNT,
     device=TEXT,
     memory=st.dictionaries(TEXT, COUNT, max_size=3),
+    sources=st.builds(Sources, planned=COUNT, bundle=COUNT, cache=COUNT, compiler=COUNT, seconds=SECONDS),
+    buckets=st.lists(st.tuples(COUNT, COUNT, COUNT), max_size=3).map(tuple),
 )
 ACCOUNTS = st.builds(Account, free=COUNT, evictable=COUNT, locked=COUNT, owned=COUNT, total=COUNT)
 STATS = st.builds(

@@ -257,8 +257,10 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     truth = Truth(kinds=tuple(g.kind for g in limits.groups), window=window)
     chaos, flaky = rng.random() < 0.5, rng.random() < 0.2
     cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}
+    later = random.Random(seed).randrange(-20, 40)  # when a backend that is ready early has all its programs
+    first = replace(limits, max_tokens=min(4, limits.max_tokens)) if later > 0 else limits
     scheduler = Scheduler(
-        limits,
+        first,
         policy=rng.choice(["lpm", "fcfs", "dfs-weight"]),
         radix=rng.random() < 0.75,
         priority_preemption=rng.choice([0, 1, 3]),
@@ -276,7 +278,7 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
         right += [0] * (limits.max_draft - len(right))
         return [t if rng.random() < 0.7 else rng.randrange(ORDINARY) for t in right]
 
-    toy = Toy(limits, seed, guess, lambda out: flaky and out > 0 and toy.failures == 0 and rng.random() < 0.05)
+    toy = Toy(first, seed, guess, lambda out: flaky and out > 0 and toy.failures == 0 and rng.random() < 0.05)
     seen: Counter[str] = Counter()
 
     def emit(outputs: Sequence[Output]) -> None:
@@ -296,6 +298,9 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     todo, rush = list(cases.values()), rng.choice([0.5, 0.9])
     while todo or loop.busy:
         turn += 1
+        if turn == later:
+            toy.limits = limits
+            seen["grown"] += first.max_tokens < limits.max_tokens and loop.busy
         assert turn < turns, f"seed {seed}: stuck, {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
         while todo and rng.random() < rush:
             loop.take([Submit(request=todo.pop(0).request)])
