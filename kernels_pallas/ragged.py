@@ -194,14 +194,29 @@ def _fetch(form: Form, r: Refs, i: Array, b: Array, half: Array, *, start: bool)
     keys, page = form.blocks.keys, form.page
     first, last = jnp.maximum(low, b * keys) // page, jnp.minimum(high, b * keys + keys - 1) // page
 
+    many, row = keys // page, r.row[i]
+    entry = row * form.entries - r.base[row] // page if start else 0
+
     def one(p: Array, _: None) -> None:
-        row = r.row[i]
-        source = r.table[row * form.entries + p - r.base[row] // page] + r.at[0] if start else 0
+        source = r.table[entry + p] + r.at[0] if start else 0
         into = r.keys.at[half, pl.ds(pl.multiple_of(p * page - b * keys, page), page)]
         copy = pltpu.make_async_copy(r.cache.at[source], into, r.done.at[1, half])
         copy.start() if start else copy.wait()
 
-    jax.lax.fori_loop(first, last + 1, one, None)
+    whole = last - first + 1 == many
+
+    @pl.when(whole)
+    def _() -> None:
+        if not start:  # semaphores count bytes
+            pltpu.make_async_copy(r.keys.at[half], r.keys.at[half], r.done.at[1, half]).wait()
+            return
+        for k in range(many):  # without a loop's jumps: scalars of a page are few, and there are many pages
+            source = r.cache.at[r.table[entry + b * many + k] + r.at[0]]
+            pltpu.make_async_copy(source, r.keys.at[half, pl.ds(k * page, page)], r.done.at[1, half]).start()
+
+    @pl.when(~whole)
+    def _() -> None:
+        jax.lax.fori_loop(first, last + 1, one, None)
 
 
 def _clear(form: Form, r: Refs, i: Array, b: Array, half: Array) -> None:

@@ -105,7 +105,7 @@ FAULTS = {
     "keys are not waited for": ("_fetch(form, r, i, b, half, start=False)", "pass"),
     "output is overwritten while it is copied": ("_give(r, i - 2, start=False)", "pass"),
     "blocks go to one buffer": ("into = r.keys.at[half,", "into = r.keys.at[0,"),
-    "page off by one": ("r.base[row] // page] + r.at[0]", "r.base[row] // page] + r.at[0] + 1"),
+    "page off by one": ("source = r.table[entry + p] + r.at[0]", "source = r.table[entry + p + 1] + r.at[0]"),
     "what nobody sees is not cleared": ("_clear(form, r, i, b, half)\n", "pass\n"),
     "a query does not see itself": ("seen = key <= query", "seen = key < query"),
 }
