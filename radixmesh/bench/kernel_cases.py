@@ -110,12 +110,12 @@ def _builtin() -> list[Case]:
 def _v3(module: ModuleType) -> list[Case]:
     """tpu-inference's, which writes too. It is several kernels, whose loops were not told apart: no cycles."""
 
-    def lower(shape: Shape, tokens: int, sizes: tuple[int, int, int, int] | None) -> Any:
+    def lower(shape: Shape, tokens: int, sizes: tuple[int, int, int, int]) -> Any:
         def call(*given: Any) -> Any:
             return module.ragged_paged_attention(
                 *given,
                 sm_scale=HEAD**-0.5,
-                d_block_sizes=sizes and (1, 512, 1, 512),
+                d_block_sizes=(1, 512, 1, 512),
                 p_block_sizes=sizes,
                 m_block_sizes=sizes,
             )
@@ -134,5 +134,4 @@ def _v3(module: ModuleType) -> list[Case]:
     return [
         Case(name="v3 decode", lower=lambda shape: lower(shape, ROWS, (64, 512, 64, 512))),
         Case(name="v3 prefill", lower=lambda shape: lower(shape, PROMPT, (64, 512, 64, 512))),
-        Case(name="v3 defaults", lower=lambda shape: lower(shape, PROMPT, None)),
     ]
