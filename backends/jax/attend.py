@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA, for every device: online softmax over fixed blocks of the cache.
+"""Paged attention: Pallas kernels on TPUs (`paged`), and plain XLA for every device, online softmax over fixed blocks.
 
 Rows are cut into tiles, queries of one row that read the cache together (buckets.Shape). Loops have dynamic trip
 counts, so that one program per bucket does work in proportion to the real lengths. One call of `blocks` a layer keeps
@@ -17,9 +17,15 @@ from backends.api.limits import Limits
 from backends.jax.buckets import Shape
 from backends.jax.caches import State, columns, from_lines, to_lines
 from backends.jax.inputs import Batch
+from backends.jax.work import spots
+from backends.jax.work import tiles as cut
 from engine.config import Resolved
+from engine.mesh import share
 from engine.model.groups import Place
 from engine.model.spec import Attention
+from kernels_pallas import attention, kv_write
+from kernels_pallas import blocks as sizes
+from kernels_pallas.chip import chip
 from models_jax.ops import precision
 
 BLOCK = 128
@@ -33,7 +39,8 @@ Array: TypeAlias = jax.Array
 
 class Pages(NamedTuple):
     """One cache group as a step sees it. table int32[R, P]; base int32[R]: position of its index 0; page, offset
-    int32[T]: where each token's key and value go, page = -1 for padding. size: tokens a page; count: pages a layer."""
+    int32[T]: where each token's key and value go, page = -1 for padding. size: tokens a page; count: pages a layer.
+    spots: on a TPU the pages that are written."""
 
     table: Any
     base: Any
@@ -41,12 +48,14 @@ class Pages(NamedTuple):
     offset: Any
     size: int
     count: int
+    spots: kv_write.Spots | None = None
 
 
 class View(NamedTuple):
     """What attention knows of a step. before int32[R]: lengths before it; position int32[T].
 
-    tiles int32[N, 3]: as in Batch, `size` queries each; group: how many are attended at once.
+    tiles int32[N, 3]: as in Batch, `size` queries each; group: how many are attended at once. work: on a TPU the
+    tiles of its kernel.
     """
 
     batch: Batch
@@ -56,6 +65,7 @@ class View(NamedTuple):
     tiles: Any
     size: int
     group: int
+    work: attention.Tiles | None = None
 
 
 Kernel: TypeAlias = Callable[
@@ -65,7 +75,23 @@ Kernel: TypeAlias = Callable[
 
 def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
     """The kernel for a layer, and why."""
-    return plain, f"plain XLA, head {a.head_dim}, {config.cache_dtype} cache: no other kernel is built for jax yet"
+    shape = f"head {a.head_dim}, {config.cache_dtype} cache"
+    if config.platform != "tpu":
+        return plain, f"plain XLA, {shape}: the Pallas kernel is for TPUs, not for a {config.platform}"
+    kv_heads = share(a.kv_heads, "kv_heads", config.mesh)
+    why = attention.supports(
+        q_heads=share(a.q_heads, "q_heads", config.mesh),
+        kv_heads=kv_heads,
+        head=a.head_dim,
+        page=config.page,
+        rows=config.max_rows,
+        entries=-(-config.max_len // config.page),
+        dtype=config.cache_dtype,
+        tokens=config.max_tokens,
+    ) or kv_write.supports(page=config.page, line=kv_heads * 2 * a.head_dim, dtype=config.cache_dtype)
+    if why:
+        return plain, f"plain XLA, {shape}: {why}"
+    return paged, f"Pallas for {chip().name}, {shape}: ragged pages, written and read in place"
 
 
 def locate(batch: Batch, state: State, position: Array, limits: Limits) -> tuple[Pages, ...]:
@@ -94,10 +120,14 @@ def look(
     batch: Batch, before: Array, position: Array, groups: tuple[Pages, ...], shape: Shape, config: Resolved
 ) -> View:
     """The view of a step. A bucket of one-query tiles is attended at once."""
+    work = None
+    if config.platform == "tpu":
+        work = cut(batch, before, sizes.tile(shape.tokens, chip()))
+        groups = tuple(p._replace(spots=spots(batch, before, p.table, p.base, p.size)) for p in groups)
     group = GROUP if config.platform == "cpu" and shape.tile > 1 else shape.tiles
     spare = jnp.zeros((-shape.tiles % group, 3), jnp.int32)  # whole groups: a slice is never moved to fit
     tiles = jnp.concatenate([batch.tiles, spare])
-    return View(batch, before, position, groups, tiles, shape.tile, group)
+    return View(batch, before, position, groups, tiles, shape.tile, group, work)
 
 
 class Attend:
@@ -120,6 +150,39 @@ class Attend:
         kernel, _ = choose(a, self.config)
         o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view)
         return o, (*cache[:g], one, *cache[g + 1 :])
+
+
+def paged(
+    a: Attention,
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array | None,
+    cache: Array,
+    rank: Any,
+    pages: Pages,
+    view: View,
+) -> tuple[Array, Array]:
+    """As `plain`, by the kernels of `kernels_pallas`."""
+    assert view.work is not None
+    assert pages.spots is not None
+    at = rank * pages.count
+    lines = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1)
+    cache = kv_write.write(lines, cache, pages.spots, at)
+    o = attention.attention(
+        q,
+        cache,
+        view.work,
+        pages.table,
+        pages.base,
+        at,
+        sinks,
+        kv_heads=k.shape[1],
+        scale=a.scale,
+        window=a.window,
+        cap=a.cap,
+    )
+    return jnp.where(view.batch.real[:, None, None], o, 0), cache
 
 
 def plain(

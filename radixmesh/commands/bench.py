@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
     group.command()(radix)
     group.command()(start)
     group.command()(dispatch)
+    group.command()(kernels)
     app.add_typer(group, name="bench")
 
 
@@ -168,6 +169,32 @@ def scheduler(
             print(f"{order:12} {name:10} {s.shared:8} {s.cached:8} {s.fed:8}")
     if out is not None:
         write(out, "scheduler", figures)
+
+
+def kernels(
+    target: Annotated[str, typer.Option(help="tpu:v6e, tpu:v5e, tpu:v5p, tpu:7x, several, or all.")] = "all",
+    only: Annotated[str, typer.Option(help="Cases whose name holds this.")] = "",
+    peers: Annotated[Path | None, typer.Option(help="Folder with the tpu-inference package, for its kernel.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+) -> None:
+    """Compile the Pallas kernels for TPUs, with none here: seconds, VMEM, spills, cycles; and jax's own beside them."""
+    from radixmesh.bench import kernels as bench
+    from radixmesh.bench.record import write
+
+    chips = list(bench.TOPOLOGY) if target == "all" else [name.removeprefix("tpu:") for name in target.split(",")]
+    for chip in chips:
+        if chip not in bench.TOPOLOGY:
+            raise ConfigError(f"target: unknown {chip!r}; there are {', '.join(bench.TOPOLOGY)}", field="target")
+    figures: list[dict[str, Any]] = []
+    fields = ("compile_s", "vmem", "spilled", "turn", "schedule_cycles", "roofline_cycles", "estimated_cycles")
+    print(f"{'case':18} {'chip':5} " + " ".join(f"{field:>16}" for field in fields))
+    for chip in chips:
+        for row in bench.run(chip, str(peers or ""), only):
+            figures.append(row)
+            said = row.get("error") or " ".join(f"{row.get(field, '-'):>16}" for field in fields)
+            print(f"{row['case']:18} {row['chip']:5} {said}", flush=True)
+    if out is not None:
+        write(out, "kernels", figures)
 
 
 def radix(

@@ -1,0 +1,220 @@
+"""Ragged paged attention: decode rows, chunks of prompts and rows to verify in one call, from one source.
+
+A loop over tiles (queries of one row) and, in each, over blocks of its keys. Keys and values of the next block, be it
+the next tile's, are on their way from the cache while this one is computed. The cache is read as it lies: a page is one
+copy, a head's keys are a slice of 128 lanes. Query heads that share a key-value head are rows of one product; where
+they are fewer than the 8 rows of a register, `fold` key-value heads are folded into one product of `fold` times the
+depth, block-diagonal in the queries: as many weights are pushed, and the softmax works on full registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import e, log2
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.blocks import LEAST, Blocks, need, pick
+from kernels_pallas.chip import Chip, chip
+from kernels_pallas.ragged import FAR, LANES, Form, Refs, kernel
+
+Array: TypeAlias = jax.Array
+SPARE = 16 << 10
+"""Bytes of SMEM that tables leave to the compiler."""
+TYPES = {"float32": 4, "bfloat16": 2}
+"""Caches that can be read, and the bytes of a number."""
+
+
+class Tiles(NamedTuple):
+    """The work of a step. row, token, count, position int32[N]: a tile is `count` queries of one row, from token
+    `token` on, the first of which stands at `position`. total int32[]: how many tiles there are."""
+
+    row: Any
+    token: Any
+    count: Any
+    position: Any
+    total: Any
+
+
+def supports(
+    *,
+    q_heads: int,
+    kv_heads: int,
+    head: int,
+    page: int,
+    rows: int,
+    entries: int,
+    dtype: str,
+    tokens: int = 1 << 20,
+    drafts: str = "chain",
+    on: Chip | None = None,
+) -> str:
+    """Why the kernel can't be compiled; nothing where it can.
+
+    rows, entries: of the page tables. tokens: the most that a call holds. drafts: "chain" or "tree".
+    """
+    on = on or chip()
+    if drafts != "chain":
+        return f"drafts as a {drafts} are not built"
+    if dtype not in TYPES:
+        return f"a {dtype} cache is not built"
+    if head % 64:
+        return f"head {head} is no multiple of 64"
+    if q_heads % kv_heads:
+        return f"{kv_heads} kv heads do not divide {q_heads} heads"
+    if page % (32 // TYPES[dtype]) or LEAST % page:
+        return f"pages of {page} tokens are no multiple of {32 // TYPES[dtype]} that divides {LEAST}"
+    smem = 4 * rows * (entries + 8) + SPARE
+    if smem > on.smem:
+        return f"page tables of {rows} rows x {entries} pages take {smem} bytes, {on.name} has {on.smem} of SMEM"
+    form = Form(q_heads=q_heads, kv_heads=kv_heads, head=head, page=page, entries=entries)
+    if choose(form, tokens, TYPES[dtype], on) is None:
+        return f"{q_heads} heads of {head} over {kv_heads} kv heads do not fit the {on.vmem} bytes of VMEM of {on.name}"
+    return ""
+
+
+def choose(form: Form, tokens: int, size: int, on: Chip) -> Blocks | None:
+    """Block sizes for a chip. size: bytes of a number in the cache."""
+    fixed, each = _bytes(form, size)
+    return pick(tokens, on, line=form.line, size=size, fixed=fixed, each=each)
+
+
+def vmem(form: Form, size: int) -> int:
+    """Bytes of VMEM of a call with the blocks of `form`, temporaries included."""
+    fixed, each = _bytes(form, size)
+    return need(form.blocks.queries[-1], form.blocks.keys, form.line, size, fixed, each)
+
+
+def _bytes(form: Form, size: int) -> tuple[int, int]:
+    """VMEM for each query of the largest tile: whatever its keys, and for each key (scores, weights of two products).
+
+    Counted for float32 queries where the cache is.
+    """
+    held, depth = form.products * form.rows, form.fold * form.lanes
+    return held * (4 * form.lanes * size + depth * (size + 4) + 2 * LANES * 4), 2 * form.rows * (4 + 4 + size)
+
+
+def attention(
+    q: Array,
+    cache: Array,
+    tiles: Tiles,
+    table: Array,
+    base: Array,
+    at: Any,
+    sinks: Array | None = None,
+    *,
+    kv_heads: int,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> Array:
+    """Attend with q [T, q_heads, head_dim] over what the cache holds of each tile's row, up to each query's position.
+
+    cache [pages, page, kv_heads * 2 * head_dim]: of a head first the key, then the value. table int32[R, E], base
+    int32[R]: pages of a row, and the position of the first one's first token; at: what is added to pages (the first
+    page of a layer). sinks [q_heads]. -> [T, q_heads, head_dim]; tokens that are in no tile hold anything.
+    No tile holds more queries than the largest of blocks, by default what `blocks.tile` says for T tokens on this chip.
+    Cached tokens that no query of a tile sees may hold anything, NaN too. Raises ValueError for what can't be compiled.
+    """
+    form = Form(
+        q_heads=q.shape[1],
+        kv_heads=kv_heads,
+        head=q.shape[2],
+        page=cache.shape[1],
+        entries=table.shape[1],
+        scale=scale,
+        window=window,
+        cap=cap,
+    )
+    why = supports(
+        q_heads=form.q_heads,
+        kv_heads=kv_heads,
+        head=form.head,
+        page=form.page,
+        rows=table.shape[0],
+        entries=form.entries,
+        dtype=str(cache.dtype),
+        tokens=q.shape[0],
+    )
+    if why:
+        raise ValueError(f"attention: {why}")
+    blocks = blocks or choose(form, q.shape[0], cache.dtype.itemsize, chip())
+    form = replace(form, blocks=blocks)
+    kind = jnp.promote_types(q.dtype, cache.dtype)
+    spread = _spread(form, q)
+    most, rows, depth = blocks.queries[-1], form.rows, form.fold * form.lanes
+    held = form.products * rows
+    stat = pltpu.VMEM((form.products, most * rows, LANES), jnp.float32)
+    call = pl.pallas_call(
+        lambda *refs: kernel(form, Refs(*refs)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=8,
+            grid=(1,),
+            in_specs=[
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec((held, LANES), lambda *_: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[
+                pltpu.VMEM((2, most, held, form.lanes), q.dtype),
+                pltpu.VMEM((2, blocks.keys, form.line), cache.dtype),
+                pltpu.VMEM((2, most, held, form.lanes), q.dtype),
+                pltpu.VMEM((form.products, most * rows, depth), kind),
+                stat,
+                stat,
+                pltpu.VMEM((form.products, most * rows, depth), jnp.float32),
+                pltpu.SemaphoreType.DMA((3, 2)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(spread.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=chip().vmem * 3 // 4),
+        cost_estimate=cost(form, q.shape[0], tiles.row.shape[0], cache.dtype.itemsize, q.dtype.itemsize),
+        interpret=interpret,
+        name="attention",
+    )
+    numbers = [x.astype(jnp.int32) for x in (tiles.row, tiles.token, tiles.count, tiles.position)]
+    total, first = (jnp.asarray(x, jnp.int32).reshape(1) for x in (tiles.total, at))
+    out = call(*numbers, total, first, table.reshape(-1), base, spread, cache, _sink(form, sinks))
+    return _gather(form, out)
+
+
+def cost(form: Form, tokens: int, tiles: int, cached: int, size: int) -> pl.CostEstimate:
+    """What a call costs whose tiles reach half of their table (or window). cached, size: bytes of a number."""
+    reach = min(form.entries * form.page // 2, form.window or form.entries * form.page)
+    scores = tokens * form.q_heads * reach
+    return pl.CostEstimate(
+        flops=4 * scores * form.head,
+        transcendentals=scores,
+        bytes_accessed=tiles * reach * form.line * cached + 2 * tokens * form.q_heads * form.head * size,
+    )
+
+
+def _spread(form: Form, q: Array) -> Array:
+    """q [T, q_heads, head] with a head's lanes and a product's rows padded: [T, products * rows, lanes]."""
+    q = q.reshape(q.shape[0], form.products, form.fold * form.group, form.head)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, form.rows - q.shape[2]), (0, form.lanes - form.head)))
+    return q.reshape(q.shape[0], -1, form.lanes)
+
+
+def _gather(form: Form, out: Array) -> Array:
+    """The inverse; a head's values are the last of its lanes."""
+    out = out.reshape(out.shape[0], form.products, form.rows, form.lanes)
+    out = out[:, :, : form.fold * form.group, form.lanes - form.head :]
+    return out.reshape(out.shape[0], form.q_heads, form.head)
+
+
+def _sink(form: Form, sinks: Array | None) -> Array:
+    """Of each row of a query its sink as a score in bits, float32[products * rows, LANES]."""
+    if sinks is None:
+        flat = jnp.full((form.products, form.rows), FAR, jnp.float32)
+    else:
+        flat = sinks.astype(jnp.float32).reshape(form.products, -1) * log2(e)
+        flat = jnp.pad(flat, ((0, 0), (0, form.rows - flat.shape[1])))
+    return jnp.broadcast_to(flat.reshape(-1, 1), (flat.size, LANES))

@@ -1,0 +1,49 @@
+"""Block sizes of attention, as data by chip, and what they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernels_pallas.chip import Chip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """queries: sizes of tiles, rising; a tile runs as the smallest that holds it. keys: of one turn of the loop."""
+
+    queries: tuple[int, ...]
+    keys: int
+
+
+SMALL = 1, 8
+"""Sizes for rows that decode, and that verify drafts."""
+LARGE = {"v5e": 64, "v5p": 64, "v6e": 64, "7x": 64, "interpreted": 8}
+"""Chip -> queries of a tile of a prompt."""
+KEYS = {"v5e": 512, "v5p": 512, "v6e": 512, "7x": 512, "interpreted": 128}
+"""Chip -> keys of a block, before it is cut to fit."""
+LEAST = 128
+"""Keys of the smallest block: the lanes of a register."""
+
+
+def tile(tokens: int, on: Chip) -> int:
+    """Queries of the largest tile of a step with up to `tokens` tokens."""
+    return max(size for size in (*SMALL, LARGE.get(on.name, 64)) if size <= tokens)
+
+
+def pick(tokens: int, on: Chip, *, line: int, size: int, fixed: int, each: int) -> Blocks | None:
+    """The blocks for a call with up to `tokens` tokens; None where not even the smallest fit.
+
+    line, size: numbers of a token in the cache, and bytes of one. Beside keys, buffers take `fixed` bytes for each
+    query of the largest tile, and `each` for each query and key.
+    """
+    most, keys = tile(tokens, on), KEYS.get(on.name, 256)
+    while keys > LEAST and need(most, keys, line, size, fixed, each) > on.vmem // 2:
+        keys //= 2
+    if need(most, keys, line, size, fixed, each) > on.vmem // 2:
+        return None
+    return Blocks(queries=(*(n for n in SMALL if n < most), most), keys=keys)
+
+
+def need(most: int, keys: int, line: int, size: int, fixed: int, each: int) -> int:
+    """Bytes of VMEM that a call takes, as `pick` counts them."""
+    return 2 * keys * line * size + most * (fixed + keys * each)

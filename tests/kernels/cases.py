@@ -1,0 +1,178 @@
+"""Random ragged cases for attention and KV write, with plain float64 references; and how faults are planted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).parents[2]
+PAGE, ENTRIES, ROWS, TOKENS = 16, 24, 6, 24
+INTERPRET = pltpu.InterpretParams(detect_races=True)
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a kernel is compiled for."""
+
+    q_heads: int
+    kv_heads: int
+    head: int
+    dtype: str
+    window: int | None = None
+    cap: float | None = None
+    sinks: bool = False
+
+
+KINDS = {
+    "grouped": Kind(q_heads=8, kv_heads=2, head=128, dtype="bfloat16"),
+    "window, sinks": Kind(q_heads=4, kv_heads=2, head=64, dtype="bfloat16", window=20, sinks=True),
+    "float32": Kind(q_heads=2, kv_heads=2, head=128, dtype="float32"),
+    "cap, odd group": Kind(q_heads=3, kv_heads=1, head=64, dtype="float32", cap=3.0),
+    "wide, window": Kind(q_heads=8, kv_heads=1, head=256, dtype="float32", window=33),
+}
+
+
+class Row(NamedTuple):
+    """length: queries, the last positions of the row; before: positions cached before them."""
+
+    length: int
+    before: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A step on one layer. Pages that nobody may read hold NaN, and so do places past a row's end.
+
+    keys, values: of each row [positions, kv_heads, head]; those outside of a window are NaN.
+    """
+
+    kind: Kind
+    rows: list[Row]
+    q: Array
+    keys: list[Array]
+    values: list[Array]
+    sinks: Array
+    cache: Array
+    table: Array
+    base: Array
+    at: int
+    tiles: Array
+    total: int
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """What is left of x in a dtype."""
+    return np.array(jnp.asarray(x, dtype).astype(jnp.float32))
+
+
+def draw_rows(draw: np.random.Generator) -> list[Row]:
+    """Rows that are empty, decode, verify drafts at the end of a long text or read a prompt; many at a page's edge."""
+    rows, left = [], TOKENS
+    for _ in range(ROWS):
+        length = int(min(left, draw.choice([0, 1, 1, 1, 2, 4, draw.integers(1, 18)])))
+        before = int(draw.choice([0, PAGE * draw.integers(0, 20) - min(length, 1) * draw.integers(-1, 2), 300]))
+        rows.append(Row(length, max(before, 0)))
+        left -= length
+    return rows
+
+
+def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None) -> Case:
+    """most: queries of a tile."""
+    draw = np.random.default_rng(seed)
+    rows = rows or draw_rows(draw)
+    count = ROWS * ENTRIES + 2
+    names, used = draw.permutation(count), 0
+    cache = np.full((2 * count, PAGE, kind.kv_heads * 2 * kind.head), np.nan, np.float32)
+    table, base = draw.integers(0, count, (ROWS, ENTRIES)), np.zeros(ROWS, np.int64)
+    keys, values, tiles, token = [], [], [], 0
+    for r, (length, before) in enumerate(rows):
+        shape = length + before, kind.kv_heads, kind.head
+        k, v = (rounded(draw.normal(size=shape).astype(np.float32), kind.dtype) for _ in range(2))
+        low = max(0, before - kind.window + 1) if kind.window else 0
+        k[:low] = v[:low] = np.nan
+        base[r] = low // PAGE * PAGE
+        for entry in range(-(-(length + before - base[r]) // PAGE) if length else 0):
+            page, at = count + names[used], base[r] + entry * PAGE
+            lines = np.stack([k[at : at + PAGE], v[at : at + PAGE]], 2)
+            cache[page, : len(lines)] = lines.reshape(len(lines), -1)
+            table[r, entry], used = names[used], used + 1
+        keys.append(k)
+        values.append(v)
+        tiles += [(r, token + i, min(most, length - i), before + i) for i in range(0, length, most)]
+        token += length
+    listed = np.full((TOKENS, 4), 10**6)
+    listed[: len(tiles)] = np.reshape(tiles, (-1, 4))
+    return Case(
+        kind=kind,
+        rows=rows,
+        q=rounded(draw.normal(size=(TOKENS, kind.q_heads, kind.head)).astype(np.float32), kind.dtype),
+        keys=keys,
+        values=values,
+        sinks=draw.normal(size=kind.q_heads).astype(np.float32),
+        cache=cache,
+        table=table.astype(np.int32),
+        base=base.astype(np.int32),
+        at=count,
+        tiles=listed.astype(np.int32),
+        total=len(tiles),
+    )
+
+
+def want(case: Case) -> Array:
+    """Attention, written to be read, in float64: [tokens that are fed, q_heads, head]."""
+    kind, out = case.kind, []
+    for (length, before), k, v in zip(case.rows, case.keys, case.values, strict=True):
+        for i in range(length):
+            end = before + i + 1
+            seen = slice(max(0, end - kind.window) if kind.window else 0, end)
+            line = []
+            for h in range(kind.q_heads):
+                g = h * kind.kv_heads // kind.q_heads
+                query = case.q[len(out), h].astype(np.float64)
+                s = k[seen, g].astype(np.float64) @ query * kind.head**-0.5
+                s = kind.cap * np.tanh(s / kind.cap) if kind.cap else s
+                s = np.append(s, case.sinks[h]) if kind.sinks else s
+                p = np.exp(s - s.max())
+                line.append((p / p.sum())[: end - seen.start] @ v[seen, g].astype(np.float64))
+            out.append(np.stack(line))
+    return np.stack(out) if out else np.zeros((0, kind.q_heads, kind.head))
+
+
+def races() -> bool:
+    """Whether the interpreter found one in its last call."""
+    found: Any = import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call").races
+    return bool(found.races_found)
+
+
+@contextmanager
+def planted(module: str, old: str, new: str, *above: str) -> Iterator[ModuleType]:
+    """The last of `above` (or the module), loaded anew over `module` with a line changed, for a while."""
+    names = [module, *above]
+    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    try:
+        for name in names:
+            path = ROOT / (name.replace(".", "/") + ".py")
+            made = module_from_spec(spec_from_loader(name, SourceFileLoader(name, str(path))))  # type: ignore[arg-type]
+            source = path.read_text()
+            if name == module:
+                assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {path}"
+                source = source.replace(old, new)
+            sys.modules[name] = made
+            exec(compile(source, str(path), "exec"), made.__dict__)
+        yield made
+    finally:
+        sys.modules.update(kept)

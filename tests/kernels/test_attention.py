@@ -1,0 +1,240 @@
+"""Attention and KV write, interpreted with race detection against plain references; planted faults are caught."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import attention as ours
+from kernels_pallas import kv_write
+from kernels_pallas.blocks import Blocks
+from kernels_pallas.chip import Chip
+from tests.kernels.cases import (
+    ENTRIES,
+    INTERPRET,
+    KINDS,
+    PAGE,
+    ROWS,
+    TOKENS,
+    Case,
+    Kind,
+    Row,
+    make,
+    races,
+    rounded,
+    want,
+)
+
+BLOCKS = Blocks(queries=(1, 4, 8), keys=128)
+ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128)
+"""The same body once: it compiles sooner."""
+SMALL = Chip(name="v5e", vmem=16 << 20, smem=1 << 20)
+FITS: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head": 128, "page": 16, "rows": 64, "entries": 512}
+
+
+@cache
+def program(kind: Kind) -> Any:
+    return jax.jit(partial(call, ours, kind))
+
+
+def call(
+    module: ModuleType, kind: Kind, q: Any, lines: Any, tiles: Any, total: Any, *rest: Any, blocks: Blocks = BLOCKS
+) -> Any:
+    table, base, at, sinks = rest
+    return module.attention(
+        q,
+        lines,
+        module.Tiles(*tiles.T, total),
+        table,
+        base,
+        at,
+        sinks if kind.sinks else None,
+        kv_heads=kind.kv_heads,
+        scale=kind.head**-0.5,
+        window=kind.window,
+        cap=kind.cap,
+        blocks=blocks,
+        interpret=INTERPRET,
+    )
+
+
+def given(case: Case) -> tuple[Any, ...]:
+    kind = case.kind.dtype
+    arrays = jnp.asarray(case.q, kind), jnp.asarray(case.cache, kind)
+    return *arrays, case.tiles, np.int32(case.total), case.table, case.base, np.int32(case.at), case.sinks
+
+
+def worst(case: Case, out: Any) -> float:
+    """The largest difference from the reference; infinite where the kernel raced or made NaN."""
+    right = want(case)
+    got = np.asarray(out.astype(jnp.float32))[: len(right)]
+    if races() or not np.isfinite(got).all():
+        return np.inf
+    return float(np.abs(got - right).max(initial=0))
+
+
+def limit(kind: Kind) -> float:
+    return 2e-2 if kind.dtype == "bfloat16" else 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", KINDS)
+def test_attention_is_the_reference(name: str, seed: int) -> None:
+    case = make(KINDS[name], seed, BLOCKS.queries[-1])
+    assert worst(case, program(case.kind)(*given(case))) < limit(case.kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 140))
+@pytest.mark.parametrize("name", KINDS)
+def test_attention_is_the_reference_more_often(name: str, seed: int) -> None:
+    test_attention_is_the_reference(name, seed)
+
+
+def test_no_rows_and_the_edges_of_pages() -> None:
+    kind = KINDS["float32"]
+    edges = [Row(0, 40), Row(1, PAGE - 1), Row(1, PAGE), Row(4, 127), Row(9, 128), Row(1, 0)]
+    for rows in ([Row(0, 0)] * ROWS, edges):
+        case = make(kind, 7, BLOCKS.queries[-1], rows)
+        assert worst(case, program(kind)(*given(case))) < limit(kind)
+
+
+FAULTS = {
+    "keys are not waited for": ("_fetch(form, r, i, b, half, start=False)", "pass"),
+    "output is overwritten while it is copied": ("_give(r, i - 2, start=False)", "pass"),
+    "blocks go to one buffer": ("into = r.keys.at[half,", "into = r.keys.at[0,"),
+    "page off by one": ("source = r.table[entry + p] + r.at[0]", "source = r.table[entry + p + 1] + r.at[0]"),
+    "what nobody sees is not cleared": ("_clear(form, r, i, b, half)\n", "pass\n"),
+    "a query does not see itself": ("seen = key <= query", "seen = key < query"),
+}
+LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault: str) -> None:
+    from tests.kernels.cases import planted
+
+    case = make(KINDS["float32"], 5, BLOCKS.queries[-1], LONG)
+    with planted("kernels_pallas.ragged", *FAULTS[fault], "kernels_pallas.attention") as broken:
+        assert caught(case, broken)
+
+
+def caught(case: Case, broken: ModuleType) -> bool:
+    try:
+        return worst(case, call(broken, case.kind, *given(case), blocks=ONE)) > limit(case.kind)
+    except (IndexError, jax.errors.JaxRuntimeError) as error:  # a page that isn't there
+        return "out of bounds" in str(error) or "Out-of-bounds" in str(error)
+
+
+def pages(draw: np.random.Generator) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Pages that a step writes (page, token in its first place, places [first, last)) and its tokens."""
+    names, items, token = draw.permutation(40), [], 0
+    for length in draw.choice([0, 1, 1, 1, 2, 9, PAGE, 2 * PAGE + 3], 8):
+        before = int(draw.integers(0, 3 * PAGE))
+        if token + length > 64:
+            break
+        for at in range(before // PAGE * PAGE, before + length if length else 0, PAGE):
+            first, last = max(before - at, 0), min(before + length - at, PAGE)
+            items.append((int(names[len(items)]), token + at - before, first, last))
+        token += length
+    items.insert(len(items) // 2, (-1, 0, 0, PAGE))
+    return items, token
+
+
+def write(module: ModuleType, dtype: str, seed: int) -> tuple[Any, np.ndarray[Any, Any]]:
+    """What the kernel makes of a random cache, and what it should be."""
+    draw = np.random.default_rng(seed)
+    held, lines = (rounded(draw.normal(size=s).astype(np.float32), dtype) for s in ((90, PAGE, 256), (64, 256)))
+    items, _ = pages(draw)
+    right = held.copy()
+    for page, token, first, last in items:
+        if page >= 0:
+            right[45 + page, first:last] = lines[token + first : token + last]
+    listed = np.full((48, 4), 10**6, np.int32)
+    listed[: len(items)] = items
+    spots = module.Spots(*listed.T, np.int32(len(items)))
+    got = write_program(module, dtype)(jnp.asarray(lines, dtype), jnp.asarray(held, dtype), spots, np.int32(45))
+    return got, right
+
+
+@cache
+def write_program(module: ModuleType, dtype: str) -> Any:
+    return jax.jit(partial(module.write, interpret=INTERPRET))
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lines_are_written_where_they_belong_and_nowhere_else(dtype: str, seed: int) -> None:
+    got, right = write(kv_write, dtype, seed)
+    assert not races()
+    assert np.array_equal(np.asarray(got.astype(jnp.float32)), right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_lines_are_written_more_often(seed: int) -> None:
+    test_lines_are_written_where_they_belong_and_nowhere_else(("float32", "bfloat16")[seed % 2], seed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("_read(page, r, i, start=False)", "pass"),
+        ("_write(r, then - RING, start=False)", "pass"),
+        ("(page + STEP - shift)", "(page + STEP - shift + 1)"),
+        ("r.cache.at[r.page[i] + r.at[0]], r.done.at[2, k]", "r.cache.at[r.page[i] + r.at[0] + 1], r.done.at[2, k]"),
+    ],
+    ids=["pages are not waited for", "a buffer is reused too soon", "lines off by one", "page off by one"],
+)
+def test_a_planted_fault_in_writing_is_caught(old: str, new: str) -> None:
+    from tests.kernels.cases import planted
+
+    with planted("kernels_pallas.kv_write", old, new) as broken:
+        for seed in range(4):
+            got, right = write(broken, "float32", seed)
+            if races() or not np.array_equal(np.asarray(got), right):
+                return
+    raise AssertionError("nobody noticed")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dtype": "int4"}, "int4"),
+        ({"head": 96}, "head 96"),
+        ({"page": 8}, "pages of 8"),
+        ({"kv_heads": 5}, "5 kv heads"),
+        ({"rows": 256, "entries": 8192}, "SMEM"),
+        ({"drafts": "tree"}, "tree"),
+        ({"kv_heads": 32, "head": 512}, "VMEM"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(change: dict[str, Any], why: str) -> None:
+    good = FITS | {"dtype": "bfloat16", "on": SMALL}
+    assert ours.supports(**good | {"on": Chip(name="v5e", vmem=128 << 20, smem=1 << 20)}) == ""
+    assert why in ours.supports(**good | change)
+
+
+def test_a_table_too_large_for_smem_raises() -> None:
+    q, lines = jnp.zeros((8, 8, 128)), jnp.zeros((4, PAGE, 2 * 128))
+    none = jnp.zeros(8, jnp.int32)
+    tiles = ours.Tiles(none, none, none, none, 0)
+    with pytest.raises(ValueError, match=r"page tables of 1000 rows x 1000 pages take .* SMEM"):
+        ours.attention(q, lines, tiles, jnp.zeros((1000, 1000), jnp.int32), none, 0, kv_heads=1, scale=1.0)
+
+
+def test_sizes_of_cases() -> None:
+    """Cases hold what the names of the tests say."""
+    rows = [row for seed in range(4) for row in make(KINDS["grouped"], seed, 8).rows]
+    assert any(r.length == 0 for r in rows)
+    assert any(r.length == 1 for r in rows)
+    assert any(r.length > 1 and r.before > PAGE for r in rows)
+    assert any((r.length + r.before) % PAGE == 0 and r.length for r in rows)
+    assert max(r.length + r.before for r in rows) <= ENTRIES * PAGE
+    assert sum(r.length for r in rows[:ROWS]) <= TOKENS

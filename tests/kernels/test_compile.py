@@ -1,0 +1,108 @@
+"""The kernels compile for every chip, with no TPU here, and copy no cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radixmesh.bench.kernels import TOPOLOGY, loops
+
+ROOT = Path(__file__).parents[2]
+SHAPES = {
+    "decode": (16, 32, 8, 128, "bfloat16", None),
+    "64 and window": (64, 8, 2, 64, "bfloat16", 128),
+    "float32": (8, 4, 2, 128, "float32", None),
+    "one of eight devices": (16, 4, 1, 128, "bfloat16", None),
+}
+"""Tokens, q heads, kv heads, head, dtype of the cache, window."""
+
+
+def compile_all(chip: str, names: list[str]) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from kernels_pallas import attention, kv_write
+
+    mesh = Mesh(np.array(topologies.get_topology_desc(TOPOLOGY[chip], "tpu").devices[:1]), ("x",))
+    out: dict[str, Any] = {}
+    for name in names:
+        tokens, q_heads, kv_heads, head, dtype, window = SHAPES[name]
+
+        def of(*dims: int, kind: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct(dims, kind, sharding=NamedSharding(mesh, PartitionSpec()))
+
+        attend = partial(attention.attention, kv_heads=kv_heads, scale=1.0, window=window)
+
+        def step(q: Any, lines: Any, cache: Any, tiles: Any, spots: Any, *rest: Any, attend: Any = attend) -> Any:
+            cache = kv_write.write(lines, cache, spots, rest[-1])
+            return attend(q, cache, tiles, *rest), cache
+
+        line, many, one = kv_heads * 2 * head, of(tokens), of()
+        with jax.set_mesh(mesh):
+            compiled = (
+                jax.jit(step, donate_argnums=2)
+                .lower(
+                    of(tokens, q_heads, head, kind=dtype),
+                    of(tokens, line, kind=dtype),
+                    of(512, 16, line, kind=dtype),
+                    attention.Tiles(many, many, many, many, one),
+                    kv_write.Spots(many, many, many, many, one),
+                    of(16, 64),
+                    of(16),
+                    one,
+                )
+                .compile()
+            )
+        memory = compiled.memory_analysis()
+        out[name] = {
+            "cache": 512 * 16 * line * jnp.dtype(dtype).itemsize,
+            "alias": memory.alias_size_in_bytes,
+            "temp": memory.temp_size_in_bytes,
+        }
+    return out
+
+
+@pytest.mark.parametrize("chip", TOPOLOGY)
+def test_kernels_compile_and_copy_no_cache(chip: str) -> None:
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock is for real chips
+    }
+    command = [sys.executable, "-m", "tests.kernels.test_compile", chip, *SHAPES]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, size in json.loads(done.stdout.splitlines()[-1]).items():
+        assert size["alias"] == size["cache"], f"{name}: the donation of the cache is lost: {size}"
+        assert size["temp"] < size["cache"] // 4, f"{name}: {size}"
+
+
+def test_loops_are_read_from_a_schedule() -> None:
+    text = """
+ 0x1   :  { %a = sld }
+ 0x2 LB: > { %b = sld ;; %7 = dma.hbm_to_vmem }
+ 0x3   : > { %c = vst [vmem:[#allocation1_spill]] %v }
+ 0x4 LB: >> { %d = vmatmul.f32 %v }
+ 0x5   : > { %e = sadd }
+ 0x6   :  { %f = halt }
+"""
+    found = {loop.depth: loop for loop in loops(text)}
+    assert (found[2].bundles, found[2].products) == (1, 1)
+    assert (found[1].bundles, found[1].copies, found[1].spills) == (3, 1, 1)
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1], sys.argv[2:])))
