@@ -14,11 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.chip import Chip, chip
 from kernels_pallas.product import NARROW, SIDE, By, blocks_of, budget, mixed, multiply, multiply_blocks, padded
 
+SIZES = ((16, 32, 2048), (64, 128, 2048), (1 << 30, 256, 2048))
 BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "v5e": ((16, 32, 768), (128, 128, 768), (1 << 30, 256, 512)),
-    "v5p": ((16, 32, 768), (128, 128, 768), (1 << 30, 256, 512)),
-    "v6e": ((16, 32, 768), (128, 128, 768), (1 << 30, 256, 512)),
-    "7x": ((16, 32, 768), (128, 128, 768), (1 << 30, 256, 512)),
+    "v5e": SIZES,
+    "v5p": SIZES,
+    "v6e": SIZES,
+    "7x": SIZES,
     "interpreted": ((1 << 30, 16, 128),),
 }
 """Chip -> (rows of a group on average, up to which; rows of a block; columns of a block), the first that holds."""
@@ -47,16 +48,18 @@ def visits(sizes: jax.Array, rows: int, tile: int) -> Visits:
 
     sizes int32[groups]: rows of each group. rows: of all.
     """
-    ends = jnp.cumsum(sizes)
-    first, last = (ends - sizes) // tile, (ends - 1) // tile
-    met = jnp.where(sizes > 0, last - first + 1, 0)
+    tiles, groups = -(-rows // tile), sizes.shape[0]
+    ends = jnp.cumsum(sizes).astype(jnp.int32)
+    first = (ends - sizes) // tile
+    met = jnp.where(sizes > 0, (ends - 1) // tile - first + 1, 0)
     until = jnp.cumsum(met)
-    most = min(-(-rows // tile) + sizes.shape[0] - 1, rows)
-    i = jnp.minimum(jnp.arange(most, dtype=jnp.int32), jnp.maximum(until[-1] - 1, 0))
-    group = jnp.minimum(jnp.searchsorted(until, i, side="right").astype(jnp.int32), sizes.shape[0] - 1)
-    at = first[group] + i - (until[group] - met[group])
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends.astype(jnp.int32)])
-    return Visits(group, jnp.clip(at, 0, -(-rows // tile) - 1).astype(jnp.int32), starts, until[-1].astype(jnp.int32))
+    i = jnp.minimum(jnp.arange(min(tiles + groups - 1, rows)), jnp.maximum(until[-1] - 1, 0)).astype(jnp.int32)
+    # sums over [visits, groups] instead of searches and look-ups, which cost a TPU more than all else here
+    group = jnp.minimum((until[None] <= i[:, None]).sum(1, dtype=jnp.int32), groups - 1)
+    mine = group[:, None] == jnp.arange(groups)[None]
+    at = i + jnp.where(mine, (first - until + met)[None], 0).sum(1, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    return Visits(group, jnp.clip(at, 0, tiles - 1), starts, until[-1].astype(jnp.int32))
 
 
 def vmem(blocks: Blocks, inner: int, x: Any, w: Any) -> int:
