@@ -118,8 +118,8 @@ def local_bytes(param: Param, kind: str, mesh: MeshSpec, itemsize: int) -> int:
 
 
 def quantise(w: NDArray[Any], kind: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """w [*lead, out, in], finite, of any float -> the nearest numbers of `kind`, ties to even, and float32 scales: of each row,
-    [*lead, 1, out], or each block, [*lead, out / SIDE, in / SIDE] rounded up.
+    """w [*lead, out, in], finite, of any float -> the nearest numbers of `kind`, ties to even, and float32 scales: of
+    each row, [*lead, 1, out], or each block, [*lead, out / SIDE, in / SIDE] rounded up.
 
     A scale is the largest magnitude of what it scales divided by MOST, in float32; 1 where all is 0.
     """

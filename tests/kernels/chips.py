@@ -60,13 +60,13 @@ def quantised(rows: int, inner: int, columns: int, by: str, narrow: Any, kind: A
 
 
 SMALL: dict[str, Case] = {
-    "grouped": grouped(40, 5, 256, 300),
+    "grouped": grouped(40, 5, 256, 304),
     "grouped float32": grouped(40, 5, 256, 384, F32),
-    "grouped, no line whole": grouped(40, 5, 200, 300),
+    "grouped, nothing whole": grouped(40, 5, 200, 300),
     "grouped int8": grouped_narrow(40, 5, 256, 384, "row", INT8),
-    "quantised int8": quantised(9, 256, 300, "row", INT8),
+    "quantised int8": quantised(9, 256, 320, "row", INT8),
     "quantised float32": quantised(9, 256, 384, "row", INT8, F32),
-    "quantised fp8": quantised(9, 256, 300, "block", FP8),
+    "quantised fp8": quantised(9, 256, 320, "block", FP8),
 }
 LARGE: dict[str, Case] = {
     "experts decode up": grouped(512, 128, 2048, 768),

@@ -97,15 +97,16 @@ def test_quantised_matrices_of_one_layer(draw: Draw, by: str) -> None:
 
 def test_every_block_meets_its_groups(draw: Draw) -> None:
     """The plan against a search by hand."""
-    for _ in range(50):
-        rows, groups, tile = (int(n) for n in draw.integers((1, 1, 1), (60, 12, 20)))
-        sizes = sizes_of(draw, groups, rows)
-        owner = np.repeat(np.arange(groups), sizes)
-        met = [(t, int(e)) for t in range(-(-rows // tile)) for e in np.unique(owner[t * tile : (t + 1) * tile])]
-        plan = visits(jnp.asarray(sizes), rows, tile)
-        assert int(plan.count) == len(met) <= len(plan.group)
-        assert list(zip(plan.tile.tolist(), plan.group.tolist(), strict=True))[: len(met)] == met
-        assert plan.starts.tolist() == [0, *np.cumsum(sizes)]
+    for rows, groups, tile in ((1, 1, 16), (60, 11, 16), (33, 5, 7)):
+        run = jax.jit(lambda sizes, rows=rows, tile=tile: visits(sizes, rows, tile))
+        for _ in range(20):
+            sizes = sizes_of(draw, groups, rows)
+            owner = np.repeat(np.arange(groups), sizes)
+            met = [(t, int(e)) for t in range(-(-rows // tile)) for e in np.unique(owner[t * tile : (t + 1) * tile])]
+            plan = run(sizes)
+            assert int(plan.count) == len(met) <= len(plan.group)
+            assert list(zip(plan.tile.tolist(), plan.group.tolist(), strict=True))[: len(met)] == met
+            assert plan.starts.tolist() == [0, *np.cumsum(sizes)]
 
 
 FAULTS: dict[str, Callable[[Any], Any]] = {
@@ -157,7 +158,7 @@ def compiled() -> dict[str, dict[str, dict[str, int]]]:
 def test_both_kernels_compile(compiled: dict[str, dict[str, dict[str, int]]], chip: str) -> None:
     for name, size in compiled[chip].items():
         assert size["kernels"] == 1, name
-        if "no line whole" not in name:  # XLA for v5p lays such arrays out otherwise, and copies them
+        if "nothing whole" not in name:  # XLA lays arrays whose lines are no multiple of 8 out otherwise, and copies
             assert size["temp"] < 1 << 20, (name, size)
 
 
