@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DUMP = Path(tempfile.mkdtemp())
+HELD = tempfile.TemporaryDirectory()
+DUMP = Path(HELD.name)
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",

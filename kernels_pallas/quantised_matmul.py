@@ -14,11 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.chip import Chip, chip
 from kernels_pallas.product import SIDE, By, blocks_of, budget, mixed, multiply, multiply_blocks, padded
 
+SIZES = ((128, 128, 256), (1 << 30, 512, 512))
 BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "v5e": ((128, 128, 512), (1 << 30, 512, 512)),
-    "v5p": ((128, 128, 512), (1 << 30, 512, 512)),
-    "v6e": ((128, 128, 512), (1 << 30, 512, 512)),
-    "7x": ((128, 128, 512), (1 << 30, 512, 512)),
+    "v5e": SIZES,
+    "v5p": SIZES,
+    "v6e": SIZES,
+    "7x": SIZES,
     "interpreted": ((1 << 30, 32, 128),),
 }
 """Chip -> (rows, up to which; rows of a block; columns of a block), the first that holds."""

@@ -63,9 +63,9 @@ SMALL: dict[str, Case] = {
     "grouped": grouped(40, 5, 256, 304),
     "grouped float32": grouped(40, 5, 256, 384, F32),
     "grouped, nothing whole": grouped(40, 5, 200, 300),
-    "grouped int8": grouped_narrow(40, 5, 256, 384, "row", INT8),
-    "quantised int8": quantised(9, 256, 320, "row", INT8),
-    "quantised float32": quantised(9, 256, 384, "row", INT8, F32),
+    "grouped int8": grouped_narrow(8, 5, 256, 384, "row", INT8),
+    "quantised int8": quantised(1, 256, 320, "row", INT8),
+    "quantised float32": quantised(8, 256, 384, "row", INT8, F32),
     "quantised fp8": quantised(9, 256, 320, "block", FP8),
 }
 LARGE: dict[str, Case] = {
