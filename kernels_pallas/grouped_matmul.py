@@ -14,12 +14,13 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.chip import Chip, chip
 from kernels_pallas.product import NARROW, SIDE, By, blocks_of, budget, mixed, multiply, multiply_blocks, padded
 
-SIZES = ((16, 32, 2048), (64, 128, 2048), (1 << 30, 256, 2048))
+V5 = ((16, 32, 2048), (1 << 30, 128, 2048))
+V6 = ((16, 32, 2048), (64, 128, 2048), (1 << 30, 256, 2048))
 BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "v5e": SIZES,
-    "v5p": SIZES,
-    "v6e": SIZES,
-    "7x": SIZES,
+    "v5e": V5,
+    "v5p": V5,
+    "v6e": V6,
+    "7x": V6,
     "interpreted": ((1 << 30, 16, 128),),
 }
 """Chip -> (rows of a group on average, up to which; rows of a block; columns of a block), the first that holds."""

@@ -19,7 +19,7 @@ BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "v5e": SIZES,
     "v5p": SIZES,
     "v6e": SIZES,
-    "7x": SIZES,
+    "7x": ((128, 128, 512), (1 << 30, 512, 512)),
     "interpreted": ((1 << 30, 32, 128),),
 }
 """Chip -> (rows, up to which; rows of a block; columns of a block), the first that holds."""
