@@ -288,7 +288,10 @@ def test_bfloat16_stays_near_float32(dtype: str, cache: str) -> None:
     seen = []
     for host in (narrow, Host(reference, taps=("logits",))):
         text = host.open()
-        parts = [host.run([(text, host.row(text, part))]).taps["logits"] for part in (prompt(14), prompt(9, seed=2), prompt(1, seed=3))]
+        parts = [
+            host.run([(text, host.row(text, part))]).taps["logits"]
+            for part in (prompt(14), prompt(9, seed=2), prompt(1, seed=3))
+        ]
         seen.append(np.concatenate(parts))
     assert 1e-4 < np.abs(seen[0] - seen[1]).mean() < 0.05 * seen[1].std()
 
