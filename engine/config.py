@@ -23,6 +23,7 @@ MOST_BUCKETS = 12
 BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
+QUANTISE = ("none", "int8", "fp8")
 POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
@@ -33,7 +34,8 @@ class Resolved:
     """What was decided. Backends and scheduler read this and nothing else; `resolve` makes it, with its decisions.
 
     backend: "jax", "torch" or "reference". platform: "cpu", "gpu" or "tpu". dtype: of weights and activations;
-    cache_dtype: of keys and values ("float32" or "bfloat16"). page: tokens per page; pages: pages of each cache group.
+    cache_dtype: of keys and values ("float32" or "bfloat16"). quantise: what the layers' matrices are
+    kept in, "none", "int8" or "fp8" (engine.model.quant). page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
     policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
@@ -71,6 +73,7 @@ class Resolved:
     mesh: MeshSpec = field(default_factory=MeshSpec)
     devices: int = 1
     deterministic: bool = False
+    quantise: str = "none"
     stack: str = "list"
     programs: str = ""
     bundle: str = ""
@@ -154,10 +157,12 @@ def _key(check: Check, default: Any) -> Any:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """path: a model's folder; None is the demo model that comes with the package. dtype: of weights and activations.
-    max_len: positions (prompt and answer) a request may reach."""
+    quantise: keep the matrices of attention and feed-forward in 8 bits: "int8", with a scale for each output, or "fp8",
+    with one for each 128 x 128. max_len: positions (prompt and answer) a request may reach."""
 
     path: str | None = _key(_text, None)
     dtype: str = _key(_one_of(DTYPES), "auto")
+    quantise: str = _key(_one_of(QUANTISE), "none")
     max_len: int | None = _key(_or_auto(_whole(2)), None)
 
 

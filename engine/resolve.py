@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from engine.errors import ConfigError
 from engine.mesh import AXES, MeshSpec, shard_shape, share
 from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
 from engine.model.params import params
+from engine.model.quant import BY, local_bytes
 from engine.model.spec import ModelSpec
 
 GIB = 1 << 30
@@ -87,11 +87,12 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="mesh", value=mesh, why=_split(mesh, spec, device)),
         _devices(config, mesh, device),
         *_dtypes(config, spec, device),
+        _quantise(config, device),
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
     groups = local_groups(spec, config.cache.page, mesh)
-    weights = weight_bytes(spec, values["dtype"], mesh)
+    weights = weight_bytes(spec, values["dtype"], mesh, values["quantise"] if device.backend != "reference" else "none")
     weights += count_bytes(spec, config.sched.penalties, values["slots"])
     made += _lengths(config, spec, device, groups, weights, values)
     made += [
@@ -118,9 +119,9 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
     return Resolved(**{d.field: d.value for d in made}), made
 
 
-def weight_bytes(spec: ModelSpec, dtype: str, mesh: MeshSpec) -> int:
-    """Bytes of all parameters on one device."""
-    return sum(prod(shard_shape(p.shape, p.axes, mesh)) for p in params(spec).values()) * ITEMSIZE[dtype]
+def weight_bytes(spec: ModelSpec, dtype: str, mesh: MeshSpec, quantise: str = "none") -> int:
+    """Bytes of all parameters on one device, with the scales of those that are quantised."""
+    return sum(local_bytes(p, quantise, mesh, ITEMSIZE[dtype]) for p in params(spec).values())
 
 
 def count_bytes(spec: ModelSpec, penalties: bool, slots: int) -> int:
@@ -138,8 +139,9 @@ def local_groups(spec: ModelSpec, page: int, mesh: MeshSpec) -> tuple[CacheGroup
 def plan_memory(spec: ModelSpec, resolved: Resolved) -> Memory:
     """What weights and cache take on one device."""
     groups = local_groups(spec, resolved.page, resolved.mesh)
+    quantise = resolved.quantise if resolved.backend != "reference" else "none"
     return Memory(
-        weights=weight_bytes(spec, resolved.dtype, resolved.mesh),
+        weights=weight_bytes(spec, resolved.dtype, resolved.mesh, quantise),
         cache=tuple(n * g.page_bytes(resolved.cache_dtype) for n, g in zip(resolved.pages, groups, strict=True)),
         counts=count_bytes(spec, resolved.penalties, resolved.slots),
     )
@@ -214,6 +216,22 @@ def _dtypes(config: Config, spec: ModelSpec, device: Device) -> list[Decision]:
         Decision(field="dtype", value=dtype, why=why),
         Decision(field="cache_dtype", value=cache, why="cache.dtype"),
     ]
+
+
+def _quantise(config: Config, device: Device) -> Decision:
+    """Which numbers the layers' matrices are kept in."""
+    asked = config.model.quantise
+    if asked == "none":
+        return Decision(field="quantise", value="none", why="model.quantise: as wide as activations")
+    if device.backend == "torch":
+        raise ConfigError(
+            "model.quantise: not built in the torch backend yet; use jax, or leave it out", field="model.quantise"
+        )
+    each = "output" if BY[asked] == "row" else "128 x 128"
+    why = f"model.quantise: matrices of attention and feed-forward, a scale for each {each}"
+    if device.backend == "reference":
+        why += "; the reference computes with what they stand for, in float32"
+    return Decision(field="quantise", value=asked, why=why)
 
 
 def _steps(config: Config, device: Device) -> list[Decision]:

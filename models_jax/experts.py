@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.chip import INTERPRETED, chip
+from kernels_pallas.grouped_matmul import grouped_matmul, supports
 from models_jax import ops
 from models_jax.ops import Array
+from models_jax.quantised import Quantised
+from models_jax.stacked import Stacked, entry, plain, whole
+
+Matrices: TypeAlias = Array | Stacked | Quantised
+"""[E, out, in]: one matrix for each expert."""
 
 TILE = 16
 """Rows of one expert that a CPU multiplies at once."""
@@ -46,36 +53,52 @@ def spread(x: Array, order: Order) -> Array:
     return x[order.token]
 
 
-def multiply(rows: Array, w: Array, bias: Array | None, order: Order) -> Array:
+def multiply(rows: Array, w: Matrices, bias: Array | None, order: Order) -> Array:
     """rows [T*k, in], w [E, out, in] -> [T*k, out]: each row by the matrix of its expert."""
-    y = jax.lax.platform_dependent(rows, w, order.sizes, cpu=tiled, default=ragged)
+    y = grouped(rows, w, order.sizes)
+    if y is None:
+        y = jax.lax.platform_dependent(rows, w, order.sizes, cpu=tiled, default=ragged)
     return y if bias is None else y + bias[order.expert]
 
 
-def ragged(rows: Array, w: Array, sizes: Array) -> Array:
+def grouped(rows: Array, w: Matrices, sizes: Array) -> Array | None:
+    """`multiply` by a kernel, where a TPU is compiled for that has one for it."""
+    on, scaled = chip(), isinstance(w, Quantised)
+    body, layer = whole(w.body if scaled else w)
+    if on == INTERPRETED or supports(on, rows.shape[0], *body.shape[-3:], rows.dtype, body.dtype, scaled):
+        return None
+    if scaled:
+        return grouped_matmul(rows, body, sizes, whole(w.scale)[0], w.by, layer)
+    return grouped_matmul(rows, body, sizes, layer=layer)
+
+
+def ragged(rows: Array, w: Matrices, sizes: Array) -> Array:
     """`multiply` in one operation of XLA's, which on a CPU would multiply every row by every expert."""
+    matrices = w.dequantised().astype(rows.dtype) if isinstance(w, Quantised) else plain(w)
     dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
     y = jax.lax.ragged_dot_general(
-        rows, w, sizes, dims, precision=ops.precision(rows.dtype), preferred_element_type=jnp.float32
+        rows, matrices, sizes, dims, precision=ops.precision(rows.dtype), preferred_element_type=jnp.float32
     )
     return y.astype(rows.dtype)
 
 
-def tiled(rows: Array, w: Array, sizes: Array) -> Array:
+def tiled(rows: Array, w: Matrices, sizes: Array) -> Array:
     """`multiply` for CPUs: a loop over tiles of at most TILE rows of one expert, as many as there are."""
     count, tile = rows.shape[0], min(TILE, rows.shape[0])
     tiles = (sizes + tile - 1) // tile
     ends, first = jnp.cumsum(tiles), jnp.cumsum(sizes) - sizes
     padded = jnp.pad(rows, ((0, tile), (0, 0)))
+    scaled = isinstance(w, Quantised)
+    outputs = whole(w.body if scaled else w)[0].shape[-2]
 
     def one(i: Array, out: Array) -> Array:
         e = jnp.searchsorted(ends, i, side="right")
         at = first[e] + (i - (ends[e] - tiles[e])) * tile
         part = jax.lax.dynamic_slice_in_dim(padded, at, tile)
         # past its expert's rows a tile writes what the next tiles write again, or padding
-        return jax.lax.dynamic_update_slice_in_dim(out, ops.contract(part, w[e]), at, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, ops.contract(part, w.one(e) if scaled else entry(w, e)), at, 0)
 
-    empty = jnp.zeros((count + tile, w.shape[1]), rows.dtype)
+    empty = jnp.zeros((count + tile, outputs), rows.dtype)
     return jax.lax.fori_loop(0, ends[-1], one, empty)[:count]
 
 

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from engine.mesh import RULES
 from engine.model.spec import Norm
+from models_jax import quantised
+from models_jax.quantised import Quantised
 from models_jax.turned import Turned
 
 Array: TypeAlias = jax.Array
-Matrix: TypeAlias = jax.Array | Turned
+Matrix: TypeAlias = jax.Array | Turned | Quantised
 """A weight that is multiplied with."""
 
 
@@ -25,6 +27,8 @@ def precision(dtype: Any) -> jax.lax.Precision:
 
 def contract(x: Array, w: Matrix, out: Any = None) -> Array:
     """x [T, in] times w [out, in], or what was turned to [in, out], summed in float32 -> [T, out]."""
+    if isinstance(w, Quantised):
+        return quantised.multiply(x, w, precision(x.dtype)).astype(out or x.dtype)
     if isinstance(w, Turned) and x.dtype == jnp.bfloat16 and x.shape[0] == 1:
         # a CPU multiplies one row without its bfloat16 instructions: twelve times slower than two
         return contract(jnp.concatenate([x, x]), w, out)[:1]
@@ -45,6 +49,8 @@ def heads(x: Array, w: Matrix, bias: Array | None) -> Array:
     if isinstance(w, Turned):
         matrix: Matrix = Turned(body=w.body.reshape(w.body.shape[0], -1))
         count, size = w.body.shape[1:]
+    elif isinstance(w, Quantised):
+        matrix, count, size = w, -1, w.head
     else:
         matrix = w.reshape(-1, w.shape[-1])
         count, size = w.shape[:2]
@@ -56,6 +62,8 @@ def merge(o: Array, w: Matrix) -> Array:
     """o [T, heads, head_dim], w [hidden, heads, head_dim] -> [T, hidden]; a partial sum where heads are split."""
     if isinstance(w, Turned):
         return contract(o.reshape(o.shape[0], -1), Turned(body=w.body.reshape(-1, w.body.shape[-1])))
+    if isinstance(w, Quantised):
+        return contract(o.reshape(o.shape[0], -1), w)
     return contract(o.reshape(o.shape[0], -1), w.reshape(w.shape[0], -1))
 
 
@@ -108,7 +116,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def embed(tokens: Array, w: Matrix) -> Array:
+def embed(tokens: Array, w: jax.Array | Turned) -> Array:
     """tokens int32[T], w [vocab, hidden] -> [T, hidden]. A device looks up the part of the vocabulary that it holds."""
     size = w.body.shape[1] if isinstance(w, Turned) else w.shape[0]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from engine.model.groups import Place, places
 from engine.model.spec import Layer, ModelSpec
+from models_jax.stacked import Stacked
 
 Step: TypeAlias = tuple[jax.Array, Any, dict[str, jax.Array]]
 Body: TypeAlias = Callable[[Layer, Mapping[str, Any], jax.Array, Any, Place], Step]
@@ -21,7 +22,8 @@ Body: TypeAlias = Callable[[Layer, Mapping[str, Any], jax.Array, Any, Place], St
 
 def run(spec: ModelSpec, layers: Any, x: jax.Array, cache: Any, body: Body, taps: Sequence[str]) -> Step:
     """All layers, in order. layers: a list of trees, one a layer, is unrolled; a tuple of trees, one for each layer of
-    the repeating pattern with leaves stacked [repeats, ...], is scanned."""
+    the repeating pattern with leaves stacked [repeats, ...], is scanned. What is Stacked is not sliced but handed on
+    whole, with the layer's index in it."""
     return (_unrolled if isinstance(layers, list) else _scanned)(spec, layers, x, cache, body, taps)
 
 
@@ -40,16 +42,22 @@ def _scanned(
     at = places(spec)
     period, repeats = len(layers), len(spec.layers) // len(layers)
     stride = [sum(place.group == at[r].group for place in at[:period]) for r in range(period)]
+    leaves, tree = jax.tree.flatten(layers, is_leaf=lambda x: isinstance(x, Stacked))
+    sliced = [None if isinstance(leaf, Stacked) else leaf for leaf in leaves]
 
-    def once(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any]) -> tuple[tuple[jax.Array, Any], Any]:
-        (x, cache), (j, params), inners = carry, xs, []
+    def once(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, list[Any]]) -> tuple[tuple[jax.Array, Any], Any]:
+        (x, cache), (j, slices), inners = carry, xs, []
+        held = [
+            Stacked(body=a.body, layer=j) if isinstance(a, Stacked) else b for a, b in zip(leaves, slices, strict=True)
+        ]
+        params = jax.tree.unflatten(tree, held)
         for r in range(period):
             place = Place(at[r].group, at[r].rank + j * stride[r])
             x, cache, inner = body(spec.layers[r], params[r], x, cache, place)
             inners.append(inner if taps else {})
         return (x, cache), inners
 
-    (x, cache), ys = jax.lax.scan(once, (x, cache), (jnp.arange(repeats), layers))
+    (x, cache), ys = jax.lax.scan(once, (x, cache), (jnp.arange(repeats), sliced))
     found: dict[str, jax.Array] = {}
     for i in range(len(spec.layers)):
         found |= _wanted(i, {k: v[i // period] for k, v in ys[i % period].items()}, taps)

@@ -275,7 +275,7 @@ def lower_score(plan: Plan, tokens: int) -> jax.stages.Lowered:
     local = jax.shard_map(
         run,
         mesh=plan.mesh,
-        in_specs=(params.map_leaves(lambda leaf: leaf.spec, plan.leaves), whole, whole),
+        in_specs=(params.map_leaves(lambda leaf: leaf.hold(leaf.spec), plan.leaves), whole, whole),
         out_specs=whole,
         check_vma=False,
     )

@@ -36,7 +36,7 @@ class Plan:
     @property
     def leaves(self) -> params.Tree:
         """The parameter tree."""
-        return params.tree(self.spec, self.config.stack, self.config.platform)
+        return params.tree(self.spec, self.config.stack, self.config.platform, self.config.quantise)
 
 
 class Kept(NamedTuple):

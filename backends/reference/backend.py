@@ -26,6 +26,7 @@ from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError, StepRefused
 from engine.model.groups import Place, places
 from engine.model.params import params
+from engine.model.quant import Dequantised
 from engine.model.spec import Attention, ModelSpec
 from engine.model.weights import WeightSource
 
@@ -88,6 +89,8 @@ class ReferenceBackend:
         """Take weights, converted to the type that is computed in."""
         self._open()
         loaded = {}
+        if self.config.quantise != "none":
+            weights = Dequantised(weights, self.spec, self.config.quantise)
         for name, p in params(self.spec).items():
             value = np.asarray(weights.read(name, tuple(slice(0, n) for n in p.shape)))
             if value.shape != p.shape:
