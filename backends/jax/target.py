@@ -1,0 +1,153 @@
+"""The programs of a configuration, compiled for a device that need not be here: what each takes, and what it says.
+
+Runs in a process of its own (radixmesh.compile.child), since libtpu and jax read their settings once: SETTINGS of
+backends.target must be in the environment. For a TPU the compiler is the real one, against a described topology.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from os import cpu_count
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from backends.api.limits import Limits, choosing
+from backends.jax import hlo
+from backends.jax.buckets import make_shape
+from backends.jax.caches import cache_shapes, count_shape, state_shapes
+from backends.jax.mesh import make_mesh, open_mesh
+from backends.jax.params import shapes
+from backends.jax.step import Plan
+from backends.jax.warmup import Program, Programs
+from engine.config import Resolved
+from engine.model.spec import ModelSpec
+
+FAILED = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)
+"""What a compiler raises of a program that it can't make."""
+
+
+def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:
+    """The plan of a backend on the first devices of a described topology ("v6e:2x4"), or on this CPU where it is ""."""
+    if topology:
+        mesh = make_mesh(config.mesh, topologies.get_topology_desc(topology, "tpu").devices)
+    else:
+        mesh = open_mesh(config)
+    return Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
+
+
+def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iterator[dict[str, Any]]:
+    """Compile every program that serving would run, side by side, and tell of each as it is done.
+
+    only: "" is all, "steps" those, "decode" the step whose bucket holds max_rows alone, "ends" also the smallest
+    step, "layers" the decode step unrolled, of two and of four layers (or periods of a pattern), with the pages of
+    the whole.
+
+    The first record is {"held": {"weights", "cache", "state", "counts"}}, bytes on one device. Then for each program
+    {"program", "kind", "size", "tokens", "rows", "layers", "seconds"} and either "error" or what `measure` gives.
+    """
+    plan = plan_for(spec, config, topology)
+    yield {"held": held(plan)}
+    jobs = [(plan, p, 0) for p in chosen(Programs(plan), only)]
+    if only == "layers":
+        decode, period = chosen(Programs(plan), "decode"), spec.period()
+        some = [2 * period, 4 * period]
+        jobs = [(shortened(plan, count), p, count) for count in some if count <= len(spec.layers) for p in decode]
+    with ThreadPoolExecutor(max(1, min(len(jobs), cpu_count() or 1))) as pool:
+        running: list[tuple[dict[str, Any], Future[dict[str, Any]]]] = []
+        for at, program, layers in jobs:
+            programs = Programs(at)
+            with jax.set_mesh(at.mesh):  # what a kernel asks for the facts of its chip
+                lowered = programs._lower(program)
+            shape = make_shape(program.size, at.limits) if program.kind == "step" else None
+            said = {
+                "program": str(program),
+                "kind": program.kind,
+                "size": program.size,
+                "tokens": program.size if shape else 0,
+                "rows": shape.rows if shape else 0,
+                "layers": layers or len(spec.layers),
+            }
+            running.append((said, pool.submit(_compile, lowered, programs.options)))
+        for said, future in running:
+            yield said | future.result()
+
+
+def chosen(programs: Programs, only: str) -> list[Program]:
+    """The programs of a plan that are asked for."""
+    planned, rows = programs.planned(), programs.plan.limits.max_rows
+    steps = [p for p in planned if p.kind == "step"]
+    if only in ("", "steps"):
+        return steps if only else planned
+    some = {min(p for p in steps if p.size >= n) for n in ((1, rows) if only == "ends" else (rows,))}
+    return sorted(some)
+
+
+def shortened(plan: Plan, layers: int) -> Plan:
+    """A plan of the first layers, unrolled, with caches as large as they are for all."""
+    spec = replace(plan.spec, layers=plan.spec.layers[:layers])
+    config = replace(plan.config, stack="list")
+    limits = Limits.of(spec, config, taps=True, **choosing(config))
+    at = [next(g for g, whole in enumerate(plan.limits.groups) if _alike(whole, group)) for group in limits.groups]
+    pages = tuple(plan.limits.pages[g] * len(plan.limits.groups[g].layers) // len(limits.groups[i].layers)
+                  for i, g in enumerate(at))  # fmt: skip
+    config = replace(config, pages=pages)
+    return replace(plan, spec=spec, config=config, limits=replace(limits, pages=pages))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (a.window, a.kv_heads, a.head_dim) == (b.window, b.kv_heads, b.head_dim)
+
+
+def held(plan: Plan) -> dict[str, int]:
+    """Bytes that one device holds between steps."""
+    return {
+        "weights": _size(shapes(plan.leaves, plan.config, plan.mesh)),
+        "cache": _size(cache_shapes(plan.limits, plan.config, plan.mesh)),
+        "state": _size(state_shapes(plan.limits, plan.mesh)),
+        "counts": _size(count_shape(plan.limits, plan.mesh)),
+    }
+
+
+def _size(tree: Any) -> int:
+    return sum(s.dtype.itemsize * math.prod(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(tree))
+
+
+def _compile(lowered: jax.stages.Lowered, options: Any) -> dict[str, Any]:
+    """Seconds, and what came of it."""
+    start = time.monotonic()
+    try:
+        made = lowered.compile(options)
+    except FAILED as error:
+        return {"seconds": time.monotonic() - start, "error": " ".join(str(error).split())[:400]}
+    return {"seconds": time.monotonic() - start} | measure(made)
+
+
+def measure(made: jax.stages.Compiled) -> dict[str, Any]:
+    """Bytes on one device (arguments, what of them is changed in place, temporaries, code, peak), cycles and
+    collectives of one program."""
+    memory, text = made.memory_analysis(), made.as_text() or ""
+    found = hlo.read(text)
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "alias": memory.alias_size_in_bytes,
+        "temp": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "cycles": found.cycles,
+        "dearest": found.dearest,
+        "turning": found.turning,
+        "loops": found.loops,
+        "kernels": found.kernels,
+        "collectives": {name: {"count": n, "bytes": size} for name, (n, size) in sorted(found.collectives.items())},
+    }
+
+
+def device_kinds(topology: str) -> Sequence[str]:
+    """What jax calls the devices of a topology."""
+    return sorted({d.device_kind for d in topologies.get_topology_desc(topology, "tpu").devices})
