@@ -45,19 +45,18 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
     """Compile every program that serving would run, side by side, and tell of each as it is done.
 
     only: "" is all, "steps" those, "decode" the step whose bucket holds max_rows alone, "ends" also the smallest
-    step, "layers" the decode step unrolled, of two and of four layers (or periods of a pattern), with the pages of
-    the whole.
+    step, "layers" the decode step of few layers (see `few`), unrolled, with caches as large as those of all.
 
     The first record is {"held": {"weights", "cache", "state", "counts"}}, bytes on one device. Then for each program
-    {"program", "kind", "size", "tokens", "rows", "layers", "seconds"} and either "error" or what `measure` gives.
+    {"program", "kind", "size", "tokens", "rows", "layers", "weights", "seconds"} and either "error" or what
+    `measure` gives.
     """
     plan = plan_for(spec, config, topology)
     yield {"held": held(plan)}
     jobs = [(plan, p, 0) for p in chosen(Programs(plan), only)]
     if only == "layers":
-        decode, period = chosen(Programs(plan), "decode"), spec.period()
-        some = [2 * period, 4 * period]
-        jobs = [(shortened(plan, count), p, count) for count in some if count <= len(spec.layers) for p in decode]
+        decode = chosen(Programs(plan), "decode")
+        jobs = [(shortened(plan, count), p, count) for count in few(spec) for p in decode]
     with ThreadPoolExecutor(max(1, min(len(jobs), cpu_count() or 1))) as pool:
         running: list[tuple[dict[str, Any], Future[dict[str, Any]]]] = []
         for at, program, layers in jobs:
@@ -72,6 +71,7 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
                 "tokens": program.size if shape else 0,
                 "rows": shape.rows if shape else 0,
                 "layers": layers or len(spec.layers),
+                "weights": _size(shapes(at.leaves, at.config, at.mesh)),
             }
             running.append((said, pool.submit(_compile, lowered, programs.options)))
         for said, future in running:
@@ -86,6 +86,13 @@ def chosen(programs: Programs, only: str) -> list[Program]:
         return steps if only else planned
     some = {min(p for p in steps if p.size >= n) for n in ((1, rows) if only == "ends" else (rows,))}
     return sorted(some)
+
+
+def few(spec: ModelSpec) -> tuple[int, ...]:
+    """Two numbers of layers from whose steps that of all follows: 2 and 4, or one and two turns of a longer pattern."""
+    layers, count = spec.layers, len(spec.layers)
+    turn = next(p for p in range(1, count + 1) if all(layers[i] == layers[i - p] for i in range(p, count)))
+    return tuple(n for n in ((2, 4) if turn <= 2 else (turn, 2 * turn)) if n <= count)
 
 
 def shortened(plan: Plan, layers: int) -> Plan:

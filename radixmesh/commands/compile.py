@@ -36,11 +36,17 @@ def compile(
     all_targets: Annotated[
         bool, typer.Option("--all-targets", help=f"One after the other: {', '.join(EVERY)}.")
     ] = False,
+    golden: Annotated[bool, typer.Option("--golden", help="Against the golden records, of --target or all.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write the golden records anew.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Does it compile, does it fit, what does a step cost? Exit code 1 where a gate fails."""
+    if update and not golden:
+        raise ConfigError("update: only golden records are updated; give --golden too", field="update")
+    if golden:
+        sys.exit(_golden(model, target, update))
     if only not in PARTS:
         raise ConfigError(f"only: {only!r} is none of {', '.join(PARTS)}", field="only")
     if all_targets == (target is not None):
@@ -92,6 +98,33 @@ def _reports(
         if not quiet:
             terminal.show(made, console)
         yield made
+
+
+def _golden(model: str | None, target: str | None, update: bool) -> int:
+    """Compile the golden cases, and say what moved. Exit code."""
+    from backends.target import check
+    from engine.target import Target
+    from radixmesh.compile import golden
+
+    named = target and str(Target.parse(target))
+    cases = [c for c in golden.CASES if model in (None, c.model) and named in (None, c.target)]
+    if not cases:
+        models = ", ".join(sorted({c.model for c in golden.CASES}))
+        raise ConfigError(
+            f"golden: no record of {model or 'any model'} on {target}; models are {models}", field="golden"
+        )
+    worst = 0
+    for case in cases:
+        check(Target.parse(case.target))
+        now = golden.figures(golden.measure(case))
+        if update:
+            golden.write(case, now)
+            print(f"{case.name}: written" + "".join(f"; fails {f}" for f in now["failed"]), flush=True)
+            continue
+        found = golden.moved(golden.kept(case), now)
+        print(f"{case.name}: " + ("; ".join(found) or "as it was"), flush=True)
+        worst = max(worst, int(bool(found)))
+    return worst
 
 
 def _matrix(reports: Sequence[dict[str, Any]]) -> None:

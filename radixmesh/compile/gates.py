@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config import Resolved
@@ -63,7 +63,8 @@ def _most(program: str, name: str, value: int, limit: int) -> Gate:
 
 def _memory(p: Mapping[str, Any], held: Mapping[str, int], memory: int, temp: int) -> Iterator[Gate]:
     if memory:
-        yield _most(p["program"], "peak", p["peak"], int(MOST * memory))
+        missing = held["weights"] - p["weights"]  # of a step of few layers
+        yield _most(p["program"], "peak", p["peak"] + missing, int(MOST * memory))
     yield _most(p["program"], "temporaries", p["temp"], temp)
     if p["kind"] in DONATED:
         least = sum(held[name] for name in DONATED[p["kind"]])
@@ -79,7 +80,8 @@ def _memory(p: Mapping[str, Any], held: Mapping[str, int], memory: int, temp: in
 
 def _joined(p: Mapping[str, Any], spec: ModelSpec, config: Resolved) -> Gate:
     """The collectives of a step are what the description and the mesh predict, and no others."""
-    want = {name: (count, count * size) for name, count, size in collectives(spec, config, p["tokens"], p["rows"])}
+    here = replace(spec, layers=spec.layers[: p["layers"]])
+    want = {name: (count, count * size) for name, count, size in collectives(here, config, p["tokens"], p["rows"])}
     have = {name: (c["count"], c["bytes"]) for name, c in p["collectives"].items()}
     return Gate(program=p["program"], name="collectives", found=_said(have), limit=_said(want), ok=have == want)
 

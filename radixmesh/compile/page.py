@@ -123,7 +123,7 @@ def summary(r: Mapping[str, Any]) -> list[str]:
     """A report as one row of the matrix of targets."""
     made = [p for p in r["programs"] if "error" not in p]
     decode = next((p for p in sorted(made, key=lambda p: p["tokens"]) if p["rows"] >= r["max_rows"]), None)
-    e = (decode or {}).get("estimate")
+    e = (decode or {}).get("estimate") or r["unrolled"]
     failed = sum(not g["ok"] for g in r["gates"])
     return [
         r["target"],

@@ -25,13 +25,12 @@ def make(
     """From the records of backends.jax.target.examine. context: positions that each row sees."""
     held = next(dict(r["held"]) for r in found if "held" in r)
     programs = [dict(r) for r in found if "held" not in r]
-    whole = [p for p in programs if p["layers"] == len(decided.spec.layers)]
     config, chip = decided.resolved, target.chip
     memory = chip.memory if chip else 0
     for p in programs:
-        if p["kind"] == "step" and chip and "error" not in p:
+        if p["kind"] == "step" and chip and "error" not in p and p["layers"] == len(decided.spec.layers):
             p["estimate"] = estimate(decided, chip, p, context)
-    kept = gates.check(decided.spec, config, held, whole, memory, temp)
+    kept = gates.check(decided.spec, config, held, programs, memory, temp)
     full = [n for n, g in zip(config.pages, _groups(decided), strict=True) if not g.window]
     return {
         "target": str(target),
@@ -49,6 +48,7 @@ def make(
         "max_len": config.max_len,
         "max_rows": config.max_rows,
         "programs": programs,
+        "unrolled": _unrolled(decided, chip, programs, context) if chip else None,
         "gates": [asdict(g) for g in kept],
         "ok": all(g.ok for g in kept),
         "versions": versions(),
@@ -60,6 +60,23 @@ def _groups(decided: Decided) -> Any:
     from engine.model.groups import cache_groups
 
     return cache_groups(decided.spec, decided.resolved.page)
+
+
+def _unrolled(
+    decided: Decided, chip: Chip, programs: Sequence[Mapping[str, Any]], context: int
+) -> dict[str, float] | None:
+    """The estimate of the decode step unrolled, from those of few layers; None where they were not compiled."""
+    total = len(decided.spec.layers)
+    some = sorted((p for p in programs if p["layers"] < total and "error" not in p), key=lambda p: p["layers"])
+    if len(some) < 2:
+        return None
+    a, b = some[0], some[-1]
+
+    def grown(key: str) -> int:
+        return int(a[key] + (b[key] - a[key]) * (total - a["layers"]) / (b["layers"] - a["layers"]))
+
+    whole = {**b, **{key: grown(key) for key in ("cycles", "dearest", "turning")}}
+    return estimate(decided, chip, whole, context) | {"layers": total}
 
 
 def estimate(decided: Decided, chip: Chip, p: Mapping[str, Any], context: int) -> dict[str, float]:

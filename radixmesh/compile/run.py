@@ -76,12 +76,11 @@ def _short(config: Config, spec: ModelSpec, target: Target, device: Device, mesh
     page = sum(g.page_bytes(dtype) for g in local_groups(spec, config.cache.page, mesh))
     room = int((config.cache.fraction or SHARE["tpu"]) * device.memory_bytes)
     over = weights + page - room
-    if over <= 0:
-        return str(error)
     said = (
         f"target {target}: {weights / GIB:.2f} GiB of weights a device and a page of cache are {over / GIB:.2f} GiB "
         f"more than the {room / GIB:.2f} GiB that are left to them ({mesh})"
     )
+    said = said if over > 0 else str(error)
     holds = next((n for n in SIZES if n > mesh.size and holds_model(config, spec, target, n)), None)
     if holds is None:
         return f"{said}; no mesh of this model's heads on {target.chip.name} holds it"

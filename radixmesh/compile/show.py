@@ -52,6 +52,13 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             f"collectives over the links. {UNCOUNTED[0].upper()}{UNCOUNTED[1:]}.",
             markup=False,
         )
+    if report["unrolled"]:
+        e = report["unrolled"]
+        console.print(
+            f"unrolled to all {e['layers']} layers: {e['ms']:.2f} ms greedy, {e['sampled_ms']:.2f} ms with sampling, "
+            f"roofline {e['roofline_ms']:.2f} ms",
+            markup=False,
+        )
     _gates(report["gates"], console)
 
 
