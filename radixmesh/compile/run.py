@@ -90,7 +90,7 @@ def _short(config: Config, spec: ModelSpec, target: Target, device: Device, mesh
 def holds_model(config: Config, spec: ModelSpec, target: Target, tp: int) -> bool:
     """Whether so many devices of a chip hold a model."""
     assert target.chip is not None
-    device = replace(smallest(target.chip, tp).device())
+    device = smallest(target.chip, tp).device()
     try:
         resolve(replace(config, mesh=replace(config.mesh, tp=tp)), spec, device)
     except ConfigError:
