@@ -12,7 +12,9 @@ from radixmesh.compile.show import row
 from radixmesh.pages.frame import document
 from radixmesh.pages.plot import Axis, Series, bars, legend, lines, log_axis
 
-HEAD = ("program", "compiled in", "temporaries", "code", "peak", "collectives", "step", "sampling", "roofline")
+HEAD = ("program", "compiled in", "temporaries", "code", "peak", "step", "sampling", "roofline", "collectives")
+LONG = 24
+"""Letters of a cell that may be broken into lines."""
 
 
 def make(reports: Sequence[Mapping[str, Any]], made: dict[str, Any]) -> str:
@@ -44,7 +46,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str
     body = "".join(
         "<tr>"
         + f"<th>{escape(cells[0][0])}</th>"
-        + "".join(f'<td class="{kind}">{escape(text)}</td>' for text, kind in cells[1:])
+        + "".join(
+            f'<td class="{kind}{" text" if len(text) > LONG else ""}">{escape(text)}</td>' for text, kind in cells[1:]
+        )
         + "</tr>"
         for cells in rows
     )

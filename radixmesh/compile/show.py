@@ -37,11 +37,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     )
     table = Table(box=None, pad_edge=False)
     steps = any("estimate" in p for p in report["programs"])
-    for name in ("program", "compiled in", "temporaries", "code", "peak", "collectives"):
+    times = ("step", "sampling", "roofline") if steps else ()
+    for name in ("program", "compiled in", "temporaries", "code", "peak", *times, "collectives"):
         left = name in ("program", "collectives")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for name in ("step", "sampling", "roofline") if steps else ():
-        table.add_column(name, justify="right", no_wrap=True)
     for p in report["programs"]:
         table.add_row(*row(p, report, steps))
     console.print(table)
@@ -76,11 +75,11 @@ def row(p: Mapping[str, Any], report: Mapping[str, Any], steps: bool) -> list[st
     if "error" in p:
         return [name, f"{p['seconds']:.1f} s", "failed"]
     joined = ", ".join(f"{c['count']} {n} {size(c['bytes'])}" for n, c in p["collectives"].items())
-    cells = [name, f"{p['seconds']:.1f} s", size(p["temp"]), size(p["code"]), size(p["peak"]), joined or "none"]
-    if not steps:
-        return cells
-    e = p.get("estimate")
-    return cells + ([f"{e[k]:.2f} ms" for k in ("ms", "sampled_ms", "roofline_ms")] if e else ["", "", ""])
+    cells = [name, f"{p['seconds']:.1f} s", size(p["temp"]), size(p["code"]), size(p["peak"])]
+    if steps:
+        e = p.get("estimate")
+        cells += [f"{e[k]:.2f} ms" if e else "" for k in ("ms", "sampled_ms", "roofline_ms")]
+    return [*cells, joined or "none"]
 
 
 def _gates(gates: Sequence[Mapping[str, Any]], console: Console) -> None:

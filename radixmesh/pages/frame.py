@@ -51,6 +51,7 @@ section{background:var(--card);border:1px solid var(--rule);border-radius:10px;p
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:5px 10px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 th:first-child{text-align:left;font-weight:500}tr:last-child>*{border-bottom:0}
+td.text{white-space:normal;text-align:left;min-width:240px}
 small{display:block;color:var(--soft);font-size:11px;font-weight:400;line-height:1.2}
 svg{width:100%;height:auto;display:block}.grid{stroke:var(--rule)}
 .tick,.value{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}.value{font-size:10px}
