@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from os import cpu_count
@@ -28,8 +28,8 @@ from backends.jax.warmup import Program, Programs
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
 
-FAILED = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)
-"""What a compiler raises of a program that it can't make."""
+REFUSED = (NotImplementedError, ValueError)
+"""What a kernel raises of shapes that it can't be made for."""
 
 
 def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:
@@ -47,12 +47,13 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
     only: "" is all, "steps" those, "decode" the step whose bucket holds max_rows alone, "ends" also the smallest
     step, "layers" the decode step of few layers (see `few`), unrolled, with caches as large as those of all.
 
-    The first record is {"held": {"weights", "cache", "state", "counts"}}, bytes on one device. Then for each program
+    The first record is {"held": {"weights", "cache", "state", "counts"}, "device"}, bytes on one device and what jax
+    calls it. Then for each program
     {"program", "kind", "size", "tokens", "rows", "layers", "weights", "seconds"} and either "error" or what
     `measure` gives.
     """
     plan = plan_for(spec, config, topology)
-    yield {"held": held(plan)}
+    yield {"held": held(plan), "device": plan.mesh.devices.flat[0].device_kind}
     jobs = [(plan, p, 0) for p in chosen(Programs(plan), only)]
     if only == "layers":
         decode = chosen(Programs(plan), "decode")
@@ -61,8 +62,6 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
         running: list[tuple[dict[str, Any], Future[dict[str, Any]]]] = []
         for at, program, layers in jobs:
             programs = Programs(at)
-            with jax.set_mesh(at.mesh):  # what a kernel asks for the facts of its chip
-                lowered = programs._lower(program)
             shape = make_shape(program.size, at.limits) if program.kind == "step" else None
             said = {
                 "program": str(program),
@@ -73,7 +72,15 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
                 "layers": layers or len(spec.layers),
                 "weights": _size(shapes(at.leaves, at.config, at.mesh)),
             }
-            running.append((said, pool.submit(_compile, lowered, programs.options)))
+            try:
+                with jax.set_mesh(at.mesh):  # what a kernel asks for the facts of its chip
+                    lowered = programs._lower(program)
+            except REFUSED as error:
+                failed: Future[dict[str, Any]] = Future()
+                failed.set_result(_error(0.0, error))
+                running.append((said, failed))
+            else:
+                running.append((said, pool.submit(_compile, lowered, programs.options)))
         for said, future in running:
             yield said | future.result()
 
@@ -130,9 +137,13 @@ def _compile(lowered: jax.stages.Lowered, options: Any) -> dict[str, Any]:
     start = time.monotonic()
     try:
         made = lowered.compile(options)
-    except FAILED as error:
-        return {"seconds": time.monotonic() - start, "error": " ".join(str(error).split())[:400]}
+    except jax.errors.JaxRuntimeError as error:  # out of memory, or a kernel that the compiler won't take
+        return _error(time.monotonic() - start, error)
     return {"seconds": time.monotonic() - start} | measure(made)
+
+
+def _error(seconds: float, error: Exception) -> dict[str, Any]:
+    return {"seconds": seconds, "error": " ".join(str(error).split())[:400]}
 
 
 def measure(made: jax.stages.Compiled) -> dict[str, Any]:
@@ -153,8 +164,3 @@ def measure(made: jax.stages.Compiled) -> dict[str, Any]:
         "kernels": found.kernels,
         "collectives": {name: {"count": n, "bytes": size} for name, (n, size) in sorted(found.collectives.items())},
     }
-
-
-def device_kinds(topology: str) -> Sequence[str]:
-    """What jax calls the devices of a topology."""
-    return sorted({d.device_kind for d in topologies.get_topology_desc(topology, "tpu").devices})

@@ -83,7 +83,7 @@ def figures(made: Mapping[str, Any]) -> dict[str, Any]:
     """What of a report is kept."""
     kept = ("temp", "code", "peak", "alias", "cycles", "dearest", "turning", "loops", "kernels", "collectives", "error")
     return {
-        **{k: made[k] for k in ("target", "mesh", "dtype", "stack", "held", "kv_tokens", "max_len")},
+        **{k: made[k] for k in ("target", "device", "mesh", "dtype", "stack", "held", "kv_tokens", "max_len")},
         "programs": {
             f"{p['kind']} {p['size']}, {p['layers']} layers": {k: p[k] for k in kept if k in p}
             for p in made["programs"]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from backends.target import versions
+from engine.model.groups import cache_groups
 from engine.run.start import Decided
 from engine.target import Chip, Target
 from radixmesh.compile import gates, roofline
@@ -23,7 +24,8 @@ def make(
     decided: Decided, target: Target, found: Sequence[Mapping[str, Any]], context: int, temp: int = gates.TEMP
 ) -> dict[str, Any]:
     """From the records of backends.jax.target.examine. context: positions that each row sees."""
-    held = next(dict(r["held"]) for r in found if "held" in r)
+    first = next(r for r in found if "held" in r)
+    held = dict(first["held"])
     programs = [dict(r) for r in found if "held" not in r]
     config, chip = decided.resolved, target.chip
     memory = chip.memory if chip else 0
@@ -31,7 +33,7 @@ def make(
         if p["kind"] == "step" and chip and "error" not in p and p["layers"] == len(decided.spec.layers):
             p["estimate"] = estimate(decided, chip, p, context)
     kept = gates.check(decided.spec, config, held, programs, memory, temp)
-    full = [n for n, g in zip(config.pages, _groups(decided), strict=True) if not g.window]
+    full = [n for n, g in zip(config.pages, cache_groups(decided.spec, config.page), strict=True) if not g.window]
     return {
         "target": str(target),
         "model": decided.path.name,
@@ -39,6 +41,7 @@ def make(
         "layers": len(decided.spec.layers),
         "mesh": str(config.mesh),
         "devices": target.devices,
+        "device": first["device"],
         "dtype": config.dtype,
         "stack": config.stack,
         "context": context,
@@ -54,12 +57,6 @@ def make(
         "versions": versions(),
         "decisions": [{"field": d.field, "value": str(d.value), "why": d.why} for d in decided.decisions],
     }
-
-
-def _groups(decided: Decided) -> Any:
-    from engine.model.groups import cache_groups
-
-    return cache_groups(decided.spec, decided.resolved.page)
 
 
 def _unrolled(

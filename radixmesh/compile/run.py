@@ -122,9 +122,10 @@ def records(decided: Decided, target: Target, only: str = "") -> Iterator[dict[s
                     if "refused" in record:
                         raise ConfigError(record["refused"], field=record["field"])
                     yield record
-            finally:
+            except BaseException:
                 child.kill()
-        if child.returncode not in (0, -9):
+                raise
+        if child.returncode:
             said.seek(0)
             last = said.read().decode(errors="replace").strip().splitlines()[-1:]
             raise BackendLost(f"target {target}: the compiling process ended with {child.returncode}: {''.join(last)}")

@@ -13,7 +13,7 @@ from engine.config import load
 from engine.model.registry import read_spec
 from engine.run.start import Decided
 from engine.target import Target
-from radixmesh.compile import gates, golden, plan, roofline
+from radixmesh.compile import gates, golden, plan, report, roofline
 from radixmesh.compile.run import settle
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "golden" / "models"
@@ -122,6 +122,36 @@ def test_the_roofline_of_experts_and_windows() -> None:
     near, far = (roofline.load(windows.spec, windows.resolved, chip, 1, 1, n) for n in (1024, 2048))
     full = sum(layer.mixer.window is None for layer in windows.spec.layers)
     assert far.cache - near.cache == full * 1024 * 2 * 2 * 128 * 2
+
+
+COST = {"cycles": 7_000_000, "dearest": 9_000_000, "turning": 3_000_000, "loops": 1, "kernels": 0}
+
+
+def test_a_step_s_time_follows_the_context() -> None:
+    """Blocks of 128 positions of attention's loop, at 1.75 GHz, and what goes over the links."""
+    one, chip = decided(), Target.parse("tpu:v6e:2x4").chip
+    assert chip is not None
+    for context, turns in {1: 1, 128: 1, 129: 2, 1024: 8}.items():
+        found = report.estimate(one, chip, step(**COST), context)
+        cycles = 7_000_000 + turns * 3_000_000
+        assert found["cycles"] == cycles
+        assert found["ms"] - found["link_ms"] == pytest.approx(cycles / 1.751e6, rel=1e-3)
+        assert found["sampled_ms"] - found["ms"] == pytest.approx(2_000_000 / 1.751e6, rel=1e-3)
+    assert report.estimate(one, chip, step(**COST | {"loops": 0}), 1024)["cycles"] == 7_000_000
+
+
+def test_few_layers_stand_for_all() -> None:
+    """From 2 and 4 layers to 32: a layer of 1,000,000 cycles on 500,000 beside them."""
+    one, target = decided(), Target.parse("tpu:v6e:2x4")
+    few = [
+        step(layers=n, seconds=1.0, kernels=0, loops=n, dearest=n, turning=2000 * n, cycles=500_000 + 1_000_000 * n)
+        for n in (2, 4)
+    ]
+    made = report.make(one, target, [{"held": HELD, "device": "TPU v6 lite"}, *few], context=128)
+    assert made["unrolled"]["cycles"] == 500_000 + 32 * 1_002_000
+    assert made["unrolled"]["layers"] == 32
+    alone = report.make(one, target, [{"held": HELD, "device": "TPU v6 lite"}, few[0]], context=128)
+    assert alone["unrolled"] is None
 
 
 def test_plans_come_the_smallest_first_and_get_faster() -> None:
