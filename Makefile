@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: serve run test test-all lint proto clean
+.PHONY: serve run test test-all test-next lint proto clean
 
 # PORT and MODEL, a folder, are optional.
 serve: $(READY)
@@ -19,6 +19,20 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+# The jax side with the newest jax, which needs python >= 3.12: NEXT=python3.14 names one. Golden records are of the jax
+# that dev pins.
+NEXT ?= $(shell for v in 3.15 3.14 3.13 3.12; do python$$v -c 'pass' 2>/dev/null && echo python$$v && break; done)
+NEXT_BIN := $(VENV)-next/bin
+
+test-next:
+	@test -n '$(NEXT)' || { echo "test-next: no python >= 3.12 on this machine; name one: make test-next NEXT=/path/to/python3.12" >&2; exit 2; }
+	@'$(NEXT)' -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+		|| { echo "test-next: $(NEXT) is no python >= 3.12" >&2; exit 2; }
+	test -x $(NEXT_BIN)/python || '$(NEXT)' -m venv $(VENV)-next
+	$(NEXT_BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[next]'
+	$(NEXT_BIN)/python -m pytest -m "not slow" tests/backends/test_jax*.py tests/compile \
+		tests/test_rooms.py --ignore tests/compile/test_golden.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,5 +54,5 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-next build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ from engine.config import Resolved
 from engine.errors import ConfigError
 from engine.model.spec import ModelSpec
 from engine.resolve import Device
+from engine.target import MOST, known
 
 NVIDIA, AMD = Path("/dev/nvidiactl"), Path("/dev/kfd")
 PCI = Path("/sys/bus/pci/devices")
@@ -86,15 +87,24 @@ def _jax(platform: str, why: str, gpu: str, tpu: bool) -> Device:
     devices: Any = find_devices(platform)
     first = devices[0]
     stats = first.memory_stats() or {}
+    free = int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
     return Device(
         backend="jax",
         why=why,
         platform=platform,
         kind=first.device_kind,
         count=len(devices),
-        memory_bytes=int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0)),
+        memory_bytes=described(first.device_kind, free),
         bf16=platform == "tpu" or float(getattr(first, "compute_capability", "8.0")) >= 8,
     )
+
+
+def described(kind: str, free: int) -> int:
+    """The memory that is planned with on a device with `free` bytes: of a TPU that engine.target describes what stands
+    there, so that a start decides what `radixmesh compile` and `explain --target` did; unless too little is free for
+    what they decided, of which the resolver leaves enough."""
+    chip = known(kind)
+    return chip.memory if chip is not None and free >= MOST * chip.memory else free
 
 
 def _torch(platform: str, why: str, gpu: str) -> Device:

@@ -30,6 +30,9 @@ STEP = {
 """Platform -> slots, tokens of a step, and the sizes below it that steps are padded to. Each size is a program that jax
 compiles before it is ready: some 5 s of a CPU's time each."""
 
+COPIED = ("TPU7x",)
+"""Kinds of TPUs that copy stacked bfloat16 weights (docs/decisions/0017-compiled-without-the-chip.md)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
@@ -106,7 +109,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="max_logprobs", value=min(config.sched.max_logprobs, spec.vocab), why="sched.max_logprobs"),
         Decision(field="priority_preemption", value=config.sched.priority_preemption, why="sched.priority_preemption"),
         Decision(field="ageing", value=config.sched.ageing, why="sched.ageing"),
-        _stack(config, device),
+        _stack(config, device, values["dtype"]),
         _programs(config),
         Decision(
             field="bundle",
@@ -392,10 +395,14 @@ def _early(config: Config, device: Device) -> Decision:
     return Decision(field="ready_early", value=asked, why="sched.ready_early")
 
 
-def _stack(config: Config, device: Device) -> Decision:
+def _stack(config: Config, device: Device, dtype: str) -> Decision:
     asked = config.backend.jax.stack
     if asked != "auto":
         return Decision(field="stack", value=asked, why="backend.jax.stack")
-    if device.platform == "tpu":
-        return Decision(field="stack", value="scan", why="on a TPU stacked layers are scanned without copies")
-    return Decision(field="stack", value="list", why="off a TPU a scan copies each layer's weights")
+    if device.platform != "tpu":
+        return Decision(field="stack", value="list", why="off a TPU a scan copies each layer's weights")
+    if device.kind in COPIED and dtype == "bfloat16" and config.model.quantise == "none":
+        return Decision(
+            field="stack", value="list", why=f"on a {device.kind} a scan copies stacked {dtype} weights in each step"
+        )
+    return Decision(field="stack", value="scan", why="on a TPU stacked layers are scanned without copies")

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 TOP = ("radixmesh", "engine", "backends", "models_jax", "models_torch", "kernels_pallas", "kernels_cuda")
 
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("engine.errors", "engine.config", "engine.resolve", "engine.mesh", "engine.sampling", "engine.model"),
+    (
+        "engine.errors",
+        "engine.config",
+        "engine.resolve",
+        "engine.target",
+        "engine.mesh",
+        "engine.sampling",
+        "engine.model",
+    ),
     ("backends.api", "kernels_pallas", "kernels_cuda"),
     ("models_jax", "models_torch"),
     ("backends.reference", "backends.jax", "backends.torch", "engine.cache"),

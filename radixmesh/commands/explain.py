@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from radixmesh.commands import options
+
+if TYPE_CHECKING:
+    from engine.config import Config
+    from engine.run.start import Decided
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +29,7 @@ def explain(
     dtype: options.Dtype = None,
     config: options.File = None,
     pairs: options.Set = None,
+    target: Annotated[str | None, typer.Option(help="As if it ran there, such as tpu:v6e:2x4.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Print every decision with its reason, the memory plan and each layer's kernel. Allocates nothing."""
@@ -33,7 +39,8 @@ def explain(
     from engine.run.start import decide
     from radixmesh.engine import DEMO
 
-    decided = decide(load(config, options.flags(model, backend, mesh, dtype, pairs)), DEMO)
+    asked = load(config, options.flags(model, backend, mesh, dtype, pairs))
+    decided = decide(asked, DEMO) if target is None else _decide(asked, target, DEMO)
     memory = plan_memory(decided.spec, decided.resolved)
     layers = kernels(decided.spec, decided.resolved)
     if as_json:
@@ -62,6 +69,14 @@ def explain(
     console.print(f"memory{each}: {parts}, together {_size(memory.total)}")
     for first, last, kernel in layers:
         console.print(f"layers {first}-{last}: {kernel}" if last > first else f"layer {first}: {kernel}", markup=False)
+
+
+def _decide(asked: Config, target: str, default: Path) -> Decided:
+    """What a start on a target that is not here would decide."""
+    from engine.target import Target
+    from radixmesh.compile.run import decide
+
+    return decide(asked, Target.parse(target), default)
 
 
 def _plain(value: Any) -> Any:

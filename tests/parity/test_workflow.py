@@ -1,4 +1,4 @@
-"""The workflow for GitHub: its commands are commands, and what it keeps is what they write."""
+"""The workflows for GitHub: their commands are commands, and what they keep is what those write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 import typer
 import yaml
 
+from backends.target import check
+from engine.model.registry import read_spec
+from engine.target import Target
 from radixmesh.cli import make_app
 from radixmesh.parity.subjects import choose
 
@@ -37,8 +40,16 @@ def parsed(words: list[str]) -> dict[str, Any]:
     return dict(context.params)
 
 
-def test_there_is_a_workflow() -> None:
-    assert [f.name for f in FILES] == ["parity.yml"]
+def test_there_are_workflows() -> None:
+    assert [f.name for f in FILES] == ["compile.yml", "parity.yml"]
+
+
+def compiles(given: dict[str, Any]) -> None:
+    """The target is one, and the model is there."""
+    if given["target"]:
+        check(Target.parse(given["target"]))
+    if given["model"]:
+        read_spec(ROOT / given["model"])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
@@ -55,7 +66,10 @@ def test_its_commands_are_commands(file: Path) -> None:
             assert asked[1] in extras
             continue
         given = parsed(words)
-        choose(given["backends"], given["a"], given["b"] or [])
+        if words[1] == "parity":
+            choose(given["backends"], given["a"], given["b"] or [])
+        else:
+            compiles(given)
         outputs = {str(given[k]) for k in ("html", "out")}
         assert not outputs & written
         assert all(x.startswith(kept[0]) for x in outputs)

@@ -1,0 +1,166 @@
+"""The programs of a configuration, compiled for a device that need not be here: what each takes, and what it says.
+
+Runs in a process of its own (radixmesh.compile.child), since libtpu and jax read their settings once: SETTINGS of
+backends.target must be in the environment. For a TPU the compiler is the real one, against a described topology.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from os import cpu_count
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from backends.api.limits import Limits, choosing
+from backends.jax import hlo
+from backends.jax.buckets import make_shape
+from backends.jax.caches import cache_shapes, count_shape, state_shapes
+from backends.jax.mesh import make_mesh, open_mesh
+from backends.jax.params import shapes
+from backends.jax.step import Plan
+from backends.jax.warmup import Program, Programs
+from engine.config import Resolved
+from engine.model.spec import ModelSpec
+
+REFUSED = (NotImplementedError, ValueError)
+"""What a kernel raises of shapes that it can't be made for."""
+
+
+def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:
+    """The plan of a backend on the first devices of a described topology ("v6e:2x4"), or on this CPU where it is ""."""
+    if topology:
+        mesh = make_mesh(config.mesh, topologies.get_topology_desc(topology, "tpu").devices)
+    else:
+        mesh = open_mesh(config)
+    return Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
+
+
+def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iterator[dict[str, Any]]:
+    """Compile every program that serving would run, side by side, and tell of each as it is done.
+
+    only: "" is all, "steps" those, "decode" the step whose bucket holds max_rows alone, "ends" also the smallest
+    step, "layers" the decode step of few layers (see `few`), unrolled, with caches as large as those of all.
+
+    The first record is {"held": {"weights", "cache", "state", "counts"}, "device"}, bytes on one device and what jax
+    calls it. Then for each program
+    {"program", "kind", "size", "tokens", "rows", "layers", "weights", "seconds"} and either "error" or what
+    `measure` gives.
+    """
+    plan = plan_for(spec, config, topology)
+    yield {"held": held(plan), "device": plan.mesh.devices.flat[0].device_kind}
+    jobs = [(plan, p, 0) for p in chosen(Programs(plan), only)]
+    if only == "layers":
+        decode = chosen(Programs(plan), "decode")
+        jobs = [(shortened(plan, count), p, count) for count in few(spec) for p in decode]
+    with ThreadPoolExecutor(max(1, min(len(jobs), cpu_count() or 1))) as pool:
+        running: list[tuple[dict[str, Any], Future[dict[str, Any]]]] = []
+        for at, program, layers in jobs:
+            programs = Programs(at)
+            shape = make_shape(program.size, at.limits) if program.kind == "step" else None
+            said = {
+                "program": str(program),
+                "kind": program.kind,
+                "size": program.size,
+                "tokens": program.size if shape else 0,
+                "rows": shape.rows if shape else 0,
+                "layers": layers or len(spec.layers),
+                "weights": _size(shapes(at.leaves, at.config, at.mesh)),
+            }
+            try:
+                with jax.set_mesh(at.mesh):  # what a kernel asks for the facts of its chip
+                    lowered = programs.lower(program)
+            except REFUSED as error:
+                failed: Future[dict[str, Any]] = Future()
+                failed.set_result(_error(0.0, error))
+                running.append((said, failed))
+            else:
+                running.append((said, pool.submit(_compile, lowered, programs.options)))
+        for said, future in running:
+            yield said | future.result()
+
+
+def chosen(programs: Programs, only: str) -> list[Program]:
+    """The programs of a plan that are asked for."""
+    planned, rows = programs.planned(), programs.plan.limits.max_rows
+    steps = [p for p in planned if p.kind == "step"]
+    if only in ("", "steps"):
+        return steps if only else planned
+    some = {min(p for p in steps if p.size >= n) for n in ((1, rows) if only == "ends" else (rows,))}
+    return sorted(some)
+
+
+def few(spec: ModelSpec) -> tuple[int, ...]:
+    """Two numbers of layers from whose steps that of all follows: 2 and 4, or one and two turns of a longer pattern."""
+    layers, count = spec.layers, len(spec.layers)
+    turn = next(p for p in range(1, count + 1) if all(layers[i] == layers[i - p] for i in range(p, count)))
+    return tuple(n for n in ((2, 4) if turn <= 2 else (turn, 2 * turn)) if n <= count)
+
+
+def shortened(plan: Plan, layers: int) -> Plan:
+    """A plan of the first layers, unrolled, with caches as large as they are for all."""
+    spec = replace(plan.spec, layers=plan.spec.layers[:layers])
+    config = replace(plan.config, stack="list")
+    limits = Limits.of(spec, config, taps=True, **choosing(config))
+    at = [next(g for g, whole in enumerate(plan.limits.groups) if _alike(whole, group)) for group in limits.groups]
+    pages = tuple(plan.limits.pages[g] * len(plan.limits.groups[g].layers) // len(limits.groups[i].layers)
+                  for i, g in enumerate(at))  # fmt: skip
+    config = replace(config, pages=pages)
+    return replace(plan, spec=spec, config=config, limits=replace(limits, pages=pages))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (a.window, a.kv_heads, a.head_dim) == (b.window, b.kv_heads, b.head_dim)
+
+
+def held(plan: Plan) -> dict[str, int]:
+    """Bytes that one device holds between steps."""
+    return {
+        "weights": _size(shapes(plan.leaves, plan.config, plan.mesh)),
+        "cache": _size(cache_shapes(plan.limits, plan.config, plan.mesh)),
+        "state": _size(state_shapes(plan.limits, plan.mesh)),
+        "counts": _size(count_shape(plan.limits, plan.mesh)),
+    }
+
+
+def _size(tree: Any) -> int:
+    return sum(s.dtype.itemsize * math.prod(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(tree))
+
+
+def _compile(lowered: jax.stages.Lowered, options: Any) -> dict[str, Any]:
+    """Seconds, and what came of it."""
+    start = time.monotonic()
+    try:
+        made = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:  # out of memory, or a kernel that the compiler won't take
+        return _error(time.monotonic() - start, error)
+    return {"seconds": time.monotonic() - start} | measure(made)
+
+
+def _error(seconds: float, error: Exception) -> dict[str, Any]:
+    return {"seconds": seconds, "error": " ".join(str(error).split())[:400]}
+
+
+def measure(made: jax.stages.Compiled) -> dict[str, Any]:
+    """Bytes on one device (arguments, what of them is changed in place, temporaries, code, peak), cycles and
+    collectives of one program."""
+    memory, text = made.memory_analysis(), made.as_text() or ""
+    found = hlo.read(text)
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "alias": memory.alias_size_in_bytes,
+        "temp": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "cycles": found.cycles,
+        "dearest": found.dearest,
+        "turning": found.turning,
+        "loops": found.loops,
+        "kernels": found.kernels,
+        "collectives": {name: {"count": n, "bytes": size} for name, (n, size) in sorted(found.collectives.items())},
+    }

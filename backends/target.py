@@ -1,0 +1,66 @@
+"""Compiling for a device that is not here: what must be installed and set, and which backend does it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from engine.config import Resolved
+from engine.errors import ConfigError
+from engine.model.spec import ModelSpec
+from engine.target import Target
+
+SETTINGS: Mapping[str, str] = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # no cloud is asked what machine this is
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock is for real chips
+}
+"""Environment of the process that compiles: libtpu and jax read it when they start."""
+
+
+def check(target: Target) -> None:
+    """Refuse, in one line, a target that can't be compiled for here. Raises ConfigError."""
+    if target.platform in ("cuda", "rocm"):
+        raise ConfigError(
+            f"target {target}: the torch backend has no Triton kernel to compile yet; targets are tpu:... and cpu",
+            field="target",
+        )
+    if target.platform == "tpu":
+        check_pair(_version("jax"), _version("libtpu"), wanted(requires("jax") or []))
+
+
+def wanted(needs: list[str]) -> str:
+    """The libtpu that a jax was made with, as its own metadata has it: "0.0.42.*"; "" where it says nothing."""
+    found = next((m for line in needs if (m := re.match(r"libtpu\s*==\s*([\w.*]+)", line))), None)
+    return found[1] if found else ""
+
+
+def check_pair(jax: str, libtpu: str, goes: str) -> None:
+    """Refuse a libtpu that is missing (""), or is not the one that jax goes with."""
+    install = f"jax {jax} goes with libtpu {goes or 'of its own extra'}: pip install 'jax[tpu]=={jax}'"
+    if not libtpu:
+        raise ConfigError(f"target: libtpu is not installed; {install}", field="target")
+    if goes and not re.fullmatch(re.escape(goes).replace(r"\*", ".*"), libtpu):
+        raise ConfigError(f"target: libtpu {libtpu} is the wrong version; {install}", field="target")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers."""
+    return {name: found for name in ("jax", "jaxlib", "libtpu") if (found := _version(name))}
+
+
+def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iterator[dict[str, Any]]:
+    """backends.jax.target.examine, in a process that was started with SETTINGS."""
+    from backends.jax import target
+
+    return target.examine(spec, config, topology, only)

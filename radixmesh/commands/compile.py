@@ -1,0 +1,139 @@
+"""`radixmesh compile`: every program that serving would run, compiled for a device that need not be here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.errors import ConfigError
+from radixmesh.commands import options
+
+PARTS = ("all", "steps", "decode", "layers")
+EVERY = ("cpu", "tpu:v5e:2x4", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1")
+"""What --all-targets compiles for."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(compile)
+
+
+def compile(
+    target: Annotated[str | None, typer.Option(help="tpu:CHIP:TOPOLOGY such as tpu:v6e:2x4, or cpu.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder with config.json; no weights needed.")] = None,
+    mesh: options.Mesh = None,
+    dtype: options.Dtype = None,
+    config: options.File = None,
+    pairs: options.Set = None,
+    only: Annotated[str, typer.Option(help="all, steps, decode (the step of the most rows), layers.")] = "all",
+    context: Annotated[int, typer.Option(min=1, help="Positions that each row sees, in estimates.")] = 1024,
+    temp: Annotated[int, typer.Option(min=1, help="MiB of temporaries that a program may have.")] = 512,
+    all_targets: Annotated[
+        bool, typer.Option("--all-targets", help=f"One after the other: {', '.join(EVERY)}.")
+    ] = False,
+    golden: Annotated[bool, typer.Option("--golden", help="Against the golden records, of --target or all.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write the golden records anew.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Does it compile, does it fit, what does a step cost? Exit code 1 where a gate fails."""
+    if update and not golden:
+        raise ConfigError("update: only golden records are updated; give --golden too", field="update")
+    if golden:
+        sys.exit(_golden(model, target, update))
+    if only not in PARTS:
+        raise ConfigError(f"only: {only!r} is none of {', '.join(PARTS)}", field="only")
+    if all_targets == (target is not None):
+        raise ConfigError("target: give --target, such as tpu:v6e:2x4, or --all-targets", field="target")
+    names = EVERY if all_targets else (target or "",)
+    asked = options.flags(model, None, mesh, dtype, pairs)
+    part = "" if only == "all" else only
+    reports = [made for made in _reports(names, asked, config, part, context, temp << 20, as_json) if made]
+    from radixmesh.bench import record
+    from radixmesh.compile import page
+
+    made = record.made()
+    text = json.dumps(({"targets": reports} if all_targets else reports[0]) | {"made": made}, indent=1)
+    for file, content in ((out, text + "\n"), (html, page.make(reports, made) if html else "")):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+    if as_json:
+        print(text)
+    elif all_targets:
+        _matrix(reports)
+    sys.exit(0 if all(r["ok"] for r in reports) else 1)
+
+
+def _reports(
+    names: Sequence[str], asked: dict[str, Any], file: Path | None, only: str, context: int, temp: int, quiet: bool
+) -> Iterable[dict[str, Any]]:
+    """A report for each target, shown as it is done. All are refused before the first is compiled."""
+    from backends.target import check
+    from engine.config import load
+    from engine.target import Target
+    from radixmesh.compile import report, run
+    from radixmesh.compile import show as terminal
+    from radixmesh.engine import DEMO
+
+    settings = load(file, asked)
+    targets = [Target.parse(name) for name in names]
+    for target in targets:
+        check(target)
+    decided = [run.decide(settings, target, DEMO) for target in targets]
+    console = terminal.console()
+    for target, one in zip(targets, decided, strict=True):
+        found = []
+        for r in run.records(one, target, only):
+            found.append(r)
+            if not quiet and "program" in r:
+                print(f"{target}: {r['program']} in {r['seconds']:.1f} s", file=sys.stderr, flush=True)
+        made = report.make(one, target, found, context, temp)
+        if not quiet:
+            terminal.show(made, console)
+        yield made
+
+
+def _golden(model: str | None, target: str | None, update: bool) -> int:
+    """Compile the golden cases, and say what moved. Exit code."""
+    from backends.target import check
+    from engine.target import Target
+    from radixmesh.compile import golden
+
+    named = target and str(Target.parse(target))
+    cases = [c for c in golden.CASES if model in (None, c.model) and named in (None, c.target)]
+    if not cases:
+        models = ", ".join(sorted({c.model for c in golden.CASES}))
+        raise ConfigError(
+            f"golden: no record of {model or 'any model'} on {target}; models are {models}", field="golden"
+        )
+    worst = 0
+    for case in cases:
+        check(Target.parse(case.target))
+        now = golden.figures(golden.measure(case))
+        if update:
+            golden.write(case, now)
+            print(f"{case.name}: written" + "".join(f"; fails {f}" for f in now["failed"]), flush=True)
+            continue
+        found = golden.moved(golden.kept(case), now)
+        print(f"{case.name}: " + ("; ".join(found) or "as it was"), flush=True)
+        worst = max(worst, int(bool(found)))
+    return worst
+
+
+def _matrix(reports: Sequence[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from radixmesh.compile.page import MATRIX, summary
+    from radixmesh.compile.show import console
+
+    table = Table(*MATRIX, box=None, pad_edge=False)
+    for r in reports:
+        table.add_row(*summary(r))
+    console().print(table)

@@ -1,0 +1,1 @@
+"""Reports as HTML pages: the frame that all share, and charts as inline SVG."""

@@ -1,0 +1,127 @@
+"""`radixmesh compile`, `plan` and `explain --target`, as one calls them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+
+from backends import target
+from radixmesh import cli
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "benchmarks" / "golden" / "models"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of a command line, run here."""
+    monkeypatch.setattr(sys, "argv", ["radixmesh", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("compile",), "give --target, such as tpu:v6e:2x4, or --all-targets"),
+        (("compile", "--target", "cpu", "--all-targets"), "give --target"),
+        (("compile", "--target", "tpu:v6e"), "is no TPU with a topology"),
+        (("compile", "--target", "tpu:v66:2x4"), "did you mean v6e?"),
+        (("compile", "--target", "tpu:v6e:2x4", "--mesh", "tp=3"), "not divided by tp=3"),
+        (("compile", "--target", "tpu:v6e:2x4", "--mesh", "tp=16"), "not divided by tp=16"),
+        (("compile", "--target", "tpu:v6e:2x4", "--mesh", "tp=8"), "does not divide q_heads=4"),
+        (("compile", "--target", "tpu:v6e:2x4", "--mesh", "dp=2"), "dp=2 is not built yet"),
+        (("compile", "--target", "cuda:sm_90"), "no Triton kernel to compile yet"),
+        (("compile", "--target", "cpu", "--only", "some"), "'some' is none of all, steps"),
+        (("compile", "--target", "cpu", "--update"), "give --golden too"),
+        (("compile", "--target", "cpu", "--set", "backend.name=torch"), "torch runs no compiled programs"),
+        (("compile", "--target", "cpu", "--set", "deterministic=true"), "not compiled for a target yet"),
+        (("compile", "--target", "cpu", "--model", "/nowhere"), "/nowhere: does not exist"),
+        (("compile", "--target", "tpu:v5e:2x4", "--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b")),
+         "3.04 GiB more than"),
+        (("plan", "--target", "cpu"), "plan knows chips of TPUs"),
+        (("explain", "--target", "cuda:sm_90"), "GPUs are not described yet"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_a_libtpu_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    goes = target.wanted(requires("jax") or [])
+    monkeypatch.setattr(target, "_version", lambda name: "" if name == "libtpu" else version(name))
+    assert call(monkeypatch, "compile", "--target", "tpu:v6e:2x2") == 2
+    said = capsys.readouterr().err
+    assert goes
+    assert f"libtpu is not installed; jax {version('jax')} goes with libtpu {goes}" in said
+    assert said.count("\n") == 1
+
+
+def test_the_demo_model_on_this_cpu(tmp_path: Path) -> None:
+    """All programs of a small configuration, in JSON and as a page, and an exit code for CI."""
+    command = [sys.executable, "-m", "radixmesh", "compile", "--target", "cpu", "--set", "sched.max_tokens=32",
+               "--set", "sched.token_buckets=[32]", "--set", "sched.slots=4"]  # fmt: skip
+    files = ["--out", str(tmp_path / "a" / "r.json"), "--html", str(tmp_path / "p.html")]
+    ran = subprocess.run([*command, *files, "--temp", "64"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    report = json.loads((tmp_path / "a" / "r.json").read_text())
+    assert report["ok"]
+    kinds = {p["kind"] for p in report["programs"]}
+    assert kinds == {"step", "empty", "edit", "copy", "count", "score", "choose"}
+    assert report["held"]["cache"] > report["held"]["weights"] > 0
+    assert {g["name"] for g in report["gates"]} == {"alias", "temporaries", "collectives"}
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<html") == 1
+    assert not re.search(r'(?:src|href)="', page), "a page stands alone"
+    for p in report["programs"]:
+        assert p["program"].split(" ")[0] in page
+    assert "step 32" in ran.stdout
+
+    failing = [*command, "--only", "decode", "--temp", "1", "--json"]
+    ran = subprocess.run(failing, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode in (0, 1), ran.stderr[-2000:]
+    report = json.loads(ran.stdout)
+    assert [p["kind"] for p in report["programs"]] == ["step"]
+    assert report["ok"] == (ran.returncode == 0) == (report["programs"][0]["temp"] <= 1 << 20)
+
+
+def test_plan_chooses_and_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ("--out", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html"))
+    asked = ("plan", "--target", "tpu:v6e", "--model", str(MODELS / "llama-3.1-8b"))
+    assert call(monkeypatch, *asked, "--latency", "4", *files) == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert f"smallest that gives 4 ms: {report['best']} on" in said
+    chosen = next(o for o in report["options"] if o["mesh"] == report["best"])
+    smaller = [o for o in report["options"] if not o["refused"] and o["weights"] > chosen["weights"]]
+    assert chosen["one_ms"] <= 4 < min(o["one_ms"] for o in smaller)
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<svg") == 2
+    assert call(monkeypatch, *asked, "--latency", "0.0001") == 1
+    assert "none gives 0.0001 ms" in capsys.readouterr().out
+
+
+def test_explain_says_what_a_target_would_decide(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-8b"), "--json")
+    monkeypatch.setattr(sys, "argv", ["radixmesh", "explain", "--target", "tpu:tpu7x:2x2x1", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = {d["field"]: d for d in json.loads(capsys.readouterr().out)["decisions"]}
+    assert said["platform"]["why"] == "8 x TPU7x, 94.8 GiB free for each device"
+    assert said["stack"]["why"] == "on a TPU7x a scan copies stacked bfloat16 weights in each step"
