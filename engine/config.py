@@ -24,6 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
+WEIGHTS = ("checkpoint", "dummy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,11 +137,13 @@ def _key(check: Check, default: Any) -> Any:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """path: a model's folder; None is the demo model that comes with the package. dtype: of weights and activations.
-    max_len: positions (prompt and answer) a request may reach."""
+    max_len: positions (prompt and answer) a request may reach. weights: "checkpoint", or "dummy" random ones, for which
+    config.json is enough."""
 
     path: str | None = _key(_text, None)
     dtype: str = _key(_one_of(DTYPES), "auto")
     max_len: int | None = _key(_or_auto(_whole(2)), None)
+    weights: str = _key(_one_of(WEIGHTS), "checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

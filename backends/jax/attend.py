@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from backends.api.limits import Limits
+from backends.jax import attend_gpu
 from backends.jax.buckets import Shape
 from backends.jax.caches import State, columns
 from backends.jax.inputs import Batch
@@ -65,6 +66,11 @@ Kernel: TypeAlias = Callable[
 
 def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
     """The kernel for a layer, and why."""
+    if config.platform == "gpu":
+        refused = attend_gpu.refuses(a, config)
+        if not refused:
+            return attend_gpu.paged, f"Pallas by way of Triton, head {a.head_dim}, {config.cache_dtype} cache"
+        return plain, f"plain XLA: {refused}"
     return plain, f"plain XLA, head {a.head_dim}, {config.cache_dtype} cache: no other kernel is built for jax yet"
 
 

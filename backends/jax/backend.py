@@ -105,13 +105,14 @@ class JaxBackend:
         self._may_start(step)
         check_step(step, self.limits)
         asks = Asks.of(step)
+        late = asks.any or (self.plan.greedy and bool((step.sampling.temperature > 0).any()))
         before = self.seats.before(step, asks)
         wanted = scored(step, before)
         scores = wanted is not None and len(wanted.at) > 0
         tokens = self.limits.max_tokens if scores else len(step.tokens)
         shape = make_shape(pick(tokens, self.limits), self.limits)
         program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed, edits = pack(step, shape, self.limits, chosen=not asks.any)
+        packed, edits = pack(step, shape, self.limits, chosen=not late)
         ahead = [(EDIT, part) for part in edits] + [(COUNT, part) for part in pack_counts(step, asks, self.limits)]
         if len(step.copies):
             ahead.append((COPY, pack_copies(step, self.limits)))
@@ -130,13 +131,13 @@ class JaxBackend:
                 made=made,
                 taps=taps,
                 asked=step.sampling.logprobs.copy(),
-                logits=kept.logits if asks.any else None,
+                logits=kept.logits if late else None,
                 wanted=wanted,
             )
             if wanted is not None and scores:
                 places = self._put(pack_scored(wanted, self.limits))
                 flight = replace(flight, prompts=beside[SCORE](self.weights, kept.hidden, places))
-            if not asks.any:
+            if not late:
                 _send(flight)
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)

@@ -30,9 +30,12 @@ class Program(NamedTuple):
 
 
 EMPTY, EDIT, COPY, COUNT, SCORE = (Program(kind) for kind in ("empty", "edit", "copy", "count", "score"))
-OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
+OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    "cpu": {"xla_cpu_parallel_codegen_split_count": 1},
+    "gpu": {"xla_gpu_graph_min_graph_size": 1},
+}
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
-compiled side by side."""
+compiled side by side. On a GPU every kernel goes into a graph (docs/decisions/0019)."""
 
 
 def keep(folder: str) -> None:
