@@ -24,10 +24,13 @@ from jax.experimental.pallas import triton as plt
 Array: TypeAlias = jax.Array
 LEAST = 16
 """Rows of the smallest matrix product that Triton makes."""
-ROWS, BLOCK = 128, 64
-"""Queries times heads of a tile, and keys of one turn, for tensor cores."""
+BLOCK = 64
+"""Keys of a turn for rows of one query."""
+TILE = 128, 32
+"""Queries times heads of a tile, and keys of its turn."""
 EXACT = 16, 32
-"""The same in float32, which is multiplied without them, every product written out: larger ones compile for minutes."""
+"""The same in float32, which is multiplied without tensor cores, every product written out: larger ones compile for
+minutes."""
 PROGRAMS = 512
 """What fills a GPU of 132 processors, some four programs each: fewer items are cut into parts."""
 PARTS = 16
@@ -76,8 +79,8 @@ def supports(head_dim: int, group: int, dtype: Any, cache_dtype: Any) -> str:
     """Why these kernels are not for a layer; "" where they are. group: query heads of a kv head."""
     if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
         return f"head {head_dim} is no power of two from 16 to 256"
-    if group > min(ROWS, EXACT[0]):
-        return f"{group} query heads of one kv head are more than {min(ROWS, EXACT[0])}"
+    if group > EXACT[0]:
+        return f"{group} query heads of one kv head are more than {EXACT[0]}"
     for kind in (dtype, cache_dtype):
         if jnp.dtype(kind) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
             return f"{jnp.dtype(kind)} is not read"
@@ -85,8 +88,8 @@ def supports(head_dim: int, group: int, dtype: Any, cache_dtype: Any) -> str:
 
 
 def sizes(*dtypes: Any) -> tuple[int, int]:
-    """Rows of a tile, and keys of a turn, for queries and a cache of these dtypes."""
-    return EXACT if any(jnp.dtype(d) == jnp.float32 for d in dtypes) else (ROWS, BLOCK)
+    """Rows of a tile, and keys of its turn, for queries and a cache of these dtypes."""
+    return EXACT if any(jnp.dtype(d) == jnp.float32 for d in dtypes) else TILE
 
 
 def width(group: int, rows: int) -> int:
@@ -135,7 +138,7 @@ def single(
     cuts = parts(count, heads) if cuts is None else cuts
     flat, lines = _flat(q, cache)
     given = (jnp.stack([*items, pages.base[items.row]], 1), pages.table, pages.at, *_sinks(sinks))
-    _, block = sizes(q.dtype, cache.dtype)
+    block = min(BLOCK, EXACT[1]) if sizes(q.dtype, cache.dtype) == EXACT else BLOCK
     shape = _Shape(heads=heads, group=group, page=cache.shape[1], block=block, sunk=sinks is not None)
     body = partial(_single, form=form, shape=shape, cuts=cuts)
     like = jax.ShapeDtypeStruct(flat.shape, flat.dtype)
@@ -169,7 +172,7 @@ def tiled(
 ) -> Array:
     """Attention of tiles of `width(G, rows)` queries, rows as `sizes` has them, written over q.
     Shapes as `single` has them."""
-    heads, group, head = q.shape[1:]
+    heads, group = q.shape[1:3]
     flat, lines = _flat(q, cache)
     given = (jnp.stack([*tiles, pages.base[tiles.row]], 1), pages.table, pages.at, *_sinks(sinks))
     rows, block = sizes(q.dtype, cache.dtype)
@@ -177,9 +180,16 @@ def tiled(
     body = partial(_tile, form=form, shape=shape, rows=rows)
     like = jax.ShapeDtypeStruct(flat.shape, flat.dtype)
     grid = (heads, tiles.row.shape[0])
-    warps = 8 if head >= 64 else 4
     out = _call(
-        body, (*given, lines, flat), like, over=len(given) + 1, name="tile", grid=grid, warps=warps, interpret=interpret
+        body,
+        (*given, lines, flat),
+        like,
+        over=len(given) + 1,
+        name="tile",
+        grid=grid,
+        warps=4,
+        stages=3,
+        interpret=interpret,
     )
     return out.reshape(q.shape)
 
@@ -216,14 +226,16 @@ def _call(
     warps: int,
     interpret: bool,
     over: int | None = None,
+    stages: int = 2,
 ) -> Any:
-    """Run a kernel whose references are whole arrays. over: which of those given the output replaces."""
+    """Run a kernel whose references are whole arrays. over: which of those given the output replaces. stages:
+    turns whose loads are under way at once."""
     return pl.pallas_call(
         body,
         out_shape=out,
         grid=grid,
         input_output_aliases={} if over is None else {over: 0},
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name=f"paged_{name}",
     )(*given)

@@ -17,6 +17,8 @@ from jax.experimental.pallas import triton as plt
 Array: TypeAlias = jax.Array
 CHUNK = 2048
 """Entries of a row of the matrix that are read at once."""
+ROWS, WARPS = 4, 8
+"""Rows of the matrix and warps of a program."""
 LEAST = 256
 """Less than this would leave threads without a load of 16 bytes."""
 
@@ -34,26 +36,20 @@ def supports(x: Any, w: Any) -> str:
         return f"{x.dtype} times {w.dtype}"
     if chunk(w.shape[1]) < LEAST:
         return f"rows of {w.shape[1]} are not in chunks of {LEAST}"
-    if w.shape[0] % 4:
-        return f"{w.shape[0]} columns are not in fours"
+    if w.shape[0] % ROWS:
+        return f"{w.shape[0]} rows are not in groups of {ROWS}"
     return ""
-
-
-def rows(out: int) -> int:
-    """Rows of the matrix that a program takes: few, so that all processors have some."""
-    return 2 if out <= 2048 else 4
 
 
 @partial(jax.jit, static_argnames=("dtype", "interpret"))
 def row_times(x: Array, w: Array, dtype: Any, *, interpret: bool = False) -> Array:
     """x [1, in] times w [out, in], summed in float32 -> [1, out] in dtype."""
     many, inner = w.shape
-    size = rows(many)
     out = pl.pallas_call(
-        partial(_body, size=size, step=chunk(inner)),
+        partial(_body, size=ROWS, step=chunk(inner)),
         out_shape=jax.ShapeDtypeStruct((many,), dtype),
-        grid=(many // size,),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        grid=(many // ROWS,),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="row_times",
     )(x.reshape(-1), w)

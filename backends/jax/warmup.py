@@ -30,12 +30,11 @@ class Program(NamedTuple):
 
 
 EMPTY, EDIT, COPY, COUNT, SCORE = (Program(kind) for kind in ("empty", "edit", "copy", "count", "score"))
-OPTIONS: dict[str, dict[str, bool | int | str]] = {
-    "cpu": {"xla_cpu_parallel_codegen_split_count": 1},
-    "gpu": {"xla_gpu_graph_min_graph_size": 1},
-}
+OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
-compiled side by side. On a GPU every kernel goes into a graph (docs/decisions/0019)."""
+compiled side by side."""
+LARGE, LIBRARY = 256, {"xla_gpu_enable_triton_gemm": False}
+"""From so many tokens, a GPU's matrix products are the library's, not XLA's own (docs/decisions/0019)."""
 
 
 def keep(folder: str) -> None:
@@ -62,7 +61,6 @@ class Programs:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.options = OPTIONS.get(plan.config.platform)
         self.ready = False
         self.late = 0
         self.made: dict[Program, jax.stages.Compiled] = {}
@@ -83,7 +81,7 @@ class Programs:
             if self.ready:
                 field = "taps" if program.taps else "tokens"
                 raise StepRefused(f"{field}: no program for a {program}: nothing compiles after warmup", field=field)
-            self._keep(program, self._lower(program).compile(self.options))
+            self._keep(program, self._lower(program).compile(self._options(program)))
         return self.made[program]
 
     def warm(self) -> None:
@@ -92,10 +90,18 @@ class Programs:
         keep(self.plan.config.programs)
         missing = [program for program in self.planned() if program not in self.made]
         with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
-            running = [(program, pool.submit(self._lower(program).compile, self.options)) for program in missing]
+            running = [
+                (program, pool.submit(self._lower(program).compile, self._options(program))) for program in missing
+            ]
             for program, future in running:
                 self._keep(program, future.result())
         self.ready = True
+
+    def _options(self, program: Program) -> dict[str, bool | int | str] | None:
+        platform = self.plan.config.platform
+        if platform == "gpu" and program.kind == "step" and program.size >= LARGE:
+            return dict(LIBRARY)
+        return OPTIONS.get(platform)
 
     def _keep(self, program: Program, executable: jax.stages.Compiled) -> None:
         self.made[program] = executable

@@ -1,4 +1,4 @@
-"""The GPU's paged attention, interpreted, against softmax(q k) v in numpy; and compiled to Triton's IR."""
+"""The GPU's kernels, interpreted, against softmax(q k) v in numpy; and compiled to Triton's IR."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kernels_pallas import gpu_attention as kernel
+from kernels_pallas import gpu_row
 
 F32 = NDArray[np.float32]
 DIM, LAYERS = 16, 2
@@ -34,19 +35,21 @@ class Case:
 
 
 CASES = {
+    "mixed": Case(rows=((129, 1), (31, 33), (64, 1), (15, 2), (0, 17)), group=3),
+    "window over freed pages": Case(rows=((180, 1), (170, 9), (133, 1)), window=40, base=5),
+    "sinks and cap": Case(rows=((90, 1), (0, 20)), sinks=True, cap=2.0, cuts=4),
+}
+MORE = {
+    "page of one": Case(rows=((65, 1), (0, 9)), page=1, heads=1),
+    "decode, cut": Case(rows=((63, 1), (0, 1), (200, 1)), cuts=4),
     "one": Case(rows=((0, 1),), cuts=4),
     "decode": Case(rows=((63, 1), (64, 1), (15, 1), (16, 1), (200, 1)), cuts=1),
-    "decode, cut": Case(rows=((63, 1), (64, 1), (0, 1), (300, 1)), cuts=4, group=3),
     "prefill": Case(rows=((0, 70), (0, 1), (5, 33))),
-    "mixed": Case(rows=((129, 1), (31, 64), (64, 65), (15, 2), (0, 17)), group=4),
+    "more": Case(rows=((129, 1), (31, 64), (64, 65), (15, 2), (0, 17)), group=4),
     "many heads": Case(rows=((40, 9), (70, 1)), heads=1, group=11, page=8),
     "window": Case(rows=((100, 1), (90, 40), (0, 20), (3, 1)), window=21),
     "window, cut": Case(rows=((150, 1), (8, 1)), window=100, cuts=4),
-    "window over freed pages": Case(rows=((180, 1), (170, 9)), window=40, base=8),
-    "cap": Case(rows=((20, 1), (0, 40)), cap=2.0, group=1),
     "sinks": Case(rows=((90, 1), (0, 1), (0, 34)), sinks=True),
-    "sinks, cut": Case(rows=((90, 1), (0, 1)), sinks=True, cuts=8),
-    "page of one": Case(rows=((65, 1), (0, 66)), page=1, heads=1),
 }
 
 
@@ -113,8 +116,74 @@ def plain(case: Case, m: dict[str, Any]) -> F32:
     return out.astype(np.float32)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_interpreted_equals_softmax(name: str) -> None:
-    case = CASES[name]
+def equal(case: Case) -> None:
     m = made(case, jnp.float32)
     np.testing.assert_allclose(np.asarray(run(case, m)), plain(case, m), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_equals_softmax(name: str) -> None:
+    equal(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_forms_equal_softmax(name: str) -> None:
+    equal(MORE[name])
+
+
+def test_wide_tiles_equal_softmax() -> None:
+    """bfloat16 has the tiles of tensor cores: several queries a tile, several turns, the last of them ragged."""
+    case = Case(rows=((40, 70), (129, 1)), heads=1, group=4)
+    m = made(case, jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(run(case, m), np.float32), plain(case, m), atol=2e-2)
+
+
+def test_written_tokens_stand_in_their_pages() -> None:
+    """And nothing else changes; a token of no page is dropped."""
+    r = np.random.default_rng(0)
+    k, v = (r.standard_normal((5, 3, DIM)).astype(np.float32) for _ in range(2))
+    cache = r.standard_normal((LAYERS * 4, 2, 3 * 2 * DIM)).astype(np.float32)
+    page, offset = np.array([3, -1, 0, 3, 2], np.int32), np.array([1, 0, 0, 0, 1], np.int32)
+    want = cache.reshape(LAYERS * 4, 2, 3, 2, DIM).copy()
+    for i in np.flatnonzero(page >= 0):
+        want[4 + page[i], offset[i], :, 0], want[4 + page[i], offset[i], :, 1] = k[i], v[i]
+    got = kernel.write(*(jnp.asarray(x) for x in (k, v, cache, page, offset, np.array([4], np.int32))), interpret=True)
+    assert (np.asarray(got) == want.reshape(cache.shape)).all()
+
+
+def test_row_times_equals_a_product() -> None:
+    r = np.random.default_rng(0)
+    x, w = r.standard_normal((1, 768)).astype(np.float32), r.standard_normal((12, 768)).astype(np.float32)
+    given = jnp.asarray(x), jnp.asarray(w)
+    assert not gpu_row.supports(*given)
+    got = gpu_row.row_times(*given, jnp.dtype(jnp.float32), interpret=True)
+    np.testing.assert_allclose(np.asarray(got), x.astype(np.float64) @ w.T.astype(np.float64), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "inner", "says"), [(2, 8, 768, "2 rows"), (1, 9, 768, "groups of"), (1, 8, 640, "chunks of")]
+)
+def test_products_that_the_row_kernel_is_not_for(rows: int, out: int, inner: int, says: str) -> None:
+    assert says in gpu_row.supports(jnp.zeros((rows, inner)), jnp.zeros((out, inner)))
+
+
+@pytest.mark.parametrize(
+    ("head", "group", "dtype", "says"),
+    [(96, 4, "bfloat16", "power of two"), (64, 17, "bfloat16", "query heads"), (64, 4, "int8", "int8")],
+)
+def test_layers_that_the_kernels_are_not_for(head: int, group: int, dtype: str, says: str) -> None:
+    assert says in kernel.supports(head, group, "bfloat16", dtype)
+    assert not kernel.supports(128, 8, "bfloat16", "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_become_triton(dtype: str) -> None:
+    """Every form becomes Triton's IR, on a machine without a GPU."""
+    for name in CASES:
+        case = CASES[name]
+        m = made(case, jnp.dtype(dtype))
+        del m["keys"]
+        traced = jax.jit(lambda m, case=case: run(case, m, interpret=False)).trace(m)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("__gpu$xla.gpu.triton") >= 2, name
