@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from backends.api.limits import Limits
 from backends.jax import attend_gpu
 from backends.jax.buckets import Shape
-from backends.jax.caches import State, columns
+from backends.jax.caches import State, columns, from_lines, to_lines
 from backends.jax.inputs import Batch
 from engine.config import Resolved
 from engine.model.groups import Place
@@ -145,7 +145,7 @@ def plain(
     """
     at = rank * pages.count
     where = jnp.where(pages.page >= 0, pages.page + at, cache.shape[0])  # past the end: dropped
-    lines = jnp.stack([k, v], axis=2).astype(cache.dtype).reshape(k.shape[0], -1)
+    lines = to_lines(jnp.stack([k, v], axis=2), cache).reshape(k.shape[0], -1)
     cache = cache.at[where, pages.offset].set(lines, mode="drop", wrap_negative_indices=False)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     count, group = view.tiles.shape[0], view.group
@@ -214,7 +214,8 @@ def blocks(
     n, queries, kv_heads, group, head = q.shape
     entries = min(max(BLOCK // size, 1), table.shape[1])
     block, batch, many = entries * size, n * kv_heads, queries * group
-    kind = jnp.promote_types(q.dtype, cache.dtype)
+    # a CPU, where the cache may hold bits, is slow at small products of bfloat16
+    kind = jnp.float32 if cache.dtype == jnp.uint16 else jnp.promote_types(q.dtype, cache.dtype)
     exact = precision(kind)
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, many, head).astype(kind)
     low, high, seen = _bounds(a, position)
@@ -224,7 +225,7 @@ def blocks(
         key = j * block + jnp.arange(block)
         entry = (j * block - base[:, None]) // size + jnp.arange(entries)
         page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
-        kv = cache[page + at].reshape(n, block, -1)
+        kv = from_lines(cache[page + at]).reshape(n, block, -1)
         read = ((key > low[:, None]) & (key <= high[:, None]))[:, :, None]
         kv = jnp.where(read, kv, 0).astype(kind).reshape(n, block, kv_heads, 2, head)
         kv = kv.transpose(3, 0, 2, 1, 4).reshape(2, batch, block, head)

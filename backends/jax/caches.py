@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from backends.api.limits import Limits
@@ -53,8 +54,27 @@ def cache_shapes(limits: Limits, config: Resolved, mesh: Mesh) -> tuple[jax.Shap
     for g, pages in zip(limits.groups, limits.pages, strict=True):
         (heads,) = laid((g.kv_heads,), ("kv_heads",), config.mesh)
         shape = len(g.layers) * pages, g.page, heads * 2 * g.head_dim
-        out.append(jax.ShapeDtypeStruct(shape, DTYPES[config.cache_dtype], sharding=NamedSharding(mesh, CACHE)))
+        out.append(jax.ShapeDtypeStruct(shape, _held(config), sharding=NamedSharding(mesh, CACHE)))
     return tuple(out)
+
+
+def _held(config: Resolved) -> Any:
+    """The dtype of the array. XLA for CPUs widens all of a bfloat16 array that it scatters to, at every layer: there
+    the cache holds the bits of bfloat16 (docs/decisions/0005-dtypes-on-cpu.md)."""
+    bits = config.platform == "cpu" and config.cache_dtype == "bfloat16"
+    return np.dtype(np.uint16) if bits else DTYPES[config.cache_dtype]
+
+
+def to_lines(kv: jax.Array, cache: jax.Array) -> jax.Array:
+    """Keys and values in the form that the cache holds."""
+    if cache.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(kv.astype(jnp.bfloat16), jnp.uint16)
+    return kv.astype(cache.dtype)
+
+
+def from_lines(lines: jax.Array) -> jax.Array:
+    """Keys and values as numbers, of what was read from a cache."""
+    return jax.lax.bitcast_convert_type(lines, jnp.bfloat16) if lines.dtype == jnp.uint16 else lines
 
 
 def specs(limits: Limits) -> tuple[tuple[PartitionSpec, ...], State]:

@@ -143,10 +143,12 @@ def measure_subject(
     threads: int,
     settings: Mapping[str, Any],
 ) -> list[Speed]:
-    """Open a subject, a backend's name or "transformers-" and a dtype, and measure it at every batch size."""
+    """Open a subject, a backend's name or "transformers", with a dtype behind a dash, and measure it at every batch
+    size. A backend without one takes its own."""
     vocab = read_spec(path).vocab
-    if name.startswith("transformers-"):
-        run = run_transformers(path, name.removeprefix("transformers-"), threads)
+    who, _, dtype = name.partition("-")
+    if who == "transformers":
+        run = run_transformers(path, dtype, threads)
         return [measure(name, run, batch, length, made, vocab, repeats) for batch in batches]
-    with Engine(str(path), backend=name, skip_tokenizer=True, **settings) as engine:
+    with Engine(str(path), backend=who, dtype=dtype or "auto", skip_tokenizer=True, **settings) as engine:
         return [measure(name, run_engine(engine), batch, length, made, vocab, repeats) for batch in batches]

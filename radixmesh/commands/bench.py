@@ -42,8 +42,8 @@ def offline(
     ] = False,
     scale: Annotated[float, typer.Option(help="Shrink a workload for a dry run.")] = 1.0,
     subjects: Annotated[
-        str, typer.Option(help="jax, torch, transformers-float32, transformers-bfloat16.")
-    ] = "jax,torch,transformers-bfloat16,transformers-float32",
+        str, typer.Option(help="jax, torch or transformers, with a dtype: jax-bfloat16.")
+    ] = "jax-float32,jax-bfloat16,torch-float32,torch-bfloat16,transformers-float32,transformers-bfloat16",
     batch: Annotated[str, typer.Option(help="Prompts at once, such as 1,8.")] = "1,8",
     length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     made: Annotated[int, typer.Option(help="Tokens made for each.")] = 64,

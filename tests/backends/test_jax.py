@@ -284,11 +284,14 @@ def test_bfloat16_stays_near_float32(dtype: str, cache: str) -> None:
     """A step that reads what another has cached, against the reference in float32."""
     reference = ReferenceBackend(FLAT, config("reference", pages=(64,)))
     reference.load(Weights(spec=FLAT))
-    narrow = host_of(FLAT, taps=("logits",), dtype=dtype, cache_dtype=cache, pages=(64,), token_buckets=(16,))
+    narrow = host_of(FLAT, taps=("logits",), dtype=dtype, cache_dtype=cache, pages=(64,), token_buckets=(1, 16))
     seen = []
     for host in (narrow, Host(reference, taps=("logits",))):
         text = host.open()
-        parts = [host.run([(text, host.row(text, part))]).taps["logits"] for part in (prompt(14), prompt(9, seed=2))]
+        parts = [
+            host.run([(text, host.row(text, part))]).taps["logits"]
+            for part in (prompt(14), prompt(9, seed=2), prompt(1, seed=3))
+        ]
         seen.append(np.concatenate(parts))
     assert 1e-4 < np.abs(seen[0] - seen[1]).mean() < 0.05 * seen[1].std()
 
