@@ -23,15 +23,16 @@ from engine.model.weights import RandomWeights
 
 
 def test_its_attention_gives_the_tokens_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full layer and a window; rows of one token and of many in one step, chunks, a small bucket and a large one."""
+    """With a window; rows of one token and of many in one step, chunks, a small bucket and a large one."""
     kernel = partial(attend_gpu.paged, interpret=True)
     monkeypatch.setattr(attend, "choose", lambda a, config: (kernel, "interpreted"))
-    backend = JaxBackend(SPEC, config("jax", max_tokens=33, token_buckets=(1, 33)))
-    reference = ReferenceBackend(SPEC, config("reference", max_tokens=33))
+    spec: ModelSpec = replace(SPEC, layers=SPEC.layers[1:])
+    backend = JaxBackend(spec, config("jax", max_tokens=33, token_buckets=(1, 33), pages=(64,)))
+    reference = ReferenceBackend(spec, config("reference", max_tokens=33, pages=(64,)))
     asks = [Ask(prompt=prompt(n, seed=n), make=3, chunk=17) for n in (30, 1)]
     made = []
     for one in (backend, reference):
-        one.load(Weights())
+        one.load(Weights(spec=spec))
         host = Host(one)
         made.append([m.tokens for m in (*generate(host, asks[:1]), *generate(host, asks))])
         one.close()
