@@ -375,8 +375,8 @@ def _single(items: Any, table: Any, at: Any, *rest: Any, form: Form, shape: _Sha
     def _() -> None:
         query = plt.load(_lines(q, token * heads * group + index), mask=mine[:, None], other=0.0)
         top, total = _start(sinks, index, mine)
-        if cuts > 1 and shape.sunk:  # the first part has the sink
-            top, total = jnp.where(cut == 0, top, FAR), jnp.where(cut == 0, total, 0.0)
+        if cuts > 1 and shape.sunk:  # the first part has the sink; in others its total fades with FAR
+            top = jnp.where(cut == 0, top, FAR)
         top, total, acc = _attend(
             query, (table, at, cache), row, base, sight, begin, end, (top, total), head, form, shape
         )
