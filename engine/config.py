@@ -27,6 +27,7 @@ QUANTISE = ("none", "int8", "fp8")
 POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
+WEIGHTS = ("checkpoint", "dummy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,12 +159,14 @@ def _key(check: Check, default: Any) -> Any:
 class Model:
     """path: a model's folder; None is the demo model that comes with the package. dtype: of weights and activations.
     quantise: keep the matrices of attention and feed-forward in 8 bits: "int8", with a scale for each output, or "fp8",
-    with one for each 128 x 128. max_len: positions (prompt and answer) a request may reach."""
+    with one for each 128 x 128. max_len: positions (prompt and answer) a request may reach. weights: "checkpoint", or
+    "dummy" random ones, for which config.json is enough."""
 
     path: str | None = _key(_text, None)
     dtype: str = _key(_one_of(DTYPES), "auto")
     quantise: str = _key(_one_of(QUANTISE), "none")
     max_len: int | None = _key(_or_auto(_whole(2)), None)
+    weights: str = _key(_one_of(WEIGHTS), "checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ SPARE = 4
 """The cache holds at most so many times what the slots can fill: prefixes of requests that ended."""
 STEP = {
     "cpu": (8, 256, (1, 8, 64)),
-    "gpu": (128, 2048, (1, 8, 32, 128, 512)),
+    "gpu": (256, 8192, (1, 8, 32, 64, 128, 512, 2048)),
     "tpu": (128, 2048, (8, 32, 128, 512)),
 }
 """Platform -> slots, tokens of a step, and the sizes below it that steps are padded to. Each size is a program that jax

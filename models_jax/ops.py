@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.mesh import RULES
 from engine.model.spec import Norm
+from kernels_pallas import gpu_row
 from models_jax import quantised
 from models_jax.quantised import Quantised
 from models_jax.turned import Turned
@@ -29,12 +31,20 @@ def contract(x: Array, w: Matrix, out: Any = None) -> Array:
     """x [T, in] times w [out, in], or what was turned to [in, out], summed in float32 -> [T, out]."""
     if isinstance(w, Quantised):
         return quantised.multiply(x, w, precision(x.dtype)).astype(out or x.dtype)
+    if not isinstance(w, Turned) and not gpu_row.supports(x, w):
+        row = partial(gpu_row.row_times, dtype=jnp.dtype(out or x.dtype))
+        return jax.lax.platform_dependent(x, w, cuda=row, default=partial(_product, dims=((1,), (1,)), out=out))
     if isinstance(w, Turned) and x.dtype == jnp.bfloat16 and x.shape[0] == 1:
         # a CPU multiplies one row without its bfloat16 instructions: twelve times slower than two
         return contract(jnp.concatenate([x, x]), w, out)[:1]
     dims = ((1,), (0,)) if isinstance(w, Turned) else ((1,), (1,))
-    body = w.body if isinstance(w, Turned) else w
-    y = jax.lax.dot_general(x, body, (dims, ((), ())), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    return _product(x, w.body if isinstance(w, Turned) else w, dims=dims, out=out)
+
+
+def _product(x: Array, w: Array, *, dims: Any, out: Any) -> Array:
+    # asked for in float32, a GPU's library would write that and another kernel round it
+    kind = jnp.dtype(out or x.dtype) if dims == ((1,), (1,)) else jnp.float32
+    y = jax.lax.dot_general(x, w, (dims, ((), ())), precision=precision(x.dtype), preferred_element_type=kind)
     return y.astype(out or x.dtype)
 
 

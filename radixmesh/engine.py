@@ -20,7 +20,7 @@ from engine.errors import InvalidRequest
 from engine.run.answer import Answer, several
 from engine.run.client import Streams
 from engine.run.local import LocalClient
-from engine.run.messages import Abort, Load, Submit
+from engine.run.messages import Abort, Flush, Load, Submit
 from engine.run.start import decide, start
 from engine.sampling import SamplingParams, scoring
 from engine.sched.admission import check_request, deadline
@@ -97,6 +97,19 @@ class Engine:
     def status(self) -> Status:
         """How the backend stands: device, programs compiled, bytes."""
         return self._client.carrier.loop.backend.status()
+
+    @property
+    def steps(self) -> int:
+        """Steps that were run."""
+        return self._client.carrier.loop.steps
+
+    def flush_cache(self) -> None:
+        """Forget all prefixes. Raises InvalidRequest while requests are open."""
+        rid = uuid4().hex
+        self._streams.open(Flush(rid=rid), rid)
+        for output in self._streams.read(rid):
+            if output.error is not None:
+                raise output.error
 
     def generate(
         self,

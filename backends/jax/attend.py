@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from backends.api.limits import Limits
+from backends.jax import attend_gpu
 from backends.jax.buckets import Shape
 from backends.jax.caches import State, columns, from_lines, to_lines
 from backends.jax.inputs import Batch
@@ -76,8 +77,11 @@ Kernel: TypeAlias = Callable[
 def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
     """The kernel for a layer, and why."""
     shape = f"head {a.head_dim}, {config.cache_dtype} cache"
+    if config.platform == "gpu":
+        why = attend_gpu.refuses(a, config)
+        return (plain, f"plain XLA, {shape}: {why}") if why else (attend_gpu.paged, f"Pallas by way of Triton, {shape}")
     if config.platform != "tpu":
-        return plain, f"plain XLA, {shape}: the Pallas kernel is for TPUs, not for a {config.platform}"
+        return plain, f"plain XLA, {shape}: the Pallas kernels are for accelerators, not for a {config.platform}"
     kv_heads = share(a.kv_heads, "kv_heads", config.mesh)
     why = attention.supports(
         q_heads=share(a.q_heads, "q_heads", config.mesh),

@@ -120,13 +120,14 @@ class JaxBackend:
         limits = self.limits  # a thread may raise them meanwhile
         check_step(step, limits, None if self.packed is None else self.packed.step)
         asks = Asks.of(step)
+        late = asks.any or (self.plan.greedy and bool((step.sampling.temperature > 0).any()))
         before = self.seats.before(step, asks)
         wanted = scored(step, before)
         scores = wanted is not None and len(wanted.at) > 0
         tokens = limits.max_tokens if scores else len(step.tokens)
         shape = make_shape(pick(tokens, limits), limits)
         program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed = self.packed = pack(step, shape, limits, chosen=not asks.any, last=self.packed)
+        packed = self.packed = pack(step, shape, limits, chosen=not late, last=self.packed)
         ahead = [(EDIT, part) for part in packed.ahead] + [(COUNT, part) for part in pack_counts(step, asks, limits)]
         if len(step.copies):
             ahead.append((COPY, pack_copies(step, limits)))
@@ -146,13 +147,13 @@ class JaxBackend:
                 made=made,
                 taps=taps,
                 asked=step.sampling.logprobs.copy(),
-                logits=kept.logits if asks.any else None,
+                logits=kept.logits if late else None,
                 wanted=wanted,
             )
             if wanted is not None and scores:
                 places = self._put(pack_scored(wanted, limits))
                 flight = replace(flight, prompts=beside[scorer](self.weights, kept.hidden, places))
-            if not asks.any:
+            if not late:
                 _send(flight)
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)

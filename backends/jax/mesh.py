@@ -15,6 +15,8 @@ from engine.mesh import AXES, RULES, MeshSpec, parts, shard_shape
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu"}
 """What jax is told to start; "gpu" is CUDA or ROCm, as jax finds."""
+GPU_MEMORY = 0.9
+"""Of a GPU's memory, what jax takes for itself; graphs and libraries take theirs from the rest."""
 CACHE = PartitionSpec(None, None, RULES["kv_heads"])
 """Of a cache [layers * pages, page, kv_heads * 2 * head_dim]."""
 
@@ -27,6 +29,8 @@ def find_devices(platform: str, cpus: int = 1) -> list[jax.Device]:
     """
     if platform in PLATFORMS and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", PLATFORMS[platform])
+    if platform == "gpu" and not jax.config.jax_pjrt_client_create_options:
+        jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": GPU_MEMORY})
     if platform == "cpu" and cpus > 1:
         with suppress(RuntimeError):  # jax has started: then it has enough, or the mesh is refused
             jax.config.update("jax_num_cpu_devices", cpus)

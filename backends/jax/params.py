@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from backends.jax.mesh import laid, partition
+from backends.jax.mesh import laid, partition, replicated
 from engine.config import Resolved
 from engine.mesh import RULES, MeshSpec, shard_shape
 from engine.model import quant
 from engine.model.params import Param, params
 from engine.model.spec import ModelSpec
-from engine.model.weights import WeightSource, read_part
+from engine.model.weights import PERIOD, STRIDE, RandomWeights, WeightSource, read_part
 from models_jax.quantised import Quantised
 from models_jax.stacked import Stacked
 from models_jax.turned import Turned
@@ -163,6 +166,8 @@ def upload(leaves: Tree, config: Resolved, mesh: Mesh, source: WeightSource) -> 
     def fill(leaf: Leaf) -> Any:
         if leaf.form is not None:
             return leaf.hold(_fill_quantised(leaf, config.mesh, mesh, source, made))
+        if isinstance(source, RandomWeights) and config.platform != "cpu" and mesh.size == 1 and not leaf.stacked:
+            return draw(source, leaf.members[0], dtype, mesh)
 
         def part(index: tuple[slice, ...]) -> NDArray[Any]:
             if not leaf.stacked:
@@ -202,6 +207,30 @@ def _fill_quantised(
         for p in leaf.members:
             del made[p.name]
     return out
+
+
+def draw(source: RandomWeights, p: Param, dtype: Any, mesh: Mesh) -> jax.Array:
+    """A parameter of random weights, made on the device of a mesh of one: what `source.read` gives, to the bit."""
+    if p.name.endswith("norm"):
+        tape, start = np.full(1, source.norm, np.float32), 0
+    else:
+        tape, start = source.tape(p), source.start(p.name)
+    return _windows(p.shape, dtype, replicated(mesh))(tape, np.uint32(start))
+
+
+@cache
+def _windows(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    """The program that cuts rows from a tape: (tape [N], start uint32) -> [shape]. A tape of one number fills it."""
+
+    def cut(tape: jax.Array, start: jax.Array) -> jax.Array:
+        if tape.shape[0] == 1:
+            return jnp.full(shape, tape[0], dtype)
+        row = jnp.arange(math.prod(shape[:-1]), dtype=jnp.uint32)
+        begin = (row * jnp.uint32(STRIDE) + start) % jnp.uint32(PERIOD)  # PERIOD divides what uint32 wraps at
+        window = jax.vmap(lambda at: jax.lax.dynamic_slice(tape, (at,), shape[-1:]))
+        return window(begin.astype(jnp.int32)).astype(dtype).reshape(shape)
+
+    return jax.jit(cut, out_shardings=sharding)
 
 
 def _read(source: WeightSource, p: Param, index: tuple[slice, ...], mesh: MeshSpec) -> NDArray[Any]:

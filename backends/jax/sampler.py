@@ -29,6 +29,12 @@ def sample(logits: Array, batch: Batch, position: Array) -> tuple[Array, Array]:
     return pick(logits, batch, position), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
 
 
+def best(logits: Array) -> tuple[Array, Array]:
+    """`sample` of greedy rows, with no branch: a GPU's host would wait for the device at each."""
+    finite = count(~jnp.isfinite(logits)) == 0
+    return jnp.argmax(logits, -1).astype(jnp.int32), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
+
+
 def pick(logits: Array, batch: Any, position: Array) -> Array:
     """Tokens int32[R] of logits float32[R, V] that are as the row wants them, but for the temperature. batch: has
     temperature, top_k, top_p, min_p, seed_high and seed_low, one entry a row."""

@@ -18,7 +18,7 @@ from backends.jax.buckets import Shape, make_shape
 from backends.jax.caches import State
 from backends.jax.inputs import EDITS, Batch, unpack
 from backends.jax.mesh import replicated
-from backends.jax.sampler import sample
+from backends.jax.sampler import best, sample
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
 from models_jax import decoder, ops
@@ -37,6 +37,12 @@ class Plan:
     def leaves(self) -> params.Tree:
         """The parameter tree."""
         return params.tree(self.spec, self.config.stack, self.config.platform, self.config.quantise)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether steps only find their best tokens, and rows that draw go through another program: a GPU's host waits
+        for the device at every branch."""
+        return self.config.platform == "gpu"
 
 
 class Kept(NamedTuple):
@@ -74,7 +80,7 @@ def run(
     else:
         scores = logits(plan, weights, hidden[ends])
     after = before + batch.length
-    made, status = sample(scores, batch, after)
+    made, status = best(scores) if plan.greedy else sample(scores, batch, after)
     state = _advance(state, batch, after, made)
     inner = {k: v.astype(jnp.float32) for k, v in found.items()}
     return cache, state, jnp.stack([made, status], 1), Kept(scores, hidden), inner

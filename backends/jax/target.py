@@ -24,7 +24,7 @@ from backends.jax.caches import cache_shapes, count_shape, state_shapes
 from backends.jax.mesh import make_mesh, open_mesh
 from backends.jax.params import shapes
 from backends.jax.step import Plan
-from backends.jax.warmup import Program, Programs
+from backends.jax.warmup import Program, Programs, options
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
 
@@ -80,7 +80,7 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
                 failed.set_result(_error(0.0, error))
                 running.append((said, failed))
             else:
-                running.append((said, pool.submit(_compile, lowered, programs.options)))
+                running.append((said, pool.submit(_compile, lowered, options(at, program))))
         for said, future in running:
             yield said | future.result()
 

@@ -42,6 +42,9 @@ EMPTY, EDIT, COPY, COUNT, SCORE = (Program(kind) for kind in ("empty", "edit", "
 OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
 compiled side by side."""
+LARGE = 256
+LIBRARY: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
+"""From so many tokens, a GPU's matrix products are the library's, not XLA's own (docs/decisions/0019)."""
 
 
 def keep(folder: str) -> None:
@@ -56,9 +59,12 @@ def keep(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def options(plan: Plan) -> dict[str, bool | int | str]:
-    """What the compiler is told."""
-    return OPTIONS.get(plan.config.platform, {})
+def options(plan: Plan, program: Program | None = None) -> dict[str, bool | int | str]:
+    """What the compiler is told of a program, or of most."""
+    platform = plan.config.platform
+    if platform == "gpu" and program is not None and program.kind == "step" and program.size >= LARGE:
+        return dict(LIBRARY)
+    return OPTIONS.get(platform, {})
 
 
 class Programs:
@@ -70,7 +76,6 @@ class Programs:
 
     def __init__(self, plan: Plan, found: Callable[[Program], Executable] | None = None) -> None:
         self.plan, self.found = plan, found
-        self.options = options(plan)
         self.limits = plan.limits
         self.ready = False
         self.made: dict[Program, Executable] = {}
@@ -156,7 +161,7 @@ class Programs:
         began, missing = time.monotonic(), [program for program in programs if program not in self.made]
         with ThreadPoolExecutor(max(1, min(len(missing), workers))) as pool:
             running = [
-                pool.submit(_compile, self.lower(program), self.options)
+                pool.submit(_compile, self.lower(program), options(self.plan, program))
                 if self.found is None
                 else pool.submit(self.found, program)
                 for program in missing

@@ -68,15 +68,24 @@ class RandomWeights:
         bounds = [s.indices(n)[:2] for s, n in zip(part, param.shape, strict=True)]
         sizes = [stop - start for start, stop in bounds]
         if name.endswith("norm"):
-            return np.full(sizes, 0 if self._offset else 1, self._dtype)
+            return np.full(sizes, self.norm, self._dtype)
         row = np.zeros(1, np.int64)
         for (start, stop), size in zip(bounds[:-1], param.shape[:-1], strict=True):
             row = (row[:, None] * size + np.arange(start, stop)).ravel()
-        begin = (row * STRIDE + zlib.crc32(name.encode())) % PERIOD + bounds[-1][0]
-        windows = np.lib.stride_tricks.sliding_window_view(self._scale(param), sizes[-1])
+        begin = (row * STRIDE + self.start(name)) % PERIOD + bounds[-1][0]
+        windows = np.lib.stride_tricks.sliding_window_view(self.tape(param), sizes[-1])
         return windows[begin].reshape(sizes)
 
-    def _scale(self, param: Param) -> NDArray[Any]:
+    @property
+    def norm(self) -> int:
+        """What every entry of a norm is."""
+        return 0 if self._offset else 1
+
+    def start(self, name: str) -> int:
+        """Where row 0 of a parameter starts on the tape, modulo PERIOD; row i starts i * STRIDE further."""
+        return zlib.crc32(name.encode()) % PERIOD
+
+    def tape(self, param: Param) -> NDArray[Any]:
         """The tape with the standard deviation of this parameter."""
         fan_in = math.prod(param.shape[1:]) if param.axes[0] == "hidden" else param.shape[-1]
         std = fan_in**-0.5 if self._std is None else self._std

@@ -17,7 +17,7 @@ from engine.errors import ConfigError, ModelError
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
 from engine.model.spec import ModelSpec, fit
-from engine.model.weights import WeightSource
+from engine.model.weights import RandomWeights, WeightSource
 from engine.resolve import Decision, resolve
 from engine.run.messages import Info
 from engine.run.sizes import SizeLog
@@ -34,12 +34,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """A configuration and what came of it, before anything is allocated."""
+    """A configuration and what came of it, before anything is allocated. weights: as model.weights has it."""
 
     path: Path
     spec: ModelSpec
     resolved: Resolved
     decisions: tuple[Decision, ...]
+    weights: str = "checkpoint"
+
+    def source(self) -> WeightSource:
+        """Where the weights come from."""
+        return RandomWeights(self.spec, seed=0) if self.weights == "dummy" else Checkpoint(self.path, self.spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +70,13 @@ def decide(config: Config, default: Path) -> Decided:
     path = Path(config.model.path) if config.model.path is not None else default
     spec = read_spec(path)
     resolved, decisions = resolve(config, spec, probe(config.backend.name, config.backend.platform))
-    return Decided(path=path, spec=fit(spec, resolved.max_len), resolved=resolved, decisions=tuple(decisions))
+    return Decided(
+        path=path,
+        spec=fit(spec, resolved.max_len),
+        resolved=resolved,
+        decisions=tuple(decisions),
+        weights=config.model.weights,
+    )
 
 
 def open_device(decided: Decided) -> Backend:
@@ -105,7 +116,7 @@ def start(
         sizes = SizeLog(decided.resolved.log, limits.token_buckets) if decided.resolved.log else None
         clock = timed("device", clock)
         stage("weights")
-        backend.load(Checkpoint(decided.path, decided.spec))
+        backend.load(decided.source())
         clock = timed("weights", clock)
         stage("programs")
         backend.warmup()

@@ -33,7 +33,17 @@ def register(app: typer.Typer) -> None:
 
 def offline(
     model: options.Model = None,
-    shape: Annotated[str | None, typer.Option(help="A random Llama instead: 25m or 100m.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A random Llama instead: 25m or 100m; of a workload 1b or 8b.")
+    ] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="single, throughput, shared: by name instead, such as single,throughput.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs a workload: jax or torch.")] = "jax",
+    dummy: Annotated[
+        bool, typer.Option(help="Random weights for a workload, whatever stands beside config.json.")
+    ] = False,
+    scale: Annotated[float, typer.Option(help="Shrink a workload for a dry run.")] = 1.0,
     subjects: Annotated[
         str, typer.Option(help="jax, torch or transformers, with a dtype: jax-bfloat16.")
     ] = "jax-float32,jax-bfloat16,torch-float32,torch-bfloat16,transformers-float32,transformers-bfloat16",
@@ -46,12 +56,16 @@ def offline(
     out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
     pairs: options.Set = None,
 ) -> None:
-    """Greedy tokens per second of our backends beside transformers' generate, same checkpoint, same run."""
+    """Greedy tokens per second of backends beside transformers' generate, same checkpoint and run; or workloads."""
     from radixmesh.bench import offline as bench
     from radixmesh.bench.record import write
     from radixmesh.engine import DEMO
 
-    sizes, settings = [int(b) for b in batch.split(",")], options.read_set(pairs) | options.exact(deterministic)
+    exact = options.read_set(pairs) | options.exact(deterministic)
+    if workload is not None:
+        names = [name.strip() for name in workload.split(",")]
+        return workloads(model, shape, names, backend, dummy, scale, repeats, out, exact)
+    sizes, settings = [int(b) for b in batch.split(",")], exact
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = bench.make_model(Path(folder), bench.known(shape)) if shape else Path(model) if model else DEMO
@@ -70,6 +84,40 @@ def offline(
                 )
     if out is not None:
         write(out, "offline", figures)
+
+
+def workloads(
+    model: str | None,
+    shape: str | None,
+    names: list[str],
+    backend: str,
+    dummy: bool,
+    scale: float,
+    repeats: int,
+    out: Path | None,
+    settings: dict[str, Any],
+) -> None:
+    """Run workloads by name on one engine, and print a line for each."""
+    from radixmesh.bench import workloads as bench
+    from radixmesh.bench.record import write
+    from radixmesh.engine import DEMO
+
+    for name in names:
+        bench.workload(name, scale)  # refused before anything is opened
+    with tempfile.TemporaryDirectory() as folder:
+        path = bench.make_config(Path(folder), shape) if shape else Path(model) if model else DEMO
+        given = {"model.weights": "dummy"} if dummy or shape else {}
+        figures = bench.measure(path, backend, names, scale, repeats, given | settings)
+    for f in figures:
+        f["model"] = shape or path.name
+        each = f", {f['ms_per_token']:.3f} ms/token" if "ms_per_token" in f else ""
+        print(
+            f"{f['workload']}: {f['seconds']:.3f} s (spread {f['spread']:.1%}), "
+            f"{f['output_tokens_per_second']:.0f} tokens/s{each}, {f['cached']} prompt tokens from the cache; "
+            f"ready after {f['ready']:.1f} s on {f['device']}"
+        )
+    if out is not None:
+        write(out, "workloads", figures)
 
 
 def prefix(
