@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from backends.jax.frozen import Loaded, freeze, thaw
 from backends.jax.recipe import first_difference, recipe
 from backends.jax.step import Plan
-from backends.jax.warmup import Program, Programs
+from backends.jax.warmup import Program, Programs, options
 from engine.errors import ConfigError
 
 FORMAT = "radixmesh bundle 1"
@@ -64,7 +64,7 @@ def save(programs: Programs, folder: Path) -> dict[str, Any]:
 
     Raises ConfigError where the folder has something else in it, or can't be written.
     """
-    made = recipe(programs.plan, programs.options)
+    made = recipe(programs.plan, options(programs.plan))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         there = sorted(file.name for file in folder.iterdir())
@@ -74,7 +74,7 @@ def save(programs: Programs, folder: Path) -> dict[str, Any]:
         planned = programs.planned()
         with _uncached(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             lowered = ((program, programs.lower(program)) for program in planned)
-            running = [(p, _digest(low), pool.submit(low.compile, programs.options)) for p, low in lowered]
+            running = [(p, _digest(low), pool.submit(low.compile, options(programs.plan, p))) for p, low in lowered]
             entries = [_write(folder, made, p, digest, future.result()) for p, digest, future in running]
         for file in folder.glob("*.xla"):
             if file.name not in {_file(entry["stablehlo"], made) for entry in entries}:

@@ -68,7 +68,9 @@ class Timing:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What a client asked for at once: several answers, read together. Closing it aborts those that are open."""
+    """What a client asked for at once: several answers, read together. Closing it aborts those that are open.
+
+    expired: its deadline passed, and what was made by then was given."""
 
     service: Service
     id: str
@@ -77,6 +79,7 @@ class Call:
     times: list[Timing] = field(default_factory=list)
     made: list[int] = field(default_factory=list)
     left: int = 0
+    expired: bool = False
     _closed: bool = False
     _news: deque[tuple[int, Output]] = field(default_factory=deque)
     _waiter: asyncio.Future[None] | None = None
@@ -127,8 +130,10 @@ class Call:
                 batch = []
                 while self._news:
                     index, output = self._news.popleft()
-                    if output.error is not None and not self._partial(output.error):
-                        raise output.error
+                    if output.error is not None:
+                        if not self._partial(output.error):
+                            raise output.error
+                        self.expired = True
                     answer = self.answers[index]
                     before, told, first = len(answer.scores), len(answer.prompt_scores), not answer.ids
                     text = answer.take(output)

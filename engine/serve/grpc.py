@@ -87,6 +87,8 @@ class Inference:
                 usage = None if left else _usage(call.answers)
                 await context.write(pb.GenerateChunk(pieces=_pieces(batch, call.answers), request_id=name, usage=usage))
                 name = ""
+            if call.expired:  # whether the client's clock or ours is first: a call past its deadline ends as one
+                await _end(context, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline of the call passed", None)
         except RadixmeshError as error:
             await refuse(context, error)
         finally:

@@ -157,8 +157,11 @@ def test_the_deadline_of_an_rpc_is_the_requests(door: House) -> None:
             ask = rpc.RadixmeshStub(channel).Generate
             request = pb.GenerateRequest(text=PROMPT, sampling=pb.SamplingParams(**NATIVE))
             assert [*ask(request)][-1].pieces[0].finish.reason == "length"
-            with late(door, 5):
-                end = [*ask(request, timeout=HOUR)][-1]
+            chunks = []
+            with late(door, 5), pytest.raises(grpc.RpcError) as ended:
+                chunks.extend(ask(request, timeout=HOUR))
+            end = chunks[-1]
+            assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     finally:
         door.client.say = say  # type: ignore[method-assign]
         door.run(server.stop(0))

@@ -18,7 +18,7 @@ from engine.sched.admission import HIGH, LOW
 from engine.sched.policy import by_weight
 from engine.sched.request import Output, Request
 from engine.sched.scheduler import Scheduler
-from tests.simulation.toy import ORDINARY, Toy
+from tests.simulation.toy import ORDINARY, REFUSED, Toy
 from tests.simulation.trial import balance
 
 
@@ -43,6 +43,7 @@ class Stage:
             max_edits=1000,
             vocab=97,
             max_copies=keys.pop("max_copies", 8),
+            max_history=keys.pop("max_history", 0),
             max_logprobs=3,
         )
         self.scheduler = Scheduler(limits, **keys)
@@ -427,6 +428,20 @@ def the_innocent_go_on_together() -> None:
     assert stage.loop.steps < 100, stage.loop.steps
 
 
+def the_refused_leave_others_their_history() -> None:
+    """Rows beside one that the device refuses are penalised for their own tokens."""
+    made = []
+    for first in (3, REFUSED):
+        stage = Stage(max_history=1000)
+        for rid, tokens in {"a": (first, 5), "b": (1, 1, 2), "c": (4, 6, 7, 8)}.items():
+            stage.ask(rid, tokens, made=6, scored={"repetition_penalty": 1.5})
+        stage.run()
+        made.append(stage.outputs)
+    assert (len(made[0]["a"]), len(made[1]["a"])) == (6, 0)
+    assert made[0]["b"] == made[1]["b"]
+    assert made[0]["c"] == made[1]["c"]
+
+
 def lost_pages_are_found() -> None:
     """A page that nobody has is noticed and free again, and no run is disturbed. Where a page has two owners all begin
     anew. Nothing that was promised is lost."""
@@ -460,6 +475,7 @@ def ask_six(stage: Stage) -> None:
 
 SCENES = (
     the_innocent_go_on_together,
+    the_refused_leave_others_their_history,
     prefixes_behind_a_window_or_a_state_are_computed_once,
     a_long_prefix_is_waited_for,
     the_lowest_makes_room,
