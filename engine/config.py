@@ -190,7 +190,7 @@ class Cache:
 
     tokens: int | None = _key(_or_auto(_whole(1)), None)
     fraction: float | None = _key(_or_auto(_share), None)
-    page: int = _key(_whole(1, 128), 16)
+    page: int | None = _key(_or_auto(_whole(1, 128)), None)
     dtype: str = _key(_one_of(DTYPES), "auto")
     radix: bool = _key(_flag, True)
     eviction: str = _key(_one_of(EVICTIONS), "lru")

@@ -22,6 +22,8 @@ CPU_CACHE = GIB
 """A CPU's cache takes no more, unless asked."""
 SPARE = 4
 """The cache holds at most so many times what the slots can fill: prefixes of requests that ended."""
+PAGES, TABLES = (16, 32, 64, 128), 896 << 10
+"""Tokens of a page to choose from, and bytes that page tables may take of a TPU's scalar memory."""
 STEP = {
     "cpu": (8, 256, (1, 8, 64)),
     "gpu": (256, 8192, (1, 8, 32, 64, 128, 512, 2048)),
@@ -94,12 +96,13 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
-    groups = local_groups(spec, config.cache.page, mesh)
+    made.append(_page(config, spec, device, values["max_rows"]))
+    values["page"] = made[-1].value
+    groups = local_groups(spec, values["page"], mesh)
     weights = weight_bytes(spec, values["dtype"], mesh, values["quantise"] if device.backend != "reference" else "none")
     weights += count_bytes(spec, config.sched.penalties, values["slots"])
     made += _lengths(config, spec, device, groups, weights, values)
     made += [
-        Decision(field="page", value=config.cache.page, why="cache.page"),
         Decision(field="radix", value=config.cache.radix, why="cache.radix"),
         Decision(field="eviction", value=config.cache.eviction, why="cache.eviction"),
         *_events(config),
@@ -270,6 +273,18 @@ def _steps(config: Config, device: Device) -> list[Decision]:
     return out
 
 
+def _page(config: Config, spec: ModelSpec, device: Device, rows: int) -> Decision:
+    """Tokens of a page. A TPU's attention keeps the page tables of a step in a memory that holds few numbers."""
+    if config.cache.page is not None:
+        return Decision(field="page", value=config.cache.page, why="cache.page")
+    if device.platform != "tpu":
+        return Decision(field="page", value=PAGES[0], why="auto: prefixes are shared in small pages")
+    reach = min(config.model.max_len or spec.max_len, spec.max_len)
+    size = next((n for n in PAGES if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
+    why = f"page tables of {rows} rows of {reach} tokens are kept in {TABLES >> 10} KiB of a TPU"
+    return Decision(field="page", value=size, why=why)
+
+
 def _lengths(
     config: Config,
     spec: ModelSpec,
@@ -280,7 +295,7 @@ def _lengths(
 ) -> list[Decision]:
     """max_len and pages: how far one request may reach, and how many tokens the cache holds. weights: bytes, with the
     counts of penalties."""
-    page, asked = config.cache.page, config.model.max_len
+    page, asked = values["page"], config.model.max_len
     if asked is not None and asked > spec.max_len:
         raise ConfigError(
             f"model.max_len: {asked} is past the {spec.max_len} positions that the model was made for; lower it",
@@ -322,7 +337,7 @@ def _tokens(
     values: dict[str, Any],
 ) -> tuple[int, str]:
     """Tokens that the cache shall hold, and why. free: bytes that the weights leave."""
-    asked, page = config.cache.tokens, config.cache.page
+    asked, page = config.cache.tokens, values["page"]
     if asked is not None:
         return asked, "cache.tokens"
     portion = config.cache.fraction or SHARE[device.platform]

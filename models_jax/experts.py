@@ -17,6 +17,8 @@ from models_jax.stacked import Stacked, entry, plain, whole
 Matrices: TypeAlias = Array | Stacked | Quantised
 """[E, out, in]: one matrix for each expert."""
 
+LANES = 128
+"""Numbers of a TPU's register: rows of a matrix are laid out in so many."""
 TILE = 16
 """Rows of one expert that a CPU multiplies at once."""
 
@@ -65,6 +67,8 @@ def grouped(rows: Array, w: Matrices, sizes: Array) -> Array | None:
     """`multiply` by a kernel, where a TPU is compiled for that has one for it."""
     on, scaled = chip(), isinstance(w, Quantised)
     body, layer = whole(w.body if scaled else w)
+    if body.shape[-1] % LANES:  # XLA would lay all layers' matrices out anew before the kernel reads them
+        return None
     if on == INTERPRETED or supports(on, rows.shape[0], *body.shape[-3:], rows.dtype, body.dtype, scaled):
         return None
     if scaled:

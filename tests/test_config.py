@@ -181,6 +181,23 @@ def test_stack_follows_the_device_unless_asked() -> None:
     assert resolve(load(None, {"stack": "scan"}), model(), device())[0].stack == "scan"
 
 
+@pytest.mark.parametrize(
+    ("platform", "reach", "asked", "page"),
+    [("cpu", 131072, None, 16), ("gpu", 131072, None, 16), ("tpu", 8192, None, 16), ("tpu", 65536, None, 64),
+     ("tpu", 131072, None, 128), ("tpu", 1 << 20, None, 128), ("tpu", 131072, 32, 32)],
+)  # fmt: skip
+def test_pages_are_as_large_as_the_tables_of_a_tpu_need(
+    platform: str, reach: int, asked: int | None, page: int
+) -> None:
+    """128 rows: 4 bytes for each page of each."""
+    facts = device(platform, memory=64 * GIB)
+    given = {"max_rows": 128, "slots": 128} | ({"cache.page": asked} if asked else {})
+    decided, _ = resolve(load(None, given), model(max_len=reach), facts)
+    assert decided.page == page
+    if platform == "tpu" and not asked and reach < 1 << 20:
+        assert 4 * 128 * reach // page < 1 << 20
+
+
 @pytest.mark.parametrize("axis", ["dp", "pp", "ep"])
 def test_mesh_axes_that_are_not_built_are_refused_by_name(axis: str) -> None:
     with pytest.raises(ConfigError, match=f"mesh: {axis}=2 is not built yet") as caught:

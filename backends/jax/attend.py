@@ -18,7 +18,7 @@ from backends.jax import attend_gpu
 from backends.jax.buckets import Shape
 from backends.jax.caches import State, columns, from_lines, to_lines
 from backends.jax.inputs import Batch
-from backends.jax.work import spots
+from backends.jax.work import spots, unit
 from backends.jax.work import tiles as cut
 from engine.config import Resolved
 from engine.mesh import share
@@ -92,10 +92,10 @@ def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
         entries=-(-config.max_len // config.page),
         dtype=config.cache_dtype,
         tokens=config.max_tokens,
-    ) or kv_write.supports(page=config.page, line=kv_heads * 2 * a.head_dim, dtype=config.cache_dtype)
+    ) or kv_write.supports(page=unit(config.page), line=kv_heads * 2 * a.head_dim, dtype=config.cache_dtype)
     if why:
         return plain, f"plain XLA, {shape}: {why}"
-    return paged, f"Pallas for {chip().name}, {shape}: ragged pages, written and read in place"
+    return paged, f"Pallas, {shape}: ragged pages, written and read in place"
 
 
 def locate(batch: Batch, state: State, position: Array, limits: Limits) -> tuple[Pages, ...]:
@@ -172,7 +172,9 @@ def paged(
     assert pages.spots is not None
     at = rank * pages.count
     lines = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1)
-    cache = kv_write.write(lines, cache, pages.spots, at)
+    size = unit(pages.size)
+    parts = kv_write.write(lines, cache.reshape(-1, size, cache.shape[2]), pages.spots, at * (pages.size // size))
+    cache = parts.reshape(cache.shape)
     o = attention.attention(
         q,
         cache,

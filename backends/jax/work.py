@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from backends.jax.inputs import Batch
 from kernels_pallas.attention import Tiles
-from kernels_pallas.kv_write import Spots
+from kernels_pallas.kv_write import STEP, Spots
 
 
 def tiles(batch: Batch, before: jax.Array, size: int) -> Tiles:
     """Rows cut into tiles of up to `size` queries. before int32[R]: lengths before the step."""
     tokens, rows = batch.tokens.shape[0], batch.slot.shape[0]
-    row, part, total = _expand((batch.length + size - 1) // size, min(tokens, rows + tokens // size))
-    skip = part * size
+    row, number, total = _expand((batch.length + size - 1) // size, min(tokens, rows + tokens // size))
+    skip = number * size
     return Tiles(
         row=row,
         token=batch.first[row] + skip,
@@ -26,20 +26,28 @@ def tiles(batch: Batch, before: jax.Array, size: int) -> Tiles:
     )
 
 
+def unit(page: int) -> int:
+    """Tokens of a page that are written together: all of a small one."""
+    return STEP if page % STEP == 0 else page
+
+
 def spots(batch: Batch, before: jax.Array, table: jax.Array, base: jax.Array, page: int) -> Spots:
-    """The pages of a group that the step writes. table int32[R, P], base int32[R]; page: tokens of one."""
-    tokens, rows = batch.tokens.shape[0], batch.slot.shape[0]
-    begin, end = before // page, (before + batch.length + page - 1) // page
-    most = min(tokens, 2 * rows + tokens // page)
-    row, part, total = _expand(jnp.where(batch.length > 0, end - begin, 0), most)
-    at = (begin[row] + part) * page
-    entry = (at - base[row]) // page
-    found = table[row, jnp.clip(entry, 0, table.shape[1] - 1)]
+    """The parts of a group's pages that the step writes; of page p they are p * n to p * n + n - 1.
+
+    table int32[R, P], base int32[R]; page: tokens of one.
+    """
+    tokens, rows, size = batch.tokens.shape[0], batch.slot.shape[0], unit(page)
+    begin, end = before // size, (before + batch.length + size - 1) // size
+    most = min(tokens, 2 * rows + tokens // size)
+    row, number, total = _expand(jnp.where(batch.length > 0, end - begin, 0), most)
+    at = (begin[row] + number) * size
+    entry, inside = (at - base[row]) // page, (at - base[row]) % page // size
+    found = table[row, jnp.clip(entry, 0, table.shape[1] - 1)] * (page // size) + inside
     return Spots(
         page=jnp.where((entry >= 0) & (entry < table.shape[1]), found, -1),
         token=batch.first[row] + at - before[row],
         first=jnp.maximum(before[row] - at, 0),
-        last=jnp.minimum(before[row] + batch.length[row] - at, page),
+        last=jnp.minimum(before[row] + batch.length[row] - at, size),
         total=total,
     )
 

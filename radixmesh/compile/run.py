@@ -73,7 +73,7 @@ def _short(config: Config, spec: ModelSpec, target: Target, device: Device, mesh
     assert target.chip is not None
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     weights = weight_bytes(spec, dtype, mesh)
-    page = sum(g.page_bytes(dtype) for g in local_groups(spec, config.cache.page, mesh))
+    page = sum(g.page_bytes(dtype) for g in local_groups(spec, config.cache.page or 16, mesh))
     room = int((config.cache.fraction or SHARE["tpu"]) * device.memory_bytes)
     over = weights + page - room
     said = (

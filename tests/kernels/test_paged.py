@@ -18,16 +18,16 @@ from engine.mesh import MeshSpec
 from engine.model.spec import Attention
 from tests.kernels.cases import INTERPRET, races
 
-PAGE, WIDTH, ROWS, TOKENS, TILE = 16, 12, 6, 40, 8
+WIDTH, ROWS, TOKENS, TILE = 12, 6, 40, 8
 
 
-def step(draw: np.random.Generator, window: int | None) -> tuple[Batch, Any, Any, Any]:
-    """A random batch with padded rows and tokens, the lengths before it, the state, and the limits."""
+def step(draw: np.random.Generator, window: int | None, size: int) -> tuple[Batch, Any, Any, Any]:
+    """A random batch with padded rows and tokens, the lengths before it, the state, and the limits. size: of a page."""
     lens = draw.permutation([0, 1, 1, int(draw.integers(2, 24)), 4, 0]).astype(np.int32)
     before = np.where(lens > 0, draw.choice([0, 15, 16, 17, 90, 140], ROWS), 0).astype(np.int32)
     first, total = np.cumsum(lens, dtype=np.int32) - lens, int(lens.sum())
     row = np.concatenate([np.repeat(np.arange(ROWS), lens), np.zeros(TOKENS - total, np.int64)]).astype(np.int32)
-    base = np.maximum(before - (window or 10**6) + 1, 0) // PAGE * PAGE
+    base = np.maximum(before - (window or 10**6) + 1, 0) // size * size
     tiles = np.zeros((ROWS + TOKENS // TILE, 3), np.int32)
     planned = plan_tiles(lens, first, TILE)
     tiles[: len(planned)] = planned
@@ -43,20 +43,20 @@ def step(draw: np.random.Generator, window: int | None) -> tuple[Batch, Any, Any
         tile_count=jnp.int32(len(planned)),
     )
     table = draw.permutation(ROWS * WIDTH).reshape(ROWS, WIDTH).astype(np.int32)
-    limits = SimpleNamespace(groups=(SimpleNamespace(page=PAGE),), max_row_pages=(WIDTH,), pages=(ROWS * WIDTH,))
+    limits = SimpleNamespace(groups=(SimpleNamespace(page=size),), max_row_pages=(WIDTH,), pages=(ROWS * WIDTH,))
     return batch, jnp.asarray(before), State(None, None, jnp.asarray(table)), limits
 
 
-@pytest.mark.parametrize(("seed", "window"), [(0, None), (1, 20)])
-def test_a_layer_by_the_kernels_is_the_layer_in_plain_xla(seed: int, window: int | None) -> None:
+@pytest.mark.parametrize(("seed", "window", "size"), [(0, None, 16), (1, 20, 16), (2, 20, 64)])
+def test_a_layer_by_the_kernels_is_the_layer_in_plain_xla(seed: int, window: int | None, size: int) -> None:
     draw = np.random.default_rng(seed)
-    batch, before, state, limits = step(draw, window)
+    batch, before, state, limits = step(draw, window, size)
     a = Attention(q_heads=4, kv_heads=2, head_dim=64, rope=None, scale=0.125, window=window, cap=20.0, sinks=True)
     config: Any = SimpleNamespace(platform="tpu", cache_dtype="float32", mesh=MeshSpec())
     shape: Any = SimpleNamespace(tile=TILE, tiles=len(batch.tiles), tokens=TOKENS)
     position = before[batch.row] + jnp.arange(TOKENS) - batch.first[batch.row]
     q, k, v = (jnp.asarray(draw.normal(size=(TOKENS, h, 64)), jnp.float32) for h in (4, 2, 2))
-    cache = jnp.asarray(draw.normal(size=(2 * ROWS * WIDTH, PAGE, 2 * 2 * 64)), jnp.float32)
+    cache = jnp.asarray(draw.normal(size=(2 * ROWS * WIDTH, size, 2 * 2 * 64)), jnp.float32)
     sinks = jnp.asarray(draw.normal(size=4), jnp.float32)
     groups = attend.locate(batch, state, position, limits)
     view = attend.look(batch, before, position, groups, shape, config)
