@@ -365,12 +365,14 @@ def _tokens(
 
 
 def _pages(tokens: int, groups: Sequence[CacheGroup], values: dict[str, Any]) -> tuple[int, ...]:
-    """Pages of each group for `tokens` tokens. A window group needs no more than its slots can see and a step feed."""
+    """Pages of each group for `tokens` tokens. A window group needs no more than its slots can see, as much again for
+    prefixes of requests that ended, and what the steps that are out feed."""
     out = []
     for g in groups:
         pages = -(-tokens // g.page)
         if g.window:
-            pages = min(pages, values["slots"] * -(-(g.window + values["max_tokens"] + 2 * g.page) // g.page))
+            seen = 2 * values["slots"] * (-(-g.window // g.page) + 2)
+            pages = min(pages, seen + -(-values["depth"] * values["max_tokens"] // g.page))
         out.append(pages)
     return tuple(out)
 

@@ -43,8 +43,9 @@ OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_cod
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
 compiled side by side."""
 LARGE = 256
-LIBRARY: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
-"""From so many tokens, a GPU's matrix products are the library's, not XLA's own (docs/decisions/0019)."""
+LIBRARY: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+"""From so many tokens, a GPU's matrix products are the library's, not XLA's own, and none are joined, for which their
+weights would be laid side by side in each step (docs/decisions/0019)."""
 
 
 def keep(folder: str) -> None:
