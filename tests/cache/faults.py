@@ -85,7 +85,8 @@ FAULTS: list[Fault] = [
 
 
 def trials() -> Iterable[tuple[str, Callable[[], object]]]:
-    """The machine."""
+    """What the machine meets by luck alone, and the machine."""
+    from tests.cache import test_radix
     from tests.cache.machine import Machine
 
     once = settings(
@@ -99,7 +100,11 @@ def trials() -> Iterable[tuple[str, Callable[[], object]]]:
         print_blob=False,
         report_multiple_bugs=False,
     )
-    return [("machine", partial(run_state_machine_as_test, Machine, settings=once))]
+    rare = (test_radix.test_slru_protects_what_was_used_twice, test_radix.test_a_child_goes_before_its_parent)
+    return [
+        *((test.__name__, test) for test in rare),
+        ("machine", partial(run_state_machine_as_test, Machine, settings=once)),
+    ]
 
 
 if __name__ == "__main__":

@@ -71,6 +71,23 @@ def test_what_goes_first(eviction: str, kept: list[int]) -> None:
     assert left(tree, A, B, C) == kept
 
 
+def test_slru_protects_what_was_used_twice() -> None:
+    tree = make(4, eviction="slru")
+    for tokens in (A, A, C):
+        put(tree, tokens)
+    assert tree.evict([2])
+    assert left(tree, A, C) == [4, 0]
+
+
+def test_a_child_goes_before_its_parent() -> None:
+    """A leaf that waits for its eviction gets a child."""
+    tree, longer = make(8), [*A, *B]
+    put(tree, A)
+    put(tree, longer)
+    assert tree.evict([6])
+    assert left(tree, longer) == [4]
+
+
 def test_a_look_is_a_use_for_lru() -> None:
     tree = make(6)
     for tokens in (A, B, C):
