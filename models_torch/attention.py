@@ -15,7 +15,7 @@ class Attend(Protocol):
     """Writes k and v of this step to the cache and attends over it.
 
     q [T, q_heads, head_dim], k and v [T, kv_heads, head_dim], local heads -> ([T, q_heads, head_dim], cache).
-    sinks [q_heads]: where the layer has them.
+    sinks [q_heads], scales float32[2, kv_heads] of a cache of 8 bits: where the layer has them.
     """
 
     def __call__(
@@ -27,6 +27,7 @@ class Attend(Protocol):
         cache: Any,
         place: stack.Place,
         sinks: ops.Array | None = None,
+        scales: ops.Array | None = None,
     ) -> tuple[ops.Array, Any]: ...
 
 
@@ -50,6 +51,6 @@ def attention(
     if a.rope is not None:
         q = ops.rotate(q, *angles[a.rope])
         k = ops.rotate(k, *angles[a.rope])
-    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"))
+    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), p.get("scales"))
     y = ops.psum(ops.merge(o, p["out"]), "q_heads")
     return (y + p["out_bias"] if a.out_bias else y), cache

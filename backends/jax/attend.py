@@ -70,7 +70,7 @@ class View(NamedTuple):
 
 
 Kernel: TypeAlias = Callable[
-    [Attention, Array, Array, Array, Array | None, Array, Any, Pages, View], tuple[Array, Array]
+    [Attention, Array, Array, Array, Array | None, Array, Any, Pages, View, Array | None], tuple[Array, Array]
 ]
 
 
@@ -149,10 +149,11 @@ class Attend:
         cache: tuple[Array, ...],
         place: Place,
         sinks: Array | None = None,
+        scales: Array | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         g = place.group
         kernel, _ = choose(a, self.config)
-        o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view)
+        o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view, scales)
         return o, (*cache[:g], one, *cache[g + 1 :])
 
 
@@ -166,8 +167,10 @@ def paged(
     rank: Any,
     pages: Pages,
     view: View,
+    scales: Array | None = None,
 ) -> tuple[Array, Array]:
-    """As `plain`, by the kernels of `kernels_pallas`."""
+    """As `plain`, by the kernels of `kernels_pallas`, which read no cache of 8 bits."""
+    assert scales is None
     assert view.work is not None
     assert pages.spots is not None
     at = rank * pages.count
@@ -201,24 +204,26 @@ def plain(
     rank: Any,
     pages: Pages,
     view: View,
+    scales: Array | None = None,
 ) -> tuple[Array, Array]:
     """Write k, v [T, kv_heads, head_dim] to the cache [layers * pages, page, kv_heads * 2 * head_dim] and attend.
 
-    rank: of the layer in its group. q [T, q_heads, head_dim] -> ([T, q_heads, head_dim], cache).
+    rank: of the layer in its group; scales float32[2, kv_heads]: where the cache has 8 bits.
+    q [T, q_heads, head_dim] -> ([T, q_heads, head_dim], cache).
     """
     at = rank * pages.count
     where = jnp.where(pages.page >= 0, pages.page + at, cache.shape[0])  # past the end: dropped
-    lines = to_lines(jnp.stack([k, v], axis=2), cache).reshape(k.shape[0], -1)
+    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales).reshape(k.shape[0], -1)
     cache = cache.at[where, pages.offset].set(lines, mode="drop", wrap_negative_indices=False)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     count, group = view.tiles.shape[0], view.group
     if count <= group:
-        out = tiles(a, grouped, sinks, jnp.zeros_like(grouped), view.tiles, cache, at, pages, view)
+        out = tiles(a, grouped, sinks, scales, jnp.zeros_like(grouped), view.tiles, cache, at, pages, view)
         return out.reshape(q.shape), cache
 
     def some(i: Array, out: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(view.tiles, i * group, group)
-        return tiles(a, grouped, sinks, out, part, cache, at, pages, view)
+        return tiles(a, grouped, sinks, scales, out, part, cache, at, pages, view)
 
     turns = (view.batch.tile_count + group - 1) // group
     return jax.lax.fori_loop(0, turns, some, jnp.zeros_like(grouped)).reshape(q.shape), cache
@@ -228,6 +233,7 @@ def tiles(
     a: Attention,
     q: Array,
     sinks: Array | None,
+    scales: Array | None,
     out: Array,
     tiles: Array,
     cache: Array,
@@ -245,6 +251,7 @@ def tiles(
         a,
         q[jnp.minimum(token, q.shape[0] - 1)],
         sinks,
+        scales,
         jnp.where(mine, position, -1),
         pages.table[row],
         pages.base[row],
@@ -261,6 +268,7 @@ def blocks(
     a: Attention,
     q: Array,
     sinks: Array | None,
+    scales: Array | None,
     position: Array,
     table: Array,
     base: Array,
@@ -272,13 +280,18 @@ def blocks(
 
     q [N, Q, kv_heads, G, head_dim]; sinks [kv_heads * G]; position int32[N, Q], -1 = sees nothing; table int32[N, P];
     base int32[N]; at: first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN
-    too.
+    too. scales float32[2, kv_heads]: of a cache of 8 bits; the numbers that it holds are multiplied as they are, exact
+    in every dtype, and the scores and sums of values by the scales, in float32.
     """
     n, queries, kv_heads, group, head = q.shape
     entries = min(max(BLOCK // size, 1), table.shape[1])
     block, batch, many = entries * size, n * kv_heads, queries * group
     # a CPU, where the cache may hold bits, is slow at small products of bfloat16
-    kind = jnp.float32 if cache.dtype == jnp.uint16 else jnp.promote_types(q.dtype, cache.dtype)
+    bits = cache.dtype in (jnp.uint16, jnp.uint8)
+    kind = jnp.float32 if bits else q.dtype if scales is not None else jnp.promote_types(q.dtype, cache.dtype)
+    score, value = a.scale, 1
+    if scales is not None:
+        score, value = (jnp.tile(x, n)[:, None, None] for x in (a.scale * scales[0], scales[1]))
     exact = precision(kind)
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, many, head).astype(kind)
     low, high, seen = _bounds(a, position)
@@ -288,13 +301,13 @@ def blocks(
         key = j * block + jnp.arange(block)
         entry = (j * block - base[:, None]) // size + jnp.arange(entries)
         page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
-        kv = from_lines(cache[page + at]).reshape(n, block, -1)
+        kv = cache[page + at].reshape(n, block, -1)
         read = ((key > low[:, None]) & (key <= high[:, None]))[:, :, None]
-        kv = jnp.where(read, kv, 0).astype(kind).reshape(n, block, kv_heads, 2, head)
+        kv = from_lines(jnp.where(read, kv, 0)).astype(kind).reshape(n, block, kv_heads, 2, head)
         kv = kv.transpose(3, 0, 2, 1, 4).reshape(2, batch, block, head)
         bias = jnp.where(seen(key), jnp.float32(0), jnp.float32(FAR))[:, None, :, None]
         bias = jnp.broadcast_to(bias, (n, kv_heads, queries, group, block)).reshape(batch, many, block)
-        s = _product(q, kv[0], 2, exact) * a.scale
+        s = _product(q, kv[0], 2, exact) * score
         s = (s if a.cap is None else a.cap * jnp.tanh(s / a.cap)) + bias
         # where a query saw nothing yet, top is FAR and p is 1: the first real score fades that to nothing
         peak = jnp.maximum(top, s.max(-1, keepdims=True))
@@ -309,7 +322,7 @@ def blocks(
         top, total = jnp.broadcast_to(sink, (n, kv_heads, queries, group)).reshape(top.shape), total + 1
     empty = top, total, jnp.zeros((batch, many, head), jnp.float32)
     _, total, acc = jax.lax.fori_loop(first, high.max() // block + 1, one, empty)
-    o = acc / jnp.where(total == 0, 1, total)
+    o = acc / jnp.where(total == 0, 1, total) * value
     return o.reshape(n, kv_heads, queries, group, head).transpose(0, 2, 1, 3, 4)
 
 
