@@ -236,8 +236,6 @@ def _scales(config: Config, device: Device) -> Decision:
                 field="cache.scales",
             )
         return Decision(field="scales", value="", why="none: keys and values are kept as they are")
-    if device.platform == "tpu":
-        raise ConfigError(f"cache.dtype: {dtype} is not built on TPUs yet; use bfloat16", field="cache.dtype")
     if asked is not None:
         return Decision(field="scales", value=asked, why="cache.scales: the largest of each layer and head")
     if config.model.weights == "dummy":
@@ -307,7 +305,8 @@ def _page(config: Config, spec: ModelSpec, device: Device, rows: int) -> Decisio
     if device.platform != "tpu":
         return Decision(field="page", value=PAGES[0], why="auto: prefixes are shared in small pages")
     reach = min(config.model.max_len or spec.max_len, spec.max_len)
-    size = next((n for n in PAGES if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
+    sizes = [n for n in PAGES if n >= 32] if config.cache.dtype in EIGHT else PAGES  # as lines share a register
+    size = next((n for n in sizes if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
     why = f"page tables of {rows} rows of {reach} tokens are kept in {TABLES >> 10} KiB of a TPU"
     return Decision(field="page", value=size, why=why)
 

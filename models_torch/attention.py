@@ -51,6 +51,6 @@ def attention(
     if a.rope is not None:
         q = ops.rotate(q, *angles[a.rope])
         k = ops.rotate(k, *angles[a.rope])
-    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), p.get("scales"))
+    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), scales=p.get("scales"))
     y = ops.psum(ops.merge(o, p["out"]), "q_heads")
     return (y + p["out_bias"] if a.out_bias else y), cache

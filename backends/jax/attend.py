@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from backends.api.limits import Limits
 from backends.jax import attend_gpu
 from backends.jax.buckets import Shape
-from backends.jax.caches import State, columns, from_lines, to_lines
+from backends.jax.caches import HELD, State, columns, from_lines, to_lines
 from backends.jax.inputs import Batch
 from backends.jax.work import spots, unit
 from backends.jax.work import tiles as cut
@@ -82,7 +82,7 @@ def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
         return (plain, f"plain XLA, {shape}: {why}") if why else (attend_gpu.paged, f"Pallas by way of Triton, {shape}")
     if config.platform != "tpu":
         return plain, f"plain XLA, {shape}: the Pallas kernels are for accelerators, not for a {config.platform}"
-    kv_heads = share(a.kv_heads, "kv_heads", config.mesh)
+    kv_heads, held = share(a.kv_heads, "kv_heads", config.mesh), HELD[config.cache_dtype].name
     why = attention.supports(
         q_heads=share(a.q_heads, "q_heads", config.mesh),
         kv_heads=kv_heads,
@@ -90,9 +90,9 @@ def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
         page=config.page,
         rows=config.max_rows,
         entries=-(-config.max_len // config.page),
-        dtype=config.cache_dtype,
+        dtype=held,
         tokens=config.max_tokens,
-    ) or kv_write.supports(page=unit(config.page), line=kv_heads * 2 * a.head_dim, dtype=config.cache_dtype)
+    ) or kv_write.supports(page=unit(config.page, held), line=kv_heads * 2 * a.head_dim, dtype=held)
     if why:
         return plain, f"plain XLA, {shape}: {why}"
     return paged, f"Pallas, {shape}: ragged pages, written and read in place"
@@ -127,7 +127,8 @@ def look(
     work = None
     if config.platform == "tpu":
         work = cut(batch, before, sizes.tile(shape.tokens, chip()))
-        groups = tuple(p._replace(spots=spots(batch, before, p.table, p.base, p.size)) for p in groups)
+        held = HELD[config.cache_dtype].name
+        groups = tuple(p._replace(spots=spots(batch, before, p.table, p.base, p.size, held)) for p in groups)
     group = GROUP if config.platform == "cpu" and shape.tile > 1 else shape.tiles
     spare = jnp.zeros((-shape.tiles % group, 3), jnp.int32)  # whole groups: a slice is never moved to fit
     tiles = jnp.concatenate([batch.tiles, spare])
@@ -169,13 +170,12 @@ def paged(
     view: View,
     scales: Array | None = None,
 ) -> tuple[Array, Array]:
-    """As `plain`, by the kernels of `kernels_pallas`, which read no cache of 8 bits."""
-    assert scales is None
+    """As `plain`, by the kernels of `kernels_pallas`."""
     assert view.work is not None
     assert pages.spots is not None
     at = rank * pages.count
-    lines = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1)
-    size = unit(pages.size)
+    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales).reshape(k.shape[0], -1)
+    size = unit(pages.size, cache.dtype.name)
     parts = kv_write.write(lines, cache.reshape(-1, size, cache.shape[2]), pages.spots, at * (pages.size // size))
     cache = parts.reshape(cache.shape)
     o = attention.attention(
@@ -186,6 +186,7 @@ def paged(
         pages.base,
         at,
         sinks,
+        scales,
         kv_heads=k.shape[1],
         scale=a.scale,
         window=a.window,
