@@ -308,6 +308,7 @@ def _page(config: Config, spec: ModelSpec, device: Device, rows: int) -> Decisio
     sizes = [n for n in PAGES if n >= 32] if config.cache.dtype in EIGHT else PAGES  # as lines share a register
     size = next((n for n in sizes if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
     why = f"page tables of {rows} rows of {reach} tokens are kept in {TABLES >> 10} KiB of a TPU"
+    why += ", which moves 32 lines of 8 bits at once" if config.cache.dtype in EIGHT else ""
     return Decision(field="page", value=size, why=why)
 
 

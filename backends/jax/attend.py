@@ -69,8 +69,11 @@ class View(NamedTuple):
     work: attention.Tiles | None = None
 
 
+Scales: TypeAlias = tuple[Array, Array] | None
+"""Where the cache has 8 bits: what is read of it is multiplied by the first, what is written by the second, float32[2,
+kv_heads] each, keys and values."""
 Kernel: TypeAlias = Callable[
-    [Attention, Array, Array, Array, Array | None, Array, Any, Pages, View, Array | None], tuple[Array, Array]
+    [Attention, Array, Array, Array, Array | None, Array, Any, Pages, View, Scales], tuple[Array, Array]
 ]
 
 
@@ -150,7 +153,7 @@ class Attend:
         cache: tuple[Array, ...],
         place: Place,
         sinks: Array | None = None,
-        scales: Array | None = None,
+        scales: Scales = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         g = place.group
         kernel, _ = choose(a, self.config)
@@ -168,13 +171,13 @@ def paged(
     rank: Any,
     pages: Pages,
     view: View,
-    scales: Array | None = None,
+    scales: Scales = None,
 ) -> tuple[Array, Array]:
     """As `plain`, by the kernels of `kernels_pallas`."""
     assert view.work is not None
     assert pages.spots is not None
     at = rank * pages.count
-    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales).reshape(k.shape[0], -1)
+    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales and scales[1]).reshape(k.shape[0], -1)
     size = unit(pages.size, cache.dtype.name)
     parts = kv_write.write(lines, cache.reshape(-1, size, cache.shape[2]), pages.spots, at * (pages.size // size))
     cache = parts.reshape(cache.shape)
@@ -186,7 +189,7 @@ def paged(
         pages.base,
         at,
         sinks,
-        scales,
+        scales and scales[0],
         kv_heads=k.shape[1],
         scale=a.scale,
         window=a.window,
@@ -205,16 +208,16 @@ def plain(
     rank: Any,
     pages: Pages,
     view: View,
-    scales: Array | None = None,
+    scales: Scales = None,
 ) -> tuple[Array, Array]:
     """Write k, v [T, kv_heads, head_dim] to the cache [layers * pages, page, kv_heads * 2 * head_dim] and attend.
 
-    rank: of the layer in its group; scales float32[2, kv_heads]: where the cache has 8 bits.
+    rank: of the layer in its group.
     q [T, q_heads, head_dim] -> ([T, q_heads, head_dim], cache).
     """
     at = rank * pages.count
     where = jnp.where(pages.page >= 0, pages.page + at, cache.shape[0])  # past the end: dropped
-    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales).reshape(k.shape[0], -1)
+    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales and scales[1]).reshape(k.shape[0], -1)
     cache = cache.at[where, pages.offset].set(lines, mode="drop", wrap_negative_indices=False)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     count, group = view.tiles.shape[0], view.group
@@ -234,7 +237,7 @@ def tiles(
     a: Attention,
     q: Array,
     sinks: Array | None,
-    scales: Array | None,
+    scales: Scales,
     out: Array,
     tiles: Array,
     cache: Array,
@@ -269,7 +272,7 @@ def blocks(
     a: Attention,
     q: Array,
     sinks: Array | None,
-    scales: Array | None,
+    scales: Scales,
     position: Array,
     table: Array,
     base: Array,
@@ -281,8 +284,8 @@ def blocks(
 
     q [N, Q, kv_heads, G, head_dim]; sinks [kv_heads * G]; position int32[N, Q], -1 = sees nothing; table int32[N, P];
     base int32[N]; at: first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN
-    too. scales float32[2, kv_heads]: of a cache of 8 bits; the numbers that it holds are multiplied as they are, exact
-    in every dtype, and the scores and sums of values by the scales, in float32.
+    too. Numbers of 8 bits are multiplied as they are, exact in every dtype, and the scores and sums of values by their
+    scales, in float32.
     """
     n, queries, kv_heads, group, head = q.shape
     entries = min(max(BLOCK // size, 1), table.shape[1])
@@ -292,7 +295,7 @@ def blocks(
     kind = jnp.float32 if bits else q.dtype if scales is not None else jnp.promote_types(q.dtype, cache.dtype)
     score, value = a.scale, 1
     if scales is not None:
-        score, value = (jnp.tile(x, n)[:, None, None] for x in (a.scale * scales[0], scales[1]))
+        score, value = (jnp.tile(x, n)[:, None, None] for x in (a.scale * scales[0][0], scales[0][1]))
     exact = precision(kind)
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, many, head).astype(kind)
     low, high, seen = _bounds(a, position)

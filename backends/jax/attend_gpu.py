@@ -32,7 +32,7 @@ def paged(
     rank: Any,
     pages: Pages,
     view: View,
-    scales: jax.Array | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:

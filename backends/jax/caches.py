@@ -71,14 +71,14 @@ def _held(config: Resolved) -> Any:
     return BITS.get(config.cache_dtype, held) if config.platform == "cpu" else held
 
 
-def to_lines(kv: jax.Array, cache: jax.Array, scales: jax.Array | None = None) -> jax.Array:
+def to_lines(kv: jax.Array, cache: jax.Array, inverses: jax.Array | None = None) -> jax.Array:
     """Keys and values [T, kv_heads, 2, head_dim] in the form that the cache holds.
 
-    scales float32[2, kv_heads]: where it has 8 bits; divided in float32, clamped, rounded to the nearest, ties to even.
-    What is NaN stays so in fp8, and becomes 0 in int8, which has none.
+    inverses float32[2, kv_heads]: of the scales, where it has 8 bits; times these in float32, clamped, rounded to the
+    nearest, ties to even. NaN stays what it is in fp8, and becomes 0 in int8, which has none.
     """
-    if scales is not None:
-        kv = kv.astype(jnp.float32) / scales.T[:, :, None]
+    if inverses is not None:
+        kv = kv.astype(jnp.float32) * inverses.T[:, :, None]
         most = 127 if cache.dtype == jnp.int8 else 448
         kv = jnp.clip(kv, -most, most)
         if cache.dtype == jnp.int8:

@@ -21,11 +21,12 @@ HELD: dict[str, tuple[Any, float]] = {"int8": (np.int8, 127.0), "fp8": (ml_dtype
 """Caches of 8 bits: the type of a number, and the largest."""
 
 
-def narrow(x: NDArray[Any], scales: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """x [..., kv_heads, d] as a cache of 8 bits holds it, by scales [kv_heads]: divided in float32, clamped, rounded to
-    the nearest, ties to even. What is NaN stays so in fp8, and becomes 0 in int8, which has none."""
+def narrow(x: NDArray[Any], inverses: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """x [..., kv_heads, d] as a cache of 8 bits holds it: times the inverses [kv_heads] of its scales, in float32,
+    clamped, rounded to the nearest, ties to even. NaN stays what it is in fp8, and becomes 0 in int8, which has none.
+    """
     kind, most = HELD[dtype]
-    ratio = np.clip(np.asarray(x, np.float32) / np.asarray(scales, np.float32)[:, None], -most, most)
+    ratio = np.clip(np.asarray(x, np.float32) * np.asarray(inverses, np.float32)[:, None], -most, most)
     return np.rint(np.nan_to_num(ratio, nan=0.0)).astype(kind) if dtype == "int8" else ratio.astype(kind)
 
 
@@ -113,6 +114,11 @@ class Caches:
             self.groups[group].copy(source, target)
         return found
 
+    def largest(self) -> list[NDArray[np.float32]]:
+        """Of each group the largest magnitudes that its cache, which has not 8 bits, holds: float32[layers, 2,
+        kv_heads]."""
+        return [np.nanmax(np.abs(paged.memory), axis=(2, 4)).astype(np.float32) for paged in self.groups]
+
     def attend(
         self,
         place: Place,
@@ -125,19 +131,26 @@ class Caches:
         sinks: Any = None,
         scales: Any = None,
     ) -> Any:
-        """Write k and v [T, kv_heads, d] of one layer, then attend with q [T, q_heads, d] -> [T, q_heads, d]. scales
-        [2, kv_heads]: of the layer's keys and values, where the cache has 8 bits."""
-        paged = self.groups[place.group]
-        memory, out = paged.memory[place.rank], np.empty_like(q)
-        if scales is not None:
-            k, v = (narrow(x, one, paged.dtype) for x, one in zip((k, v), scales, strict=True))
-        for row, cell in zip(rows, cells[place.group], strict=True):
-            memory[0, cell.new], memory[1, cell.new] = k[row.at], v[row.at]
+        """Write k and v [T, kv_heads, d] of one layer, then attend with q [T, q_heads, d] -> [T, q_heads, d]. scales:
+        of the layer's keys and values and their inverses, [2, kv_heads] each, where the cache has 8 bits."""
+        self.write(place, rows, cells, k, v, scales)
+        memory, out = self.groups[place.group].memory[place.rank], np.empty_like(q)
         for row, cell in zip(rows, cells[place.group], strict=True):
             keys, values = memory[:, cell.seen]
             if scales is None:
                 keys, values = keys.astype(q.dtype), values.astype(q.dtype)
             else:
-                keys, values = widen(keys, scales[0]), widen(values, scales[1])
+                keys, values = widen(keys, scales[0][0]), widen(values, scales[0][1])
             out[row.at] = attend(a, q[row.at], keys, values, row.start, cell.first, sinks)
         return out
+
+    def write(
+        self, place: Place, rows: Sequence[Row], cells: Sequence[Sequence[Cells]], k: Any, v: Any, scales: Any
+    ) -> None:
+        """The first half of `attend`."""
+        paged = self.groups[place.group]
+        memory = paged.memory[place.rank]
+        if scales is not None:
+            k, v = (narrow(x, one, paged.dtype) for x, one in zip((k, v), scales[1], strict=True))
+        for row, cell in zip(rows, cells[place.group], strict=True):
+            memory[0, cell.new], memory[1, cell.new] = k[row.at], v[row.at]

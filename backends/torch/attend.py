@@ -128,15 +128,16 @@ class Attend:
         cache: Caches,
         place: Place,
         sinks: Array | None = None,
-        scales: Array | None = None,
+        scales: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         kernel, _ = choose(a, self.config)
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        put(store, view.write, narrow(torch.stack((k, v), 1), store.dtype, scales))
+        by, written = scales or (None, None)
+        put(store, view.write, narrow(torch.stack((k, v), 1), store.dtype, written))
         parts = []
         for bunch, sight in zip(self.bunches, view.sights, strict=True):
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
-            kv = widen(take(store, sight.read).view(query.shape[0], -1, *store.shape[1:]), q.dtype, scales)
+            kv = widen(take(store, sight.read).view(query.shape[0], -1, *store.shape[1:]), q.dtype, by)
             o = kernel(a, query, kv[:, :, 0], kv[:, :, 1], sight.mask, sinks)
             parts.append(o.reshape(-1, *q.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts), cache

@@ -16,9 +16,8 @@ from engine.model.rules import Origin, origins
 from engine.model.shards import DTYPES, Tensor
 from engine.model.spec import ModelSpec
 from engine.model.stores import equal, map_file, open_tensors
-from engine.model.weights import check_scales
+from engine.model.weights import SCALES, check_scales
 
-SCALES = ".attention.scales"
 STORED = ("model.layers.{i}.self_attn.{side}_scale", "model.layers.{i}.self_attn.{side}_proj.output_scale")
 """Scales of a layer's cache, in checkpoints for caches of 8 bits: those of compressed-tensors, and older ones."""
 BLOCK = 1 << 26

@@ -66,7 +66,8 @@ def _attention(at: str, hidden: int, a: Attention) -> Iterator[Param]:
     if a.out_bias:
         yield _param(at + "out_bias", hidden=hidden)
     if a.scaled:
-        yield Param(name=at + "scales", shape=(2, a.kv_heads), axes=("pair", "kv_heads"), exact=True)
+        for name in ("scales", "inverses"):
+            yield Param(name=at + name, shape=(2, a.kv_heads), axes=("pair", "kv_heads"), exact=True)
 
 
 def _mlp(at: str, hidden: int, m: Mlp) -> Iterator[Param]:

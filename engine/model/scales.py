@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engine.errors import ConfigError
 from engine.model.quant import MOST
 from engine.model.spec import ModelSpec
-from engine.model.weights import WeightSource
+from engine.model.weights import LEAST, SCALES, WeightSource
 
 FIELD = "cache.scales"
 SIDES = ("keys", "values")
@@ -46,7 +46,7 @@ def read_largest(path: Path, spec: ModelSpec) -> dict[str, NDArray[np.float32]]:
         if not isinstance(found, dict) or set(found) != set(SIDES):
             _refuse(path, f"largest[{i}] must hold keys and values")
         rows = [_numbers(path, f"largest[{i}].{side}", found[side], layer.mixer.kv_heads) for side in SIDES]
-        out[f"layers.{i}.attention.scales"] = np.array(rows, np.float32)
+        out[f"layers.{i}.{SCALES}"] = np.array(rows, np.float32)
     return out
 
 
@@ -56,7 +56,7 @@ def _numbers(path: Path, name: str, value: Any, heads: int) -> list[float]:
         _refuse(path, f"{name} {said}; the layer has {heads} kv heads")
     for h, number in enumerate(value):
         plain = isinstance(number, int | float) and not isinstance(number, bool)
-        if not plain or not 1e-30 < number < 1e30:  # what is divided by it stays a float32
+        if not plain or not LEAST < number / MOST["fp8"] < number < 1 / LEAST:
             _refuse(path, f"{name}[{h}] is {number!r}, must be a number above 0")
     return value
 

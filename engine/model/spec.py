@@ -24,7 +24,7 @@ class Attention:
     window: how many positions back a query sees, itself included; None = all. scale: multiplies the scores.
     cap: a scaled score s becomes cap * tanh(s / cap). sinks: each query head has a score of its own, learnt, that takes
     part in the softmax and has no value. scaled: keys and values are kept in 8 bits, with a scale for
-    each head (`eight`).
+    each head (`eight`); inverses of scales are parameters too, since devices multiply alike and divide each its way.
     """
 
     q_heads: int

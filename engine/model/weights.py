@@ -22,6 +22,10 @@ STRIDE = 489_905
 """Between the windows of neighbouring rows, in numbers of the tape. Odd, so that the first PERIOD rows all differ."""
 
 
+SCALES, INVERSES = "attention.scales", "attention.inverses"
+"""What the names of a layer's scales of a cache, and of their inverses, end with."""
+LEAST = 1e-30
+"""Scales are above it, and below its inverse, so that both are float32 of full width."""
 SCALE = 1 / 16
 """Of the cache of 8 bits of random weights, whose keys and values have a standard deviation near 1."""
 
@@ -31,7 +35,8 @@ class WeightSource(Protocol):
 
     def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
         """The slice `part` of parameter `name` (engine.model.params), in the source's dtype (ml_dtypes for bfloat16).
-        Where the cache has 8 bits that may be a layer's scales; a source that knows none gives ones.
+        Where the cache has 8 bits that may be the scales of a layer, whose inverses nobody is asked for; a source that
+        knows none gives ones.
 
         May be a read-only view of a file; the caller copies or uploads it. Raises ModelError naming the tensor.
         """
@@ -42,11 +47,13 @@ def read_part(source: WeightSource, param: Param, mesh: MeshSpec, coordinate: Ma
     """What the device at `coordinate` (mesh axis -> index) holds of a parameter, padded with zeros to the size that all
     devices have. Raises ModelError naming the parameter where the source gives another shape."""
     part = shard_slices(param.shape, param.axes, mesh, coordinate)
-    read, wanted = source.read(param.name, part), tuple(s.stop - s.start for s in part)
+    name = param.name.removesuffix(INVERSES) + SCALES if param.name.endswith(INVERSES) else param.name
+    read, wanted = source.read(name, part), tuple(s.stop - s.start for s in part)
     if read.shape != wanted:
         raise ModelError(f"{param.name}: has shape {list(read.shape)}, not {list(wanted)}", field=param.name)
     if param.exact:
-        read = check_scales(read, param.name)
+        read = check_scales(read, name)
+        read = read if name == param.name else np.float32(1) / read
     local = shard_shape(param.shape, param.axes, mesh)
     return read if local == wanted else np.pad(read, [(0, n - m) for n, m in zip(local, wanted, strict=True)])
 
@@ -54,9 +61,9 @@ def read_part(source: WeightSource, param: Param, mesh: MeshSpec, coordinate: Ma
 def check_scales(read: NDArray[Any], name: str) -> NDArray[np.float32]:
     """Scales of a cache as float32. Raises ModelError naming them where one is no number above 0."""
     value = np.asarray(read, np.float32)
-    wrong = ~(np.isfinite(value) & (value >= np.finfo(np.float32).tiny))
+    wrong = ~((value > LEAST) & (value < 1 / LEAST))
     if wrong.any():
-        raise ModelError(f"{name}: a scale must be a finite number above 0, not {value[wrong][0]:g}", field=name)
+        raise ModelError(f"{name}: a scale must be a number above 0, not {value[wrong][0]:g}", field=name)
     return value
 
 
@@ -96,7 +103,9 @@ class RandomWeights:
         """What every entry of a norm, or of the scales of a cache, is; None for other parameters."""
         if name.endswith("norm"):
             return float(self.norm)
-        return SCALE if name.endswith("scales") else None
+        if name.endswith(INVERSES):
+            return 1 / SCALE
+        return SCALE if name.endswith(SCALES) else None
 
     @property
     def norm(self) -> int:

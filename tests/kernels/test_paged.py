@@ -67,7 +67,8 @@ def test_a_layer_by_the_kernels_is_the_layer_in_plain_xla(seed: int, window: int
     q, k, v = (jnp.asarray(draw.normal(size=(TOKENS, h, 64)), jnp.float32) for h in (4, 2, 2))
     kind, eight = HELD[held], held in EIGHT
     cache = jnp.asarray(draw.normal(size=(2 * ROWS * WIDTH, size, 2 * 2 * 64)) * (40 if eight else 1), kind)
-    scales = jnp.asarray(draw.uniform([[0.02], [0.005]], [[0.03], [0.009]], (2, 2)), jnp.float32) if eight else None
+    read = jnp.asarray(draw.uniform([[0.02], [0.005]], [[0.03], [0.009]], (2, 2)), jnp.float32)
+    scales = (read, 1 / read) if eight else None
     sinks = jnp.asarray(draw.normal(size=4), jnp.float32)
     groups = attend.locate(batch, state, position, limits)
     view = attend.look(batch, before, position, groups, shape, config)
