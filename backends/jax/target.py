@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from os import cpu_count
@@ -49,8 +49,8 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
 
     The first record is {"held": {"weights", "cache", "state", "counts"}, "device"}, bytes on one device and what jax
     calls it. Then for each program
-    {"program", "kind", "size", "tokens", "rows", "layers", "weights", "seconds"} and either "error" or what
-    `measure` gives.
+    {"program", "kind", "size", "tokens", "rows", "layers", "holds", "seconds"} and either "error" or what `measure`
+    gives; holds: as "held", of a step of few layers.
     """
     plan = plan_for(spec, config, topology)
     yield {"held": held(plan), "device": plan.mesh.devices.flat[0].device_kind}
@@ -70,7 +70,7 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iter
                 "tokens": program.size if shape else 0,
                 "rows": shape.rows if shape else 0,
                 "layers": layers or len(spec.layers),
-                "weights": _size(shapes(at.leaves, at.config, at.mesh)),
+                "holds": held(at),
             }
             try:
                 with jax.set_mesh(at.mesh):  # what a kernel asks for the facts of its chip
@@ -119,17 +119,31 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def held(plan: Plan) -> dict[str, int]:
-    """Bytes that one device holds between steps."""
+    """Bytes that one device holds between steps. On a TPU state and counts lie in tiles; the cache is made to fill its
+    own, so that a cache that doesn't would not be what is planned."""
+    lain = tiled if plan.config.platform == "tpu" else math.prod
     return {
         "weights": _size(shapes(plan.leaves, plan.config, plan.mesh)),
         "cache": _size(cache_shapes(plan.limits, plan.config, plan.mesh)),
-        "state": _size(state_shapes(plan.limits, plan.mesh)),
-        "counts": _size(count_shape(plan.limits, plan.mesh)),
+        "state": _size(state_shapes(plan.limits, plan.mesh), lain),
+        "counts": _size(count_shape(plan.limits, plan.mesh), lain),
     }
 
 
-def _size(tree: Any) -> int:
-    return sum(s.dtype.itemsize * math.prod(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(tree))
+def tiled(shape: Sequence[int]) -> int:
+    """Entries that an int32 array of one or two dimensions takes on a TPU: tiles of up to 8 lines of 128, and of 1024
+    entries in one dimension. A side shorter than that is rounded up to a power of two."""
+
+    def up(size: int, most: int) -> int:
+        return -(-size // most) * most if size > most else 1 << (size - 1).bit_length()
+
+    if len(shape) == 1:
+        return max(128, up(shape[0], 1024))
+    return up(shape[0], 8) * -(-shape[1] // 128) * 128
+
+
+def _size(tree: Any, entries: Callable[[Sequence[int]], int] = math.prod) -> int:
+    return sum(s.dtype.itemsize * entries(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(tree))
 
 
 def _compile(lowered: jax.stages.Lowered, options: Any) -> dict[str, Any]:
