@@ -13,11 +13,12 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from backends import make_bundle
 from backends.api.conformance.bench import SPEC, config
 from backends.jax import bundle
 from backends.jax.backend import make_plan
 from backends.jax.recipe import first_difference
+from backends.jax.step import Plan
+from backends.jax.target import examine
 from backends.jax.warmup import EDIT, EMPTY, Program, Programs, options
 from engine.config import load
 from engine.errors import ConfigError
@@ -75,13 +76,14 @@ def made(model: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.F
                 programs = Programs(make_plan(decided.spec, decided.resolved))
                 programs.take(EMPTY)
                 assert getattr(programs.sources(), source) == 1
-            make_bundle(decided.spec, decided.resolved, folder)
+            assert Path([*examine(decided.spec, decided.resolved, "", "", str(folder))][-1]["bundle"]) == folder
         finally:
             jax.config.update("jax_compilation_cache_dir", before)
             compilation_cache.reset_cache()
         return folder, request.param
     pairs = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items() if "." in key]
-    command = [sys.executable, "-m", "radixmesh", "bundle", "--out", str(folder), "--model", str(model.path)]
+    command = [sys.executable, "-m", "radixmesh", "compile", "--target", "cpu", "--bundle", str(folder)]
+    pairs += ["--model", str(model.path)]
     subprocess.run([*command, "--mesh", request.param, *pairs], check=True, capture_output=True, timeout=200)
     return folder, request.param
 
@@ -107,10 +109,17 @@ def test_another_process_starts_from_it_and_compiles_nothing(model: Any, made: t
 def little(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A bundle of two programs."""
     given = config("jax", bundle=str(tmp_path_factory.mktemp("little") / "bundle"))
-    programs = bundle.Programs(make_plan(SPEC, given))
-    programs.planned = lambda tokens=0: [EDIT, Program("choose", 1)]  # type: ignore[method-assign]
-    bundle.save(programs, Path(given.bundle))
+    plan = make_plan(SPEC, given)
+    write(plan, Path(given.bundle))
     return Path(given.bundle), given
+
+
+def write(plan: Plan, folder: Path) -> None:
+    made = bundle.Writer(plan, folder)
+    for program in (EDIT, Program("choose", 1)):
+        lowered = Programs(plan).lower(program)
+        made.add(program, lowered, lowered.compile(options(plan, program)))
+    made.close()
 
 
 def find(given: Any) -> Any:
@@ -170,9 +179,8 @@ def test_one_that_is_corrupt_or_none_is_an_error(little: tuple[Path, Any], tmp_p
 
 def test_a_folder_with_something_else_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("dear")
-    programs = bundle.Programs(make_plan(SPEC, config("jax")))
     with pytest.raises(ConfigError, match="has letter in it and is no bundle"):
-        bundle.save(programs, tmp_path)
+        next(examine(SPEC, config("jax"), "", "", str(tmp_path)))
     assert [f.name for f in tmp_path.iterdir()] == ["letter"]
 
 

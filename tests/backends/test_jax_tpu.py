@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from backends.api.limits import Limits, choosing
 from backends.jax.caches import cache_shapes, count_shape
+from backends.jax.frozen import freeze
 from backends.jax.mesh import make_mesh
 from backends.jax.params import shapes
 from backends.jax.step import Plan
@@ -113,6 +114,7 @@ def compile_for(chip: str, case: str, tp: int = 1) -> dict[str, int]:
         programs.take(SCORE)
         kept = {"copied": COPY, "counted": COUNT, "chosen": Program("choose", tokens)}
         beside = {name: programs.take(p).memory_analysis().alias_size_in_bytes for name, p in kept.items()}
+        beside["frozen"] = len(freeze(compiled)[1])
     return beside | {
         "sums": len(re.findall(r" all-reduce(?:-start)?\(", text)),
         "dealt": len(re.findall(r" all-to-all(?:-start)?\(", text)),
@@ -182,6 +184,7 @@ def test_what_stands_beside_a_step_compiles_and_changes_in_place(
 ) -> None:
     """Page copies, histories, choosing and scoring; TPUs pad small arrays, so that a little more is aliased."""
     size = memory[chip]["demo"]
+    assert size["frozen"] > 1 << 16, "what a bundle for the chip keeps of a step"
     for name, held in (("copied", "cache"), ("counted", "counts"), ("chosen", "counts")):
         assert size[held] <= size[name] < size[held] + (4 << 20), f"{name}: a donation is lost: {size}"
 

@@ -41,7 +41,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("compile", "--target", "cpu", "--only", "some"), "'some' is none of all, steps"),
         (("compile", "--target", "cpu", "--update"), "give --golden too"),
         (("compile", "--target", "cpu", "--set", "backend.name=torch"), "torch runs no compiled programs"),
-        (("compile", "--target", "cpu", "--set", "deterministic=true"), "not compiled for a target yet"),
+        (("compile", "--target", "cpu", "--only", "steps", "--bundle", "x"), "holds all programs of one target"),
+        (("compile", "--all-targets", "--bundle", "x"), "holds all programs of one target"),
+        (("compile", "--target", "cpu", "--bundle", str(ROOT / "docs")), "in it and is no bundle; give a new folder"),
         (("compile", "--target", "cpu", "--model", "/nowhere"), "/nowhere: does not exist"),
         (("compile", "--target", "tpu:v5e:2x4", "--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b")),
          "3.04 GiB more than"),
@@ -74,6 +76,7 @@ def test_the_demo_model_on_this_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "radixmesh", "compile", "--target", "cpu", "--set", "sched.max_tokens=32",
                "--set", "sched.token_buckets=[32]", "--set", "sched.slots=4"]  # fmt: skip
     files = ["--out", str(tmp_path / "a" / "r.json"), "--html", str(tmp_path / "p.html")]
+    files += ["--bundle", str(tmp_path / "b")]
     ran = subprocess.run([*command, *files, "--temp", "64"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     report = json.loads((tmp_path / "a" / "r.json").read_text())
@@ -88,6 +91,10 @@ def test_the_demo_model_on_this_cpu(tmp_path: Path) -> None:
     for p in report["programs"]:
         assert p["program"].split(" ")[0] in page
     assert "step 32" in ran.stdout
+    kept = json.loads((tmp_path / "b" / "manifest.json").read_text())["programs"]
+    assert sorted(p["kind"] for p in kept) == sorted(p["kind"] for p in report["programs"])
+    size = sum(f.stat().st_size for f in (tmp_path / "b").glob("*.xla"))
+    assert f"{tmp_path / 'b'}: {len(kept)} programs, {size / 2**20:.1f} MiB" in ran.stdout
 
     failing = [*command, "--only", "decode", "--temp", "1", "--json"]
     ran = subprocess.run(failing, cwd=ROOT, capture_output=True, text=True, check=False)
