@@ -27,6 +27,8 @@ from engine.mesh import MeshSpec
 from engine.model.archs import gpt_oss
 from engine.model.registry import read_spec
 from engine.model.spec import Attention, Layer, Mlp, ModelSpec, Rope
+from kernels_pallas.chip import chip as chip_here
+from kernels_pallas.chip import named
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -101,6 +103,8 @@ def compile_for(chip: str, case: str, tp: int = 1) -> dict[str, int]:
     mesh = make_mesh(over, topologies.get_topology_desc(chip, "tpu").devices)
     plan = Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
     programs = Programs(plan)
+    with jax.set_mesh(mesh):  # `explain --target` tells the kernels of the chip that is compiled for
+        assert chip_here() == named(chip.partition(":")[0].removeprefix("tpu"))
     compiled = programs.take(Program("step", tokens))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
