@@ -59,7 +59,13 @@ def _ours() -> list[Case]:
 
         # decode runs as the smallest tile, a prompt as the largest
         out.append(
-            Case(name=f"attention {name}", lower=lower, least=rows > 1, **_work(tokens, rows, KEYS[chip().name]))
+            Case(
+                name=f"attention {name}",
+                lower=lower,
+                least=rows > 1,
+                trips=(KV_HEADS - 1) // 2,  # two products a turn
+                **_work(tokens, rows, KEYS[chip().name]),
+            )
         )
     return out
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -36,7 +36,8 @@ Shape: TypeAlias = Callable[..., Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """lower: from a way to make shapes to a lowered call. turns: of the loop that multiplies; 0 = cycles are not
-    estimated. least: it is the shortest of the loops that multiply, not the longest.
+    estimated. least: it is the shortest of the loops that multiply, not the longest. trips: of a loop inside of it that
+    multiplies too, if there is one.
 
     moved, flops: bytes and operations that the work needs, whoever does it.
     """
@@ -45,6 +46,7 @@ class Case:
     lower: Callable[[Shape], Any]
     turns: int = 0
     least: bool = False
+    trips: int = 0
     moved: float = 0
     flops: float = 0
 
@@ -90,6 +92,21 @@ def loops(text: str) -> list[Loop]:
     return out
 
 
+def nested(found: list[Loop], trips: int) -> list[Loop]:
+    """The loops that multiply at the least depth, each as long as one of its turns with `trips` of those inside."""
+    multiply = [loop for loop in found if loop.products]
+    least, inside, out = min(loop.depth for loop in multiply), [], []
+    for loop in multiply:
+        if loop.depth > least:
+            inside.append(loop)
+            continue
+        bundles = loop.bundles + trips * sum(each.bundles for each in inside)
+        spills = loop.spills + trips * sum(each.spills for each in inside)
+        out.append(replace(loop, bundles=bundles, spills=spills))
+        inside = []
+    return out
+
+
 def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]:
     """Compile one case. folder: where the compiler writes its schedules."""
     for old in folder.iterdir():
@@ -114,6 +131,9 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     inner = (min if case.least else max)(multiply, key=lambda loop: loop.bundles)
     # where copies of a block start apart from the product, the schedule is both
     issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == inner.depth), default=0)
+    if case.trips:
+        inner = (min if case.least else max)(nested(found, case.trips), key=lambda loop: loop.bundles)
+        issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == inner.depth), default=0)
     row["spilled"] = inner.spills
     row["turn"] = inner.bundles + (0 if inner.copies else issue)
     if case.turns:
