@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 import kernels_pallas.grouped_matmul as kernel
 from kernels_pallas.chip import INTERPRETED, Chip
 from kernels_pallas.grouped_matmul import Blocks, choose, grouped_matmul, supports, visits
+from kernels_pallas.product import Turn
 from tests.kernels import chips
 
 WATCHED = pltpu.InterpretParams(detect_races=True)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Draw = np.random.Generator
+SMALL = Blocks(rows=16, columns=256, turn=Turn(columns=128, depth=128, across=128, part=128, kept=16))
+"""Two turns across, and as many down as the summed dimension has."""
 
 
 @pytest.fixture
@@ -68,14 +71,17 @@ def sweep(draw: Draw, shape: tuple[int, int, int, int], dtype: Any, blocks: Bloc
     ids=str,
 )
 def test_each_row_by_its_group(draw: Draw, shape: tuple[int, int, int, int], dtype: Any, count: int) -> None:
-    sweep(draw, shape, dtype, Blocks(rows=16, columns=128), count)
+    sweep(draw, shape, dtype, SMALL, count)
 
 
 @pytest.mark.slow
 def test_many_shapes(draw: Draw) -> None:
     for _ in range(20):
         shape = tuple(int(n) for n in draw.integers((1, 1, 1, 1), (150, 20, 300, 400)))
-        blocks = Blocks(rows=int(draw.choice([16, 32, 64])), columns=int(draw.choice([128, 256])))
+        part, depth = (int(n) for n in draw.choice([128, 256], 2))
+        turn = Turn(columns=256, depth=256, across=part, part=depth, kept=int(draw.choice([16, 32, 64])))
+        wide = int(draw.choice([128, 256]))
+        blocks = Blocks(rows=int(draw.choice([16, 32, 64])), columns=wide, turn=turn.fit(wide, shape[2]))
         sweep(draw, shape, draw.choice([np.dtype(np.float32), BF16]), blocks, 5)
 
 
@@ -121,7 +127,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
 def test_a_planted_fault_is_caught(draw: Draw, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     monkeypatch.setattr(kernel, "visits", lambda *given: FAULTS[fault](visits(*given)))
     with pytest.raises(AssertionError):
-        sweep(draw, (40, 4, 16, 24), np.dtype(np.float32), Blocks(rows=16, columns=128), 1)
+        sweep(draw, (40, 4, 16, 24), np.dtype(np.float32), SMALL, 1)
 
 
 @pytest.mark.parametrize(
