@@ -1,4 +1,4 @@
-"""One model on meshes, in a process of its own: python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT [KEY=VALUE]...
+"""One model on meshes, in a process of its own: python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT KEY=VALUE
 
 How many devices jax has is settled when it starts, so meshes have a process, the largest first (SIZES: "4,2"). It reads
 the prompts (JSON) and writes what it found to OUT: inner values and tokens on each mesh, whole and chunked, and on one
