@@ -107,6 +107,8 @@ def choose(on: Chip, rows: int, groups: int, columns: int, inner: int, x: Any, w
     _, m, n, turn = next(line for line in BLOCKS[on.name][by] if each <= line[0])
     m, n = min(m, -(-rows // 16) * 16), min(n, -(-columns // 128) * 128)
 
+    turn = turn.exact() if jnp.dtype(x) == jnp.float32 else turn
+
     def made() -> Blocks:
         return Blocks(rows=m, columns=n, turn=turn.fit(n, inner))
 

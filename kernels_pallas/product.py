@@ -37,6 +37,12 @@ class Turn:
     part: int
     kept: int = 32
 
+    def exact(self) -> Turn:
+        """The same for rows of float32, which are multiplied in six passes of bfloat16."""
+        return replace(
+            self, columns=min(self.columns, 256), depth=min(self.depth, 256), across=SIDE, part=SIDE, kept=32
+        )
+
     def fit(self, columns: int, inner: int) -> Turn:
         """The same for a block of so many columns, whole SIDEs, and the summed dimension: turns that fill them, or
         leave the least over."""

@@ -84,6 +84,8 @@ def choose(on: Chip, rows: int, columns: int, inner: int, x: Any, w: Any, by: By
     _, m, n, turn = next(line for line in BLOCKS[on.name][by] if rows <= line[0])
     m, n = min(m, -(-rows // 16) * 16), min(n, blocks_of(columns) * SIDE)
 
+    turn = turn.exact() if jnp.dtype(x) == jnp.float32 else turn
+
     def made() -> Blocks:
         return Blocks(rows=m, columns=n, turn=turn.fit(n, inner))
 

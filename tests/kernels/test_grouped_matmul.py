@@ -165,7 +165,8 @@ def test_both_kernels_compile(compiled: dict[str, dict[str, dict[str, int]]], ch
     for name, size in compiled[chip].items():
         assert size["kernels"] == 1, name
         assert size["bundles"] > 100, (name, size)
-        assert size["spills"] == 0, (name, size)
+        # float32 is multiplied in six passes, which the registers don't hold
+        assert size["spills"] <= (64 if "float32" in name else 0), (name, size)
         if "nothing whole" not in name:  # XLA lays arrays whose lines are no multiple of 8 out otherwise, and copies
             assert size["temp"] < 1 << 20, (name, size)
 

@@ -1,8 +1,8 @@
-"""One model on meshes, in a process of its own: python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT KEY=VALUE
+"""One model on meshes, in a process of its own: python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT PAIRS
 
 How many devices jax has is settled when it starts, so meshes have a process, the largest first (SIZES: "4,2"). It reads
 the prompts (JSON) and writes what it found to OUT: inner values and tokens on each mesh, whole and chunked, and on one
-device; what the engine says, cold and warm; the collectives of jax's programs.
+device; what the engine says, cold and warm; the collectives of jax's programs. PAIRS: more keys, KEY=VALUE each.
 """
 
 from __future__ import annotations
