@@ -53,6 +53,9 @@ BLOCKS: dict[str, dict[By, tuple[Line, ...]]] = {
 """Chip -> what has a scale, "row" where nothing has -> (rows of a group on average, up to which; rows of a block;
 columns of a block; a turn), the first that holds. Turns are as large as spill no registers."""
 
+CORES = {"v5p": 2}
+"""Cores that share a call's blocks of columns, where they are more than one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
@@ -105,7 +108,7 @@ def choose(on: Chip, rows: int, groups: int, columns: int, inner: int, x: Any, w
     would not fit."""
     each = rows / groups
     _, m, n, turn = next(line for line in BLOCKS[on.name][by] if each <= line[0])
-    m, n = min(m, -(-rows // 16) * 16), min(n, -(-columns // 128) * 128)
+    m, n = min(m, -(-rows // 16) * 16), min(n, blocks_of(-(-columns // CORES.get(on.name, 1))) * SIDE)
 
     turn = turn.exact() if jnp.dtype(x) == jnp.float32 else turn
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engine.errors import ConfigError
 from radixmesh.commands import options
+
+if TYPE_CHECKING:
+    from engine.run.start import Decided
 
 PARTS = ("all", "steps", "decode", "layers")
 EVERY = ("cpu", "tpu:v5e:2x4", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1")
@@ -38,13 +42,22 @@ def compile(
     ] = False,
     golden: Annotated[bool, typer.Option("--golden", help="Against the golden records, of --target or all.")] = False,
     update: Annotated[bool, typer.Option("--update", help="Write the golden records anew.")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Keep the programs in this folder: `serve --bundle` starts from it.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Does it compile, does it fit, what does a step cost? Exit code 1 where a gate fails."""
+    """Does it compile, does it fit, what does a step cost? Exit code 1 where a gate fails.
+
+    A bundle is for one kind of machine, model, configuration and set of versions. It holds machine code: take one only
+    from where you would take a program.
+    """
     if update and not golden:
         raise ConfigError("update: only golden records are updated; give --golden too", field="update")
+    if bundle is not None and (golden or all_targets or only != "all"):
+        raise ConfigError("bundle: holds all programs of one target; leave out what asks for others", field="bundle")
     if golden:
         sys.exit(_golden(model, target, update))
     if only not in PARTS:
@@ -54,7 +67,8 @@ def compile(
     names = EVERY if all_targets else (target or "",)
     asked = options.flags(model, None, mesh, dtype, pairs)
     part = "" if only == "all" else only
-    reports = [made for made in _reports(names, asked, config, part, context, temp << 20, as_json) if made]
+    wanted = Wanted(only=part, bundle=str(bundle or ""), context=context, temp=temp << 20, quiet=as_json)
+    reports = list(_reports(names, asked, config, wanted))
     from radixmesh.bench import record
     from radixmesh.compile import page
 
@@ -71,10 +85,23 @@ def compile(
     sys.exit(0 if all(r["ok"] for r in reports) else 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Of each target. only, bundle: as backends.jax.target.examine has them; context: positions of a row; temp: bytes;
+    quiet: nothing is shown."""
+
+    only: str
+    bundle: str
+    context: int
+    temp: int
+    quiet: bool
+
+
 def _reports(
-    names: Sequence[str], asked: dict[str, Any], file: Path | None, only: str, context: int, temp: int, quiet: bool
+    names: Sequence[str], asked: dict[str, Any], file: Path | None, wanted: Wanted
 ) -> Iterable[dict[str, Any]]:
-    """A report for each target, shown as it is done. All are refused before the first is compiled."""
+    """A report for each target, shown as it is done. Of several, those that can't hold the model are told as
+    {"target", "refused", "ok"}; where that is all of them, as an error, before anything is compiled."""
     from backends.target import check
     from engine.config import load
     from engine.target import Target
@@ -86,18 +113,40 @@ def _reports(
     targets = [Target.parse(name) for name in names]
     for target in targets:
         check(target)
-    decided = [run.decide(settings, target, DEMO) for target in targets]
+    decided: list[Decided | ConfigError] = []
+    for target in targets:
+        try:
+            decided.append(run.decide(settings, target, DEMO))
+        except ConfigError as error:
+            decided.append(error)
+    refused = [one for one in decided if isinstance(one, ConfigError)]
+    if len(refused) == len(decided):
+        raise refused[0]
     console = terminal.console()
     for target, one in zip(targets, decided, strict=True):
+        if isinstance(one, ConfigError):
+            yield {"target": str(target), "refused": str(one), "ok": False}
+            continue
         found = []
-        for r in run.records(one, target, only):
+        for r in run.records(one, target, wanted.only, wanted.bundle):
             found.append(r)
-            if not quiet and "program" in r:
+            if not wanted.quiet and "program" in r:
                 print(f"{target}: {r['program']} in {r['seconds']:.1f} s", file=sys.stderr, flush=True)
-        made = report.make(one, target, found, context, temp)
-        if not quiet:
+        made = report.make(one, target, found, wanted.context, wanted.temp)
+        if not wanted.quiet:
             terminal.show(made, console)
+            _bundled(wanted.bundle, found)
         yield made
+
+
+def _bundled(folder: str, found: Sequence[dict[str, Any]]) -> None:
+    """Say what became of a bundle."""
+    if not folder:
+        return
+    size = next((r["bytes"] for r in found if "bundle" in r), None)
+    count = sum("program" in r for r in found)
+    what = "no bundle, as a program failed" if size is None else f"{count} programs, {size / 2**20:.1f} MiB"
+    print(f"{folder}: {what}", flush=True)
 
 
 def _golden(model: str | None, target: str | None, update: bool) -> int:
@@ -135,5 +184,8 @@ def _matrix(reports: Sequence[dict[str, Any]]) -> None:
 
     table = Table(*MATRIX, box=None, pad_edge=False)
     for r in reports:
-        table.add_row(*summary(r))
+        table.add_row(*summary(r)[:-1], "refused" if "refused" in r else summary(r)[-1])
     console().print(table)
+    for r in reports:
+        if "refused" in r:
+            console().print(f"{r['target']}: {r['refused']}", markup=False)
