@@ -32,6 +32,8 @@ STEP = {
 """Platform -> slots, tokens of a step, and the sizes below it that steps are padded to. Each size is a program that jax
 compiles before it is ready: some 5 s of a CPU's time each."""
 
+LANES = 128
+"""Numbers of a line of a TPU's registers."""
 COPIED = ("TPU7x",)
 """Kinds of TPUs that copy stacked bfloat16 weights (docs/decisions/0017-compiled-without-the-chip.md)."""
 
@@ -93,7 +95,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         _devices(config, mesh, device),
         *_dtypes(config, spec, device),
         _scales(config, device),
-        _quantise(config, device),
+        _unaligned(_quantise(config, device), spec, mesh, device),
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
@@ -263,6 +265,21 @@ def _quantise(config: Config, device: Device) -> Decision:
     if device.backend == "reference":
         why += "; the reference computes with what they stand for, in float32"
     return Decision(field="quantise", value=asked, why=why)
+
+
+def _unaligned(made: Decision, spec: ModelSpec, mesh: MeshSpec, device: Device) -> Decision:
+    """The same, which says of experts that no kernel of a TPU reads: models_jax/experts.py leaves them to XLA."""
+    if device.backend != "jax" or device.platform != "tpu":
+        return made
+    experts = (p for p in params(spec).values() if p.axes[0] == "experts" and len(p.axes) == 3)
+    odd = sorted({n for p in experts if (n := shard_shape(p.shape, p.axes, mesh)[-1]) % LANES})
+    if not odd:
+        return made
+    why = (
+        f"; experts of {' and '.join(map(str, odd))} inputs on a device, no multiple of {LANES}, are multiplied by XLA"
+    )
+    cost = "" if made.value == "none" else ", which widens them all in each step: a smaller mesh or none may be faster"
+    return replace(made, why=made.why + why + cost)
 
 
 def _steps(config: Config, device: Device) -> list[Decision]:

@@ -234,13 +234,22 @@ def kernels(
         if chip not in bench.TOPOLOGY:
             raise ConfigError(f"target: unknown {chip!r}; there are {', '.join(bench.TOPOLOGY)}", field="target")
     figures: list[dict[str, Any]] = []
-    fields = ("compile_s", "vmem", "spilled", "turn", "schedule_cycles", "roofline_cycles", "estimated_cycles")
-    print(f"{'case':18} {'chip':5} " + " ".join(f"{field:>16}" for field in fields))
+    fields = (
+        "compile_s",
+        "vmem",
+        "spills",
+        "spilled",
+        "turn",
+        "schedule_cycles",
+        "roofline_cycles",
+        "estimated_cycles",
+    )
+    print(f"{'case':34} {'chip':5} " + " ".join(f"{field:>16}" for field in fields))
     for chip in chips:
         for row in bench.run(chip, str(peers or ""), only):
             figures.append(row)
             said = row.get("error") or " ".join(f"{row.get(field, '-'):>16}" for field in fields)
-            print(f"{row['case']:18} {row['chip']:5} {said}", flush=True)
+            print(f"{row['case']:34} {row['chip']:5} {said}", flush=True)
     if out is not None:
         write(out, "kernels", figures)
 
