@@ -166,6 +166,9 @@ class Attend:
         if g not in self.rows:
             self.rows[g] = tell(self.batch, self.tables[g], g, self.before, group.page)
         rows, plan = self.rows[g]
+        plain = group.window is None and a.cap is None and sinks is None
+        if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
+            return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
         return gpu.attention(
             q, store, rows, plan, page=group.page, scale=a.scale, window=group.window, cap=a.cap, sinks=sinks
         )
@@ -191,7 +194,9 @@ def tell(batch: Batch, table: Array, g: int, before: Array, page: int) -> tuple[
     torch.cumsum(batch.lens, 0, out=first[1:])
     bunches = batch.order.bunches
     lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
-    plan = gpu.plan(lens, max(b.reach[g] for b in bunches) * page, sms=processors(before.device))
+    plan = gpu.plan(
+        lens, max(b.reach[g] for b in bunches) * page, sms=processors(before.device), fresh=batch.order.fresh
+    )
     return gpu.Rows(first, before.int(), batch.base[g].int(), table.int()), plan
 
 
