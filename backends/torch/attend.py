@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from backends.api.limits import Limits
-from backends.torch.caches import Caches
+from backends.torch.caches import DTYPES as HELD
+from backends.torch.caches import Caches, narrow, put, take, widen
 from backends.torch.inputs import Batch
 from backends.torch.params import DTYPES
 from engine.config import Resolved
@@ -39,7 +40,7 @@ def choose(a: Attention, config: Resolved) -> tuple[str, str]:
     why, what = "no GPU", f"head {a.head_dim}, {config.cache_dtype} cache"
     if config.platform == "gpu":
         platform, arch, installed = machine()
-        dtype, store = DTYPES[config.dtype], DTYPES[config.cache_dtype]
+        dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
         group = a.q_heads // a.kv_heads
         name, why = gpu.choose(
             platform=platform,
@@ -152,16 +153,25 @@ class Attend:
         self.rows: dict[int, tuple[gpu.Rows, gpu.Plan]] = {}
 
     def __call__(
-        self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place, sinks: Array | None = None
+        self,
+        a: Attention,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Caches,
+        place: Place,
+        sinks: Array | None = None,
+        scales: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         name, _ = choose(a, self.config)
         store = cache.groups[place.group][place.rank]
-        store.index_copy_(0, self.write[place.group], torch.stack((k, v), 1).to(store.dtype))
+        by, written = scales or (None, None)
+        put(store, self.write[place.group], narrow(torch.stack((k, v), 1), store.dtype, written))
         if name == "triton":
-            return self._paged(a, q, store, place.group, sinks), cache
-        return self._gathered(KERNELS[name], a, q, store, place.group, sinks), cache
+            return self._paged(a, q, store, place.group, sinks, by), cache
+        return self._gathered(KERNELS[name], a, q, store, place.group, sinks, by), cache
 
-    def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None) -> Array:
+    def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, scales: Array | None) -> Array:
         group = self.limits.groups[g]
         if g not in self.rows:
             self.rows[g] = tell(self.batch, self.tables[g], g, self.before, group.page)
@@ -170,10 +180,21 @@ class Attend:
         if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
             return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
         return gpu.attention(
-            q, store, rows, plan, page=group.page, scale=a.scale, window=group.window, cap=a.cap, sinks=sinks
+            q,
+            store,
+            rows,
+            plan,
+            page=group.page,
+            scale=a.scale,
+            window=group.window,
+            cap=a.cap,
+            sinks=sinks,
+            scales=scales,
         )
 
-    def _gathered(self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None) -> Array:
+    def _gathered(
+        self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None
+    ) -> Array:
         if g not in self.sights:
             dtype = DTYPES[self.config.dtype]
             self.sights[g] = look(
@@ -182,7 +203,7 @@ class Attend:
         parts = []
         for bunch, sight in zip(self.batch.order.bunches, self.sights[g], strict=True):
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
-            kv = store.index_select(0, sight.read).view(query.shape[0], -1, *store.shape[1:]).to(q.dtype)
+            kv = widen(take(store, sight.read).view(query.shape[0], -1, *store.shape[1:]), q.dtype, by)
             o = kernel(a, query, kv[:, :, 0], kv[:, :, 1], sight.mask, sinks)
             parts.append(o.reshape(-1, *q.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
+from backends.torch.caches import DTYPES as HELD
 from backends.torch.params import DTYPES
 from engine.config import Resolved
 from engine.mesh import share
 from engine.model.spec import ModelSpec
 from kernels_cuda import build, cases
-from kernels_cuda.attention import FLOAT8, PART, PARTS, supports
-
-EIGHT = {"int8": torch.int8, "fp8": FLOAT8}
+from kernels_cuda.attention import PART, PARTS, supports
 
 
 def kernels(spec: ModelSpec, config: Resolved, arch: str) -> list[cases.Case]:
     """Of every kind of layer: rows of one token and tiles of prompts, with the keys in every number of parts that a
     step may have; each once. Empty where no kernel is for the model: it runs in plain torch."""
-    dtype, store = DTYPES[config.dtype], (DTYPES | EIGHT)[config.cache_dtype]
+    dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
     parts, found = 1, dict[Any, cases.Case]()
     counts = [1]
     while parts < PARTS and parts * PART < config.max_len:
@@ -52,7 +49,7 @@ def kinds(spec: ModelSpec, config: Resolved) -> list[cases.Layer]:
 def examine(spec: ModelSpec, config: Resolved, arch: str) -> Iterator[dict[str, Any]]:
     """{"layer", "plain"}: a kind of layer, and why it runs in plain torch or ""; then what kernels_cuda.build tells of
     each kernel, as it is done."""
-    dtype, store = DTYPES[config.dtype], (DTYPES | EIGHT)[config.cache_dtype]
+    dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
     for layer in kinds(spec, config):
         why = supports(layer.head_dim, layer.q_heads // layer.kv_heads, dtype, store, arch)
         yield {"layer": str(layer), "plain": why}

@@ -31,12 +31,23 @@ def told() -> dict[str, dict[str, Any]]:
     )
     assert not done.returncode, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line.get("case") or line["fault"]: line for line in lines}
+    return {line.get("case") or line.get("backend") or line["fault"]: line for line in lines}
 
 
 @pytest.mark.parametrize("case", interpreted.CASES)
 def test_a_ragged_step_is_that_of_a_plain_reference(case: str, told: dict[str, dict[str, Any]]) -> None:
     assert interpreted.right(told[case]), told[case]
+
+
+def test_fresh_prompts_attend_over_their_own_keys(told: dict[str, dict[str, Any]]) -> None:
+    found = told["fresh prompts"]
+    assert found["error"] < 2e-3
+    assert found["clean"]
+
+
+@pytest.mark.parametrize("cache", interpreted.BACKENDS)
+def test_the_backend_makes_the_same_tokens_with_it(cache: str, told: dict[str, dict[str, Any]]) -> None:
+    assert told[cache]["same"]
 
 
 @pytest.mark.parametrize("fault", interpreted.FAULTS)
