@@ -35,14 +35,15 @@ class Bunch(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """How a step is ordered for the device. rows, tokens: place there -> index in the step. chosen: places of the rows
-    that return a token. literal: no token is taken from the device. span: for each cache group, all positions that the
-    step reads lie in first .. last - 1."""
+    that return a token. literal: no token is taken from the device. fresh: nothing is cached of any row. span: for each
+    cache group, all positions that the step reads lie in first .. last - 1."""
 
     rows: I64
     tokens: I64
     bunches: tuple[Bunch, ...]
     chosen: I64
     literal: bool
+    fresh: bool
     span: tuple[tuple[int, int], ...]
 
 
@@ -106,6 +107,7 @@ def arrange(step: ScheduleStep, limits: Limits) -> Order:
         bunches=_bunch(n.tolist(), upper[rows].tolist(), reaches),
         chosen=np.flatnonzero(step.output[rows] & TOKEN),
         literal=bool((step.tokens >= 0).all()),
+        fresh=bool((step.starts == 0).all()),
         span=tuple((int(np.min(base)), int(upper.max())) for base in bases),
     )
 
