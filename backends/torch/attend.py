@@ -15,6 +15,7 @@ from backends.torch.inputs import Batch
 from engine.config import Resolved
 from engine.model.groups import Place
 from engine.model.spec import Attention
+from models_torch import ops
 
 Array: TypeAlias = torch.Tensor
 Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | None], Array]
@@ -113,6 +114,25 @@ def locate(
     return out
 
 
+def write(
+    q: Array, k: Array, v: Array, turn: tuple[Array, Array] | None, to: Array, store: Array, padded: bool = False
+) -> tuple[Array, Array]:
+    """q and k [T, heads, head_dim], rotated by `turn`; k and v are written to entries `to` of the store. padded:
+    some of these may be -1, none. May change q and k."""
+    fused = ops.kernel("rope_write", q.device.type)
+    if fused is not None and not fused.supports(q, k, v, store, 0 if turn is None else turn[0].shape[-1]):
+        fused.rope_write(q, k, v, turn, to, store)
+        return q, k
+    if turn is not None:
+        q, k = ops.rotate(q, *turn), ops.rotate(k, *turn)
+    kv = torch.stack((k, v), 1)
+    if padded:  # the last entry stays zero: what has no entry is written there as nothing
+        kv.masked_fill_((to < 0)[:, None, None, None], 0)
+        to = torch.where(to < 0, store.shape[0] - 1, to)
+    store.index_copy_(0, to, kv.to(store.dtype))
+    return q, k
+
+
 class Attend:
     """The `attend` of models_torch: the caches are changed in place."""
 
@@ -120,11 +140,19 @@ class Attend:
         self.config, self.bunches, self.views = config, batch.order.bunches, views
 
     def __call__(
-        self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place, sinks: Array | None = None
+        self,
+        a: Attention,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Caches,
+        place: Place,
+        sinks: Array | None = None,
+        turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         kernel, _ = choose(a, self.config)
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        store.index_copy_(0, view.write, torch.stack((k, v), 1).to(store.dtype))
+        q, k = write(q, k, v, turn, view.write, store)
         parts = []
         for bunch, sight in zip(self.bunches, view.sights, strict=True):
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
