@@ -42,10 +42,14 @@ def plain(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype | None = None) ->
     return (x.double() @ w.double().t()).to(dtype or x.dtype)
 
 
-def rows_times(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """x [T, in] times w [out, in], summed in float32 -> [T, out] in `dtype`, x's where none is given."""
+def rows_times(
+    x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, in] times w [out, in], summed in float32 -> [T, out] in `dtype`, x's where none is given; put into `out`,
+    whose rows lie side by side, where one is given."""
     rows, (many, inner) = x.shape[0], w.shape
-    out = torch.empty((rows, many), dtype=dtype or x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((rows, many), dtype=dtype or x.dtype, device=x.device)
     some = 4 if many < 65536 else 8
     _rows_times[(triton.cdiv(many, some),)](
         x,

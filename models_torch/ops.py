@@ -243,16 +243,24 @@ def _look_up(tokens: Array, w: Matrix) -> Array:
     return w.look_up(tokens) if isinstance(w, Packed) else F.embedding(tokens, w)
 
 
-def unembed(x: Array, w: Matrix) -> Array:
-    """x [R, hidden], w [vocab, hidden] -> float32[R, vocab]."""
-    if isinstance(w, Packed) or x.device.type != "cuda" or x.dtype == torch.float32:
-        return linear(x, w, None).float()
+def unembed(x: Array, w: Matrix, out: Array | None = None) -> Array:
+    """x [R, hidden], w [vocab, hidden] -> float32[R, vocab]; put into `out` where one is given."""
+    y: Array
+    if isinstance(w, Packed) or x.device.type != "cuda" or x.dtype != w.dtype or x.dtype == torch.float32:
+        y = linear(x, w, None).float()
+        return y if out is None else out.copy_(y)
     rows = kernel("rows", x.device.type)
     if rows is not None and not rows.supports(x, w):
-        return rows.rows_times(x, w, torch.float32)  # type: ignore[no-any-return]
-    if torch.version.hip or x.dtype != w.dtype:
-        return linear(x, w, None).float()
-    return torch.mm(x, w.t(), out_dtype=torch.float32)  # as it is summed: not rounded, and not read once more
+        return rows.rows_times(x, w, torch.float32, out)  # type: ignore[no-any-return]
+    if torch.version.hip:
+        y = linear(x, w, None).float()
+        return y if out is None else out.copy_(y)
+    # as it is summed: not rounded, and not read once more
+    return (
+        torch.mm(x, w.t(), out_dtype=torch.float32)
+        if out is None
+        else torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
+    )
 
 
 def psum(x: Array, axis: str) -> Array:

@@ -96,6 +96,8 @@ def locate(
         place = positions - base[batch.row]
         entry = batch.row * width + (place // page).clamp_(0, width - 1)
         write = table.view(-1)[entry] * page + place % page
+        if batch.shape is not None:
+            write = torch.where(batch.offset >= 0, write, -1)
         void, step = caches.groups[g].shape[1] - 1, torch.arange(page, device=base.device)
         sights = []
         for bunch in batch.order.bunches:
@@ -138,6 +140,7 @@ class Attend:
 
     def __init__(self, config: Resolved, batch: Batch, views: list[View]) -> None:
         self.config, self.bunches, self.views = config, batch.order.bunches, views
+        self.padded = batch.shape is not None
 
     def __call__(
         self,
@@ -152,7 +155,7 @@ class Attend:
     ) -> tuple[Array, Caches]:
         kernel, _ = choose(a, self.config)
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        q, k = write(q, k, v, turn, view.write, store)
+        q, k = write(q, k, v, turn, view.write, store, self.padded)
         parts = []
         for bunch, sight in zip(self.bunches, view.sights, strict=True):
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
