@@ -1,4 +1,4 @@
-"""q and k rotated in place, and k and v written to the cache, in one pass over what the projections gave."""
+"""q and k rotated, and k and v written to the cache, in one pass over what the projections gave."""
 
 from __future__ import annotations
 
@@ -34,16 +34,19 @@ def plain(
     turn: tuple[torch.Tensor, torch.Tensor] | None,
     write: torch.Tensor,
     store: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     """What `rope_write` does, in torch."""
-    if turn is not None:
-        cos, sin = turn
-        half = cos.shape[-1] // 2
-        for x in (q, k):
-            part = x[..., : 2 * half]
-            part.copy_((part * cos).addcmul_(part.roll(half, -1), sin))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        if turn is None:
+            return x.contiguous()
+        half = turn[0].shape[-1] // 2
+        part = x[..., : 2 * half]
+        return torch.cat([(part * turn[0]).addcmul_(part.roll(half, -1), turn[1]), x[..., 2 * half :]], -1)
+
     real = write >= 0
-    store[write[real].long()] = torch.stack((k, v), 1)[real].to(store.dtype)
+    store[write[real].long()] = torch.stack((turned(k), v), 1)[real].to(store.dtype)
+    return turned(q)
 
 
 def rope_write(
@@ -53,19 +56,21 @@ def rope_write(
     turn: tuple[torch.Tensor, torch.Tensor] | None,
     write: torch.Tensor,
     store: torch.Tensor,
-) -> None:
-    """Changes q and k [T, heads, D] and the store [entries, 2, kv_heads, D].
+) -> torch.Tensor:
+    """q [T, q_heads, D], k and v [T, kv_heads, D], tokens at any distances -> q rotated, side by side; k, rotated too,
+    and v go to the store [entries, 2, kv_heads, D].
 
     turn: cos and sin [T, 1, dim] in q's dtype, as models_torch.ops.angles gives them (cos twice, sin once negative);
     None rotates nothing. write int[T]: the entry of each token's key and value, -1 = none.
     """
     tokens, q_heads, size = q.shape
     kv_heads = k.shape[1]
+    out = torch.empty((tokens, q_heads, size), dtype=q.dtype, device=q.device)
     if not tokens:
-        return
+        return out
     cos, sin = turn if turn is not None else (q, q)
     dim = cos.shape[-1] if turn is not None else 0
-    groups = triton.cdiv(q_heads, HEADS) if dim else 0
+    groups = triton.cdiv(q_heads, HEADS)
     _rope_write[(tokens, groups + triton.cdiv(kv_heads, HEADS))](
         q,
         k,
@@ -74,6 +79,7 @@ def rope_write(
         sin,
         write,
         store,
+        out,
         q.stride(0),
         k.stride(0),
         v.stride(0),
@@ -88,6 +94,7 @@ def rope_write(
         HEADS=HEADS,
         num_warps=4,
     )
+    return out
 
 
 @triton.jit
@@ -99,6 +106,7 @@ def _rope_write(
     sin,
     write,
     store,
+    out,
     q_stride,
     k_stride,
     v_stride,
@@ -112,53 +120,57 @@ def _rope_write(
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    """A program: HEADS query heads of a token, or so many key and value heads."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
-    d = tl.arange(0, HALF)
+    every = tl.full((HEADS, 1), 1, tl.int1)
     if group < GROUPS:
-        head = group * HEADS + tl.arange(0, HEADS)
-        inside = (head < q_heads)[:, None] & (d < half)[None, :]
-        at = q + token * q_stride + head[:, None] * size + d[None, :]
-        low, high = _turn(at, cos, sin, token, d, inside, half)
-        tl.store(at, low, mask=inside)
-        tl.store(at + half, high, mask=inside)
+        head = (group * HEADS + tl.arange(0, HEADS))[:, None]
+        source = q + token * q_stride + head * size
+        to = out + (token * q_heads + head) * size
+        _move(source, to, cos, sin, token, head < q_heads, every, size, half, HALF, REST)
     else:
-        head = (group - GROUPS) * HEADS + tl.arange(0, HEADS)
-        mine = (head < kv_heads)[:, None]
+        head = ((group - GROUPS) * HEADS + tl.arange(0, HEADS))[:, None]
+        mine = head < kv_heads
         entry = tl.load(write + token).to(tl.int64)
-        kept = mine & (entry >= 0)
-        line = store + entry * (2 * kv_heads * size) + head[:, None] * size
-        source = k + token * k_stride + head[:, None] * size
-        kind = store.dtype.element_ty
-        if half > 0:
-            inside = mine & (d < half)[None, :]
-            low, high = _turn(source + d[None, :], cos, sin, token, d, inside, half)
-            tl.store(source + d[None, :], low, mask=inside)
-            tl.store(source + half + d[None, :], high, mask=inside)
-            tl.store(line + d[None, :], low.to(kind), mask=inside & kept)
-            tl.store(line + half + d[None, :], high.to(kind), mask=inside & kept)
-        if size > 2 * half:
-            r = 2 * half + tl.arange(0, REST)
-            some = mine & (r < size)[None, :]
-            rest = tl.load(source + r[None, :], mask=some, other=0.0)
-            tl.store(line + r[None, :], rest.to(kind), mask=some & kept)
-        e = tl.arange(0, SIZE)
-        whole = mine & (e < size)[None, :]
-        value = tl.load(v + token * v_stride + head[:, None] * size + e[None, :], mask=whole, other=0.0)
-        tl.store(line + kv_heads * size + e[None, :], value.to(kind), mask=whole & kept)
+        kept = every & (entry >= 0)
+        to = store + entry * (2 * kv_heads * size) + head * size
+        _move(k + token * k_stride + head * size, to, cos, sin, token, mine, kept, size, half, HALF, REST)
+        e = tl.arange(0, SIZE)[None, :]
+        value = tl.load(v + token * v_stride + head * size + e, mask=mine & (e < size), other=0.0)
+        tl.store(to + kv_heads * size + e, value.to(store.dtype.element_ty), mask=mine & kept & (e < size))
 
 
 @triton.jit
-def _turn(at, cos, sin, token, d, inside, half: tl.constexpr):
-    """The two halves of heads, rotated: rounded after each product, as plain torch does. A thread holds both entries
-    that mix, so that they may be written where they were read."""
-    low = tl.load(at, mask=inside, other=0.0)
-    high = tl.load(at + half, mask=inside, other=0.0)
-    kind = low.dtype
-    line = token * (2 * half) + d
-    c = tl.load(cos + line, mask=d < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + line + half, mask=d < half, other=0.0).to(tl.float32)[None, :]
-    low, high = low.to(tl.float32), high.to(tl.float32)
-    a = ((low * c).to(kind).to(tl.float32) - high * s).to(kind)
-    b = ((high * c).to(kind).to(tl.float32) + low * s).to(kind)
-    return a, b
+def _move(
+    source,
+    to,
+    cos,
+    sin,
+    token,
+    mine,
+    kept,
+    size: tl.constexpr,
+    half: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Heads rotated from one place to another: rounded after each product, as plain torch does."""
+    if half > 0:
+        d = tl.arange(0, HALF)[None, :]
+        inside = mine & (d < half)
+        low = tl.load(source + d, mask=inside, other=0.0)
+        high = tl.load(source + half + d, mask=inside, other=0.0)
+        kind = low.dtype
+        line = token * (2 * half) + d
+        c = tl.load(cos + line, mask=d < half, other=0.0).to(tl.float32)
+        s = tl.load(sin + line + half, mask=d < half, other=0.0).to(tl.float32)
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        a = ((low * c).to(kind).to(tl.float32) - high * s).to(kind)
+        b = ((high * c).to(kind).to(tl.float32) + low * s).to(kind)
+        tl.store(to + d, a.to(to.dtype.element_ty), mask=inside & kept)
+        tl.store(to + half + d, b.to(to.dtype.element_ty), mask=inside & kept)
+    if size > 2 * half:
+        r = 2 * half + tl.arange(0, REST)[None, :]
+        rest = tl.load(source + r, mask=mine & (r < size), other=0.0)
+        tl.store(to + r, rest.to(to.dtype.element_ty), mask=mine & kept & (r < size))

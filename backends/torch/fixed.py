@@ -83,7 +83,7 @@ class Attend:
         turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        q, k = write(q, k, v, turn, view.write, store)
+        q = write(q, k, v, turn, view.write, store)
         tokens, kv_heads, size = k.shape
         grouped = q.reshape(tokens, kv_heads, -1, size).float()
         top = grouped.new_full((*grouped.shape[:3], 1), FAR)
