@@ -57,9 +57,7 @@ def row_times(
 
 
 @triton.jit
-def _row_times(
-    x, w, out, w_stride, many: tl.constexpr, inner: tl.constexpr, SOME: tl.constexpr, CHUNK: tl.constexpr
-):
+def _row_times(x, w, out, w_stride, many: tl.constexpr, inner: tl.constexpr, SOME: tl.constexpr, CHUNK: tl.constexpr):
     """A program: SOME rows of the matrix; sums are joined at the end, so that a turn of the loop waits for no other."""
     row = tl.program_id(0) * SOME + tl.arange(0, SOME)
     column = tl.arange(0, CHUNK)

@@ -19,7 +19,7 @@ from backends.api.limits import Limits, choosing
 from backends.api.protocol import Member, Status
 from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import F32, I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
-from backends.torch import caches, joined, mesh, params, step
+from backends.torch import caches, joined, mesh, params, step, warmup
 from backends.torch.buckets import Shape, ladder
 from backends.torch.choosing import Scores, seat, send_masks, wishes
 from backends.torch.comm import Comm
@@ -123,6 +123,8 @@ class TorchBackend:
                 host.run([(text, host.row(text, tokens, **drawn))])
             with self._device():
                 self._empty()
+                if not self.config.deterministic:
+                    warmup.attend(self.spec, self.config, self.caches, params.DTYPES[self.config.dtype])
             if self.config.graphs and self.graphs is None:
                 self.capture(Graph())
         self.late.listen(self.device)
