@@ -48,7 +48,7 @@ def step(
         joined = {"peak": numbers, "place": "*i32", "more": more, "high": numbers, "out": whole, "rows": "i32"}
         yield Case("join", "sample", "_join", joined, sizes | {"PARTS": up(parts), "FIRST": first}, {"num_warps": 1})
     edges = {"logits": numbers, "stride": "i32", "high": numbers, "temperatures": real, "top_k": whole, "top_p": real}
-    constants = {"vocab": vocab, "BLOCK": 2 * sample.BLOCK}
+    constants = {"vocab": vocab, "BLOCK": sample.BLOCK}
     yield Case("edges", "sample", "_edges", edges | {"edges": "*i32"}, constants, {"num_warps": 8})
     noisy = types | {"high": numbers, "edges": "*i32", "temperatures": real, "min_p": real, "seed": whole}
     yield Case("noisy", "sample", "_noisy", noisy | {"position": whole}, sizes | wide, {"num_warps": 8})
