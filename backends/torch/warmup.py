@@ -28,10 +28,11 @@ def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype
         first = torch.arange(2, dtype=torch.int32, device=store.device)
         rows = gpu.Rows(first, none, none, none[None])
         sinks = torch.zeros(heads, dtype=dtype, device=store.device) if a.sinks else None
+        given = {"page": config.page, "scale": a.scale, "window": a.window, "cap": a.cap, "sinks": sinks}
+        if store.dtype in gpu.EIGHT:
+            given["scales"] = torch.ones((2, kv_heads), device=store.device)
         for plan in plans(kv_heads):
-            gpu.attention(
-                q, store, rows, plan, page=config.page, scale=a.scale, window=a.window, cap=a.cap, sinks=sinks
-            )
+            gpu.attention(q, store, rows, plan, **given)
 
 
 def plans(kv_heads: int) -> list[gpu.Plan]:
