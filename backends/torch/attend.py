@@ -207,6 +207,9 @@ class Attend:
         if g not in self.rows:
             self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
         rows, plan = self.rows[g]
+        plain = group.window is None and a.cap is None and sinks is None
+        if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
+            return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
         return gpu.attention(
             q, store, rows, plan, page=group.page, scale=a.scale, window=group.window, cap=a.cap, sinks=sinks, scales=by
         )
@@ -236,7 +239,8 @@ def tell(batch: Batch, table: Array, g: int, before: Array, limits: Limits) -> t
         return rows, plan(batch.shape, limits.max_len, sms)
     bunches = batch.order.bunches
     lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
-    made = gpu.plan(lens, max(b.reach[g] for b in bunches) * limits.groups[g].page, sms=sms)
+    reach = max(b.reach[g] for b in bunches) * limits.groups[g].page
+    made = gpu.plan(lens, reach, sms=sms, fresh=batch.order.fresh)
     return rows, made if made.few == 1 else replace(made, few=gpu.FEW)  # one kernel for all short rows of several
 
 
