@@ -129,8 +129,10 @@ def tile(rows: int, head_dim: int, wide: int, arch: str) -> Tile:
 
 
 def splits(programs: int, reach: int, sms: int) -> int:
-    """Parts, a power of two, that the keys of each row are cut into, where `programs` would do without."""
-    return min(PARTS, max(reach // PART, 1), _up(max(math.ceil(WAVES * sms / programs), 1)))
+    """Parts, a power of four so that kernels are few, that the keys of each row are cut into, where `programs` would do
+    without."""
+    parts = min(PARTS, max(reach // PART, 1), _up(max(math.ceil(WAVES * sms / programs), 1)))
+    return 1 << ((parts.bit_length() - 1) & ~1)
 
 
 def supports(head_dim: int, group: int, dtype: torch.dtype, store: torch.dtype, arch: str) -> str:

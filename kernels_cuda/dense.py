@@ -1,4 +1,5 @@
-"""Causal attention of prompts over their own keys, which lie side by side, in Triton; the copy engine brings them.
+"""Causal attention of whole prompts over their own keys, which lie side by side, in Triton; the copy engine brings
+them.
 
 As `paged`, but for how keys and values are read, and that a row's first token stands at its first key.
 """
