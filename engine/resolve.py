@@ -229,10 +229,6 @@ def _quantise(config: Config, device: Device) -> Decision:
     asked = config.model.quantise
     if asked == "none":
         return Decision(field="quantise", value="none", why="model.quantise: as wide as activations")
-    if device.backend == "torch":
-        raise ConfigError(
-            "model.quantise: not built in the torch backend yet; use jax, or leave it out", field="model.quantise"
-        )
     each = "output" if BY[asked] == "row" else "128 x 128"
     why = f"model.quantise: matrices of attention and feed-forward, a scale for each {each}"
     if device.backend == "reference":

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from engine.mesh import RULES
 from engine.model.spec import Norm
 from models_torch.packed import Packed
+from models_torch.quantised import Quantised
 
 Array: TypeAlias = torch.Tensor
-Matrix: TypeAlias = torch.Tensor | Packed
+Matrix: TypeAlias = torch.Tensor | Packed | Quantised
 """A weight that is multiplied with."""
 
 
@@ -49,7 +50,7 @@ def over(comm: Comm | None) -> Iterator[None]:
 
 def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
     """x [T, in], w [out, in] -> [T, out]."""
-    if isinstance(w, Packed):
+    if isinstance(w, Packed | Quantised):
         y = w.multiply(x)
         return y if bias is None else y.add_(bias)
     return F.linear(x, w, bias)
@@ -57,13 +58,13 @@ def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
 
 def heads(x: Array, w: Matrix, bias: Array | None) -> Array:
     """x [T, hidden], w [heads, head_dim, hidden] -> [T, heads, head_dim]."""
-    matrix = w if isinstance(w, Packed) else w.flatten(0, 1)
+    matrix = w if isinstance(w, Packed | Quantised) else w.flatten(0, 1)
     return linear(x, matrix, None if bias is None else bias.flatten()).view(x.shape[0], w.shape[0], w.shape[1])
 
 
 def merge(o: Array, w: Matrix) -> Array:
     """o [T, heads, head_dim], w [hidden, heads, head_dim] -> [T, hidden]; a partial sum where heads are split."""
-    return linear(o.flatten(1), w if isinstance(w, Packed) else w.flatten(1), None)
+    return linear(o.flatten(1), w if isinstance(w, Packed | Quantised) else w.flatten(1), None)
 
 
 @lru_cache(maxsize=64)
@@ -141,7 +142,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], -1)
 
 
-def embed(tokens: Array, w: Matrix) -> Array:
+def embed(tokens: Array, w: torch.Tensor | Packed) -> Array:
     """tokens int32[T], w [vocab, hidden] -> [T, hidden]. A device looks up the part of the vocabulary that it holds."""
     if parts("vocab") == 1:
         return _look_up(tokens, w)
@@ -152,7 +153,7 @@ def embed(tokens: Array, w: Matrix) -> Array:
     return psum(_look_up(local.clamp(0, size - 1), w).masked_fill_(~held[:, None], 0), "vocab")
 
 
-def _look_up(tokens: Array, w: Matrix) -> Array:
+def _look_up(tokens: Array, w: torch.Tensor | Packed) -> Array:
     return w.look_up(tokens) if isinstance(w, Packed) else F.embedding(tokens, w)
 
 

@@ -92,8 +92,7 @@ class TorchBackend:
         """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
         that a ModelError (which names the tensor) changes nothing."""
         with self._device():
-            dtype = params.DTYPES[self.config.dtype]
-            self.weights = params.upload(self.spec, weights, dtype, self.device, self.config.mesh, self.rank)
+            self.weights = params.upload(self.spec, self.config, weights, self.device, self.rank)
         self.version = version
 
     def warmup(self) -> None:

@@ -19,11 +19,15 @@ from engine.model.weights import WeightSource
 By: TypeAlias = Literal["row", "block"]
 SIDE = 128
 """Rows and columns of a block."""
-BY: dict[str, By] = {"int8": "row", "fp8": "block"}
+BY: dict[str, By] = {"int8": "row", "fp8": "block", "fp8-row": "row"}
 """What has a scale of its own: a row of the matrix, which makes one output, or each SIDE x SIDE of it."""
-MOST = {"int8": 127.0, "fp8": 448.0}
+MOST = {"int8": 127.0, "fp8": 448.0, "fp8-row": 448.0}
 """The largest number, which the largest of a row or block becomes."""
-DTYPES: dict[str, Any] = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+DTYPES: dict[str, Any] = {
+    "int8": np.dtype(np.int8),
+    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8-row": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 INNER = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 """Last part of the name of a matrix of a layer -> how many trailing dimensions a product sums over."""
 
