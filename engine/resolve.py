@@ -93,6 +93,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         _devices(config, mesh, device),
         *_dtypes(config, spec, device),
         _quantise(config, device),
+        _activations(config, device),
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
@@ -234,6 +235,24 @@ def _quantise(config: Config, device: Device) -> Decision:
     if device.backend == "reference":
         why += "; the reference computes with what they stand for, in float32"
     return Decision(field="quantise", value=asked, why=why)
+
+
+def _activations(config: Config, device: Device) -> Decision:
+    """What rows are multiplied with quantised matrices in."""
+    asked, kind = config.model.activations, config.model.quantise
+    reasons = {
+        f"matrices are {kind}": not kind.startswith("fp8"),
+        f"{device.backend} on a {device.platform} widens": (device.backend, device.platform) != ("torch", "gpu"),
+        "backend.deterministic": config.backend.deterministic,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "")
+    if asked == "fp8" and why:
+        raise ConfigError(f"model.activations = fp8: {why}; leave it out", field="model.activations")
+    said = "auto" if asked == "auto" else "model.activations"
+    if asked == "wide" or why:
+        return Decision(field="activations", value="wide", why=said if asked == "wide" else f"auto: {why}")
+    why = f"{said}: many rows times fp8 matrices, each row with a scale of its own, where the GPU multiplies fp8"
+    return Decision(field="activations", value="fp8", why=why)
 
 
 def _steps(config: Config, device: Device) -> list[Decision]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch.nn import functional as F
 
 SIDE = 128
 """Rows and columns of a block."""
+How: TypeAlias = Literal["plain", "bits", "native", "narrow"]
+"""How products are made. plain: by torch, of float32. On a GPU in bfloat16 by kernels: float8_e4m3fn is widened by
+moving its bits, or by the chip itself; narrow: the chip multiplies it too, so many rows are narrowed to it."""
+FEW, SOME = 64, 256
+"""Rows up to which a matrix is widened in registers whatever `how` is; and up to which it is where rows stay wide: more
+are multiplied by the library, with a widened copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,15 +23,14 @@ class Quantised:
     """A matrix whose numbers are body times their scales (engine.model.quant).
 
     shape: the parameter's. body [*lead, out, in]: lead is its experts; scale float32[*lead, 1, out] of each row, or
-    float32[*lead, out / 128, in / 128], rounded up, of each block. exact: always multiplied plainly, as deterministic
-    mode asks.
+    float32[*lead, out / 128, in / 128], rounded up, of each block.
     """
 
     shape: tuple[int, ...]
     body: torch.Tensor
     scale: torch.Tensor
     by: Literal["row", "block"]
-    exact: bool = False
+    how: How = "plain"
 
     @property
     def nbytes(self) -> int:
@@ -42,6 +47,26 @@ class Quantised:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out], summed in float32, in memory of its own."""
+        if self.how != "plain":
+            return self._by_kernel(x)
+        return self._plainly(x)
+
+    def _by_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        from kernels_cuda import quantised_matmul as wide
+        from kernels_cuda import scaled_matmul as narrow
+
+        rows, native = x.shape[0], self.how != "bits"
+        if wide.supports(x, self.body):
+            return self._plainly(x)
+        if rows <= FEW:
+            return wide.quantised_matmul(x, self.body, self.scale, self.by, native=native)
+        if self.how == "narrow" and not narrow.supports(x, self.body):
+            return narrow.scaled_matmul(*narrow.narrow(x), self.body, self.scale, self.by, library=True)
+        if rows <= SOME:
+            return wide.quantised_matmul(x, self.body, self.scale, self.by, native=native)
+        return F.linear(x, wide.widened(self.body, self.scale, self.by, native))
+
+    def _plainly(self, x: torch.Tensor) -> torch.Tensor:
         if self.by == "row":  # scaled afterwards
             return F.linear(x.float(), self.body.float()).mul_(self.scale).to(x.dtype)
         return F.linear(x.float(), self.dequantised()).to(x.dtype)

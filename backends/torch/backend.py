@@ -93,6 +93,8 @@ class TorchBackend:
         that a ModelError (which names the tensor) changes nothing."""
         with self._device():
             self.weights = params.upload(self.spec, self.config, weights, self.device, self.rank)
+            if self.device.type != "cpu":
+                torch.cuda.empty_cache()  # what other streams made is not theirs to use again while steps read it
         self.version = version
 
     def warmup(self) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from backends.torch.quantising import draw, quantise
+from backends.torch.staging import Staging, as_tensor
 from engine.config import Resolved
 from engine.mesh import shard_shape
 from engine.model import quant
-from engine.model.params import params
+from engine.model.checkpoint import Checkpoint
+from engine.model.params import Param, params
 from engine.model.spec import ModelSpec
-from engine.model.weights import WeightSource, read_part
+from engine.model.weights import RandomWeights, WeightSource, read_part
 from models_torch.packed import pack
-from models_torch.quantised import Quantised
+from models_torch.quantised import How, Quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BITS = {"bfloat16": (np.uint16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn)}
 INNER = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 """Last part of a matrix's name -> how many trailing dimensions a product sums over."""
 
@@ -29,55 +30,97 @@ def upload(
     """Read this rank's part of every parameter: {"embed": ..., "layers": [{"attention": {"q": ...}}], ...}, on
     `device`: in the dtype of activations, but for what is quantised (engine.model.quant).
 
-    On a CPU the matrices of a 16-bit checkpoint are packed where that is possible (models_torch.packed).
+    On a CPU the matrices of a 16-bit checkpoint are packed where that is possible (models_torch.packed). On a GPU
+    several threads send what they read through a few buffers, random weights are made there, and matrices quantised.
     Raises ModelError naming the tensor.
     """
+    several = isinstance(source, Checkpoint | RandomWeights)  # others may not be made for several threads
+    staging = Staging(device) if several else Staging(device, threads=1)
+    reading = Reading(spec, config, source, staging, rank)
+    given = params(spec)
     tree: dict[str, Any] = {"layers": [{} for _ in spec.layers]}
-    dtype = DTYPES[config.dtype]
-    for name, p in params(spec).items():
+    for name, value in zip(given, staging.each(reading.value, given.values()), strict=True):
         *path, leaf = name.split(".")
         at: Any = tree
         for part in path:
             at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
-        made = quant.form(p, config.quantise)
-        if made is not None:
-            at[leaf] = _quantised(made, config, source, device, rank)
-            continue
-        value = as_tensor(read_part(source, p, config.mesh, {"tp": rank}))
-        inner = 1 if name == "embed" and spec.tied else INNER.get(leaf)
-        if p.axes[0] == "experts" and inner and device.type == "cpu":
-            at[leaf] = [_placed(one, inner, dtype, device) for one in value]
-        else:
-            at[leaf] = _placed(value, inner, dtype, device, name == "embed")
+        at[leaf] = value
     return tree
 
 
-def _quantised(made: quant.Form, config: Resolved, source: WeightSource, device: torch.device, rank: int) -> Quantised:
-    """This rank's part of a quantised matrix."""
-    body, scale = made.cut(*quant.read_quantised(source, made), config.mesh, {"tp": rank})
-    return Quantised(
-        shape=shard_shape(made.param.shape, made.param.axes, config.mesh),
-        body=as_tensor(body).to(device),
-        scale=as_tensor(scale).to(device),
-        by=quant.BY[made.kind],
-        exact=config.deterministic,
-    )
+class Reading:
+    """How one rank reads parameters, one after the other or side by side."""
+
+    def __init__(self, spec: ModelSpec, config: Resolved, source: WeightSource, staging: Staging, rank: int) -> None:
+        self._config, self._source, self._staging = config, source, staging
+        self._device, self._at, self._tied = staging.device, {"tp": rank}, spec.tied
+        self._dtype, self._how = DTYPES[config.dtype], how(config, staging.device)
+        alone = config.mesh.size == 1 and self._device.type != "cpu"
+        self._drawn = source if alone and isinstance(source, RandomWeights) else None
+        self._tapes: dict[int, torch.Tensor] = {}
+
+    def value(self, p: Param) -> Any:
+        """A parameter as the model code takes it."""
+        made = quant.form(p, self._config.quantise)
+        if made is not None:
+            return self._quantised(made)
+        if self._device.type != "cpu":
+            drawn = self._drawn
+            value = self._draw(drawn, p) if drawn else self._staging.send(self._part(p))
+            return value.to(self._dtype)
+        value = as_tensor(self._part(p))
+        embed = p.name == "embed"
+        inner = 1 if embed and self._tied else INNER.get(p.name.rpartition(".")[2])
+        if p.axes[0] == "experts" and inner:
+            return [_packed(one, inner, self._dtype) for one in value]
+        return _packed(value, inner, self._dtype, embed)
+
+    def _part(self, p: Param) -> Any:
+        return read_part(self._source, p, self._config.mesh, self._at)
+
+    def _draw(self, source: RandomWeights, p: Param) -> torch.Tensor:
+        tape = source.tape(p)
+        if id(tape) not in self._tapes:  # sent twice at worst; the source keeps it, so its id stays its own
+            self._tapes[id(tape)] = self._staging.send(tape)
+        return draw(source, p, self._tapes[id(tape)])
+
+    def _quantised(self, made: quant.Form) -> Quantised:
+        """This rank's part of a quantised matrix."""
+        p, config = made.param, self._config
+        if self._device.type == "cpu" or quant.has(self._source, made):
+            body, scale = made.cut(*quant.read_quantised(self._source, made), config.mesh, self._at)
+            body, scale = self._staging.send(body), self._staging.send(scale)
+        else:
+            whole = self._draw(self._drawn, p) if self._drawn else self._staging.send(quant.read_whole(self._source, p))
+            numbers, scales = quantise(whole.reshape(made.flat(p.shape)), made.kind)
+            if not scales.isfinite().all():
+                raise quant.not_finite(made)
+            body, scale = (x.contiguous() for x in made.cut(numbers, scales, config.mesh, self._at))
+        return Quantised(
+            shape=shard_shape(p.shape, p.axes, config.mesh),
+            body=body,
+            scale=scale,
+            by=quant.BY[made.kind],
+            how=self._how,
+        )
 
 
-def _placed(
-    value: torch.Tensor, inner: int | None, dtype: torch.dtype, device: torch.device, embed: bool = False
-) -> Any:
-    """A parameter on its device, packed where that is possible. inner: as INNER has it, None for no matrix."""
-    packed = pack(value, inner, dtype, embed) if device.type == "cpu" and inner else None
-    return value.to(device=device, dtype=dtype) if packed is None else packed
+def how(config: Resolved, device: torch.device) -> How:
+    """How products with quantised matrices are made: in deterministic mode plainly; on a GPU that has float8_e4m3fn by
+    what it does with it itself."""
+    if device.type == "cpu" or config.deterministic or config.dtype != "bfloat16" or find_spec("triton") is None:
+        return "plain"
+    if torch.version.hip:
+        native = torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx95")
+    else:
+        native = torch.cuda.get_device_capability(device) >= (8, 9)
+    return ("narrow" if config.activations == "fp8" else "native") if native else "bits"
 
 
-def as_tensor(read: NDArray[Any]) -> torch.Tensor:
-    """A copy of an array on the CPU. torch doesn't know the dtypes of ml_dtypes: it takes the bits."""
-    if read.dtype.name in BITS:
-        bits, dtype = BITS[read.dtype.name]
-        return torch.from_numpy(np.ascontiguousarray(read).view(bits).copy()).view(dtype)
-    return torch.from_numpy(read.copy())
+def _packed(value: torch.Tensor, inner: int | None, dtype: torch.dtype, embed: bool = False) -> Any:
+    """A parameter on a CPU, packed where that is possible. inner: as INNER has it, None for no matrix."""
+    packed = pack(value, inner, dtype, embed) if inner else None
+    return value.to(dtype) if packed is None else packed
 
 
 def held(tree: Any) -> int:
