@@ -22,24 +22,35 @@ LEAST = 16
 """Bytes that a thread reads at once: the summed dimension is a multiple."""
 
 
+PROGRAMS = 256
+"""That a chip needs to read at full speed: where a product has fewer, several share its sum."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """What a program has of the product: rows of x (1: no tensor cores), of the matrix, and columns read at once."""
+    """What a program has of the product: rows of x (1: no tensor cores), of the matrix, and columns read at once.
+    splits: programs that share the sum of one block; a kernel of its own adds what they have."""
 
     rows: int
     columns: int
     inner: int
     warps: int
     stages: int
+    splits: int = 1
 
 
 def choose(rows: int, columns: int, inner: int, by: By) -> Blocks:
     """Blocks for x [rows, inner] times a matrix [columns, inner]."""
     if rows == 1:
-        return Blocks(rows=1, columns=8, inner=1024 if inner >= 1024 else 256, warps=4, stages=1)
+        few = columns <= 2048
+        step = 2048 if few else 1024 if columns <= 4096 or inner >= 8192 else 512
+        return Blocks(rows=1, columns=4 if few else 8, inner=min(step, 1 << inner.bit_length() - 1), warps=4, stages=1)
     m = next(size for size in (16, 32, WIDEST) if rows <= size or size == WIDEST)
-    wide = 64 if columns >= 12288 else 32 if columns >= 4096 else 16
-    return Blocks(rows=m, columns=wide, inner=SIDE, warps=max(1, wide // 16), stages=4)
+    wide = 32 if m < WIDEST else 64
+    programs = -(-columns // wide) * -(-rows // m)
+    splits = max(1, min(8, PROGRAMS // programs, inner // (4 * SIDE)))
+    stages = 3 if programs > PROGRAMS and m < WIDEST else 5
+    return Blocks(rows=m, columns=wide, inner=SIDE, warps=wide // 16, stages=stages, splits=splits)
 
 
 def supports(x: torch.Tensor, body: torch.Tensor) -> str:
@@ -77,21 +88,27 @@ def quantised_matmul(
     data = body.view(torch.uint8)
     if blocks.rows == 1:
         _one_row[(parts, rows)](x, data, scale, out, columns, inner, width, **common)
-    else:
-        _few_rows[(parts, triton.cdiv(rows, blocks.rows))](
-            x,
-            data,
-            scale,
-            out,
-            rows,
-            columns,
-            inner,
-            width,
-            R=blocks.rows,
-            WIDE=tl.bfloat16 if x.is_cuda else tl.float32,  # the interpreter multiplies no bfloat16
-            num_stages=blocks.stages,
-            **common,
-        )
+        return out
+    shared = out
+    if blocks.splits > 1:
+        shared = torch.empty((blocks.splits, rows, columns), dtype=torch.float32, device=x.device)
+    _few_rows[(parts, triton.cdiv(rows, blocks.rows), blocks.splits)](
+        x,
+        data,
+        scale,
+        shared,
+        rows,
+        columns,
+        inner,
+        width,
+        triton.cdiv(inner, blocks.inner * blocks.splits) * blocks.inner,
+        R=blocks.rows,
+        WIDE=tl.bfloat16 if x.is_cuda else tl.float32,  # the interpreter multiplies no bfloat16
+        num_stages=blocks.stages,
+        **common,
+    )
+    if blocks.splits > 1:
+        _add[(triton.cdiv(rows * columns, 1024),)](shared, out, rows * columns, SPLITS=blocks.splits, I=1024)
     return out
 
 
@@ -162,17 +179,18 @@ def _one_row(
 
 @triton.jit
 def _few_rows(
-    x, w, scale, out, rows, columns, inner, width,
+    x, w, scale, out, rows, columns, inner, width, share,
     KIND: tl.constexpr, BLOCKED: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, I: tl.constexpr, R: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """C outputs of R rows; I is 128 where blocks have scales. WIDE: dtype that is multiplied in."""
-    first = tl.program_id(0) * C
+    """C outputs of R rows, summed over `share` numbers of each; out [splits, rows, columns]. I is 128 where blocks have
+    scales. WIDE: dtype that is multiplied in."""
+    first, split = tl.program_id(0) * C, tl.program_id(2)
     n, m = first + tl.arange(0, C), tl.program_id(1) * R + tl.arange(0, R)
     live, there = n < columns, m < rows
     start, from_ = w + n.to(tl.int64)[:, None] * inner, x + m.to(tl.int64)[None, :] * inner
     acc = tl.zeros((C, R), tl.float32)
-    for at in range(0, inner, I):
+    for at in range(split * share, tl.minimum((split + 1) * share, inner), I):
         k = at + tl.arange(0, I)
         if EVEN:
             raw = tl.load(start + k[None, :], mask=live[:, None], other=0)
@@ -187,8 +205,15 @@ def _few_rows(
             acc = tl.dot(wide, part, acc)
     if not BLOCKED:
         acc *= tl.load(scale + n, mask=live, other=0.0)[:, None]
-    tl.store(
-        out + m.to(tl.int64)[None, :] * columns + n[:, None],
-        acc.to(out.dtype.element_ty),
-        mask=there[None, :] & live[:, None],
-    )
+    where = out + (split.to(tl.int64) * rows + m)[None, :] * columns + n[:, None]
+    tl.store(where, acc.to(out.dtype.element_ty), mask=there[None, :] & live[:, None])
+
+
+@triton.jit
+def _add(shared, out, size, SPLITS: tl.constexpr, I: tl.constexpr):
+    """shared float32 [SPLITS, size] -> out [size], its sums, always in one order."""
+    at = tl.program_id(0) * I + tl.arange(0, I)
+    total = tl.zeros((I,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(shared + tl.cast(split, tl.int64) * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)

@@ -15,39 +15,55 @@ MOST = tl.constexpr(448.0)
 """The largest number of float8_e4m3fn."""
 GROUP = 8
 """Blocks of rows that are multiplied with one block of the matrix, one after the other, while it is in the cache."""
-BLOCKS: dict[str, tuple[int, int, int, int, int]] = {"row": (128, 256, 128, 8, 3), "block": (128, 128, 128, 4, 3)}
+BLOCKS: dict[str, tuple[int, int, int, int, int]] = {"row": (128, 256, 128, 8, 3), "block": (128, 128, 128, 8, 4)}
 """Rows, columns and summed numbers of a program's block, its warps and stages."""
+ROWS = 16
+"""The library's product of blocks takes rows in multiples."""
 
 
-def supports(x: torch.Tensor, body: torch.Tensor) -> str:
+def supports(x: torch.Tensor, body: torch.Tensor, by: By, library: bool = False) -> str:
     """Why x [T, in] can't be narrowed and multiplied with a matrix [out, in]; "" where it can."""
     if x.dtype != torch.bfloat16 or body.dtype != torch.float8_e4m3fn:
         return f"rows of {x.dtype}, matrices of {body.dtype}; bfloat16 and float8_e4m3fn are multiplied"
-    if body.shape[0] % 16 or body.shape[1] % 16 or not body.is_contiguous():
-        return f"a matrix of {list(body.shape)}; multiples of 16 are multiplied"
+    least = SIDE if library and by == "block" else 16
+    if body.shape[0] % least or body.shape[1] % least or not body.is_contiguous():
+        return f"a matrix of {list(body.shape)}; multiples of {least} are multiplied"
     return ""
 
 
-def narrow(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, in] -> float8_e4m3fn [T, in], and a scale for each row, float32 [T, 1]: its largest number / 448."""
+def narrow(x: torch.Tensor, by: By) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, in] -> float8_e4m3fn [T, in] and scales, the largest number / 448: float32 [T, 1] of each row, or
+    [T, in / SIDE] of each SIDE numbers of one, which lie by columns; T is then rounded up to a multiple of ROWS, and
+    what is past the end is any number."""
     rows, inner = x.shape
-    body = torch.empty((rows, inner), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    blocked = by == "block"
+    tall = -(-rows // ROWS) * ROWS if blocked else rows
+    body = torch.empty((tall, inner), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((inner // SIDE if blocked else 1, tall), dtype=torch.float32, device=x.device)
     size = triton.next_power_of_2(inner)
-    _narrow[(rows,)](x.contiguous(), body, scale, inner, I=size, num_warps=4 if size <= 4096 else 8)
-    return body, scale
+    warps = 4 if size <= 4096 else 8
+    _narrow[(rows,)](x.contiguous(), body, scale, inner, tall, I=size, BLOCKED=blocked, num_warps=warps)
+    return body, scale.t()
 
 
 def scaled_matmul(
-    x: torch.Tensor, own: torch.Tensor, body: torch.Tensor, scale: torch.Tensor, by: By, library: bool = False
+    x: torch.Tensor, body: torch.Tensor, scale: torch.Tensor, by: By, library: bool = False
 ) -> torch.Tensor:
-    """Narrowed rows x [T, in], own [T, 1], times body [out, in] and its scales, summed in float32 -> bfloat16 [T, out].
+    """x [T, in], narrowed, times body [out, in] and its scales, summed in float32 -> bfloat16 [T, out].
 
-    scale: float32 [1, out], or [out / SIDE, in / SIDE] rounded up. library: torch's product, which knows rows alone.
+    scale: float32 [1, out], or [out / SIDE, in / SIDE] rounded up. library: torch's product, which for blocks narrows
+    SIDE numbers of a row at a time and is for sm_90 alone; else a row has one scale.
     """
-    if library and by == "row":
-        y: torch.Tensor = torch._scaled_mm(x, body.t(), scale_a=own, scale_b=scale, out_dtype=torch.bfloat16)
-        return y
+    if library:
+        rows, own = narrow(x, by)
+        columns = scale if by == "row" else scale.t()
+        y = torch._scaled_mm(rows, body.t(), scale_a=own, scale_b=columns, out_dtype=torch.bfloat16)
+        return y[: len(x)]
+    return product(*narrow(x, "row"), body, scale, by)
+
+
+def product(x: torch.Tensor, own: torch.Tensor, body: torch.Tensor, scale: torch.Tensor, by: By) -> torch.Tensor:
+    """Narrowed rows x [T, in], own [T, 1], times body [out, in] and its scales -> bfloat16 [T, out]."""
     (rows, inner), columns = x.shape, body.shape[0]
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=x.device)
     r, c, i, warps, stages = BLOCKS[by]
@@ -61,15 +77,24 @@ def scaled_matmul(
 
 
 @triton.jit
-def _narrow(x, out, scale, inner, I: tl.constexpr):
-    """One row."""
+def _narrow(x, out, scale, inner, tall, I: tl.constexpr, BLOCKED: tl.constexpr):
+    """One row. scale [inner / 128, tall], or [1, tall]."""
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, I)
     wide = tl.load(x + row * inner + k, mask=k < inner, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(wide), 0)
-    by = tl.where(largest == 0, 1.0, largest / MOST)
-    number = tl.minimum(tl.maximum(wide / by, -MOST), MOST)
+    if BLOCKED:
+        parts = tl.reshape(wide, (I // 128, 128))
+        largest = tl.max(tl.abs(parts), 1)
+        by = tl.where(largest == 0, 1.0, largest / MOST)
+        number = tl.reshape(parts / by[:, None], (I,))
+        block = tl.arange(0, I // 128)
+        tl.store(scale + block * tall + row, by, mask=block < inner // 128)
+    else:
+        largest = tl.max(tl.abs(wide), 0)
+        by = tl.where(largest == 0, 1.0, largest / MOST)
+        number = wide / by
+        tl.store(scale + row, by)
+    number = tl.minimum(tl.maximum(number, -MOST), MOST)
     tl.store(out + row * inner + k, number.to(out.dtype.element_ty), mask=k < inner)
-    tl.store(scale + row, by)
 
 
 @triton.jit

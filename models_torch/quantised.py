@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 SIDE = 128
 """Rows and columns of a block."""
-How: TypeAlias = Literal["plain", "bits", "native", "narrow"]
-"""How products are made. plain: by torch, of float32. On a GPU in bfloat16 by kernels: float8_e4m3fn is widened by
-moving its bits, or by the chip itself; narrow: the chip multiplies it too, so many rows are narrowed to it."""
+How: TypeAlias = Literal["plain", "bits", "native", "narrow", "library"]
+"""How products are made. plain: by torch, of float32. On a GPU in bfloat16 by kernels: bits: the bits of float8_e4m3fn
+are moved to where float16 has them; native: the chip widens it; narrow: the chip multiplies it too, so many rows become
+it; library: the same by torch's own product."""
 FEW, SOME = 64, 256
 """Rows up to which a matrix is widened in registers whatever `how` is; and up to which it is where rows stay wide: more
 are multiplied by the library, with a widened copy."""
@@ -60,8 +61,9 @@ class Quantised:
             return self._plainly(x)
         if rows <= FEW:
             return wide.quantised_matmul(x, self.body, self.scale, self.by, native=native)
-        if self.how == "narrow" and not narrow.supports(x, self.body):
-            return narrow.scaled_matmul(*narrow.narrow(x), self.body, self.scale, self.by, library=True)
+        library = self.how == "library"
+        if self.how in ("narrow", "library") and not narrow.supports(x, self.body, self.by, library):
+            return narrow.scaled_matmul(x, self.body, self.scale, self.by, library)
         if rows <= SOME:
             return wide.quantised_matmul(x, self.body, self.scale, self.by, native=native)
         return F.linear(x, wide.widened(self.body, self.scale, self.by, native))

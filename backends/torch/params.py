@@ -110,11 +110,18 @@ def how(config: Resolved, device: torch.device) -> How:
     what it does with it itself."""
     if device.type == "cpu" or config.deterministic or config.dtype != "bfloat16" or find_spec("triton") is None:
         return "plain"
-    if torch.version.hip:
-        native = torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx95")
-    else:
-        native = torch.cuda.get_device_capability(device) >= (8, 9)
-    return ("narrow" if config.activations == "fp8" else "native") if native else "bits"
+    version, toolkit = torch.cuda.get_device_capability(device), torch.version.cuda or ""
+    return choose_how(version, toolkit, config.activations)
+
+
+def choose_how(version: tuple[int, int], toolkit: str, activations: str) -> How:
+    """version: the device's capability. toolkit: version of CUDA, "" on AMD, whose gfx942 has another float8."""
+    if version < ((8, 9) if toolkit else (9, 5)):
+        return "bits"
+    if activations != "fp8":
+        return "native"
+    blocks = toolkit and tuple(map(int, toolkit.split(".")[:2])) >= (12, 9)
+    return "library" if version == (9, 0) and blocks else "narrow"
 
 
 def _packed(value: torch.Tensor, inner: int | None, dtype: torch.dtype, embed: bool = False) -> Any:
