@@ -23,7 +23,7 @@ MOST_BUCKETS = 12
 BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
-QUANTISE = ("none", "int8", "fp8", "fp8-row")
+QUANTISE = ("auto", "none", "int8", "fp8", "fp8-row")
 ACTIVATIONS = ("auto", "wide", "fp8")
 POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
@@ -161,14 +161,15 @@ def _key(check: Check, default: Any) -> Any:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """path: a model's folder; None is the demo model that comes with the package. dtype: of weights and activations.
-    quantise: keep the matrices of attention and feed-forward in 8 bits: "int8" or "fp8-row", with a scale for each
-    output, or "fp8", with one for each 128 x 128. activations: what many rows are multiplied with fp8 matrices in, on a
-    GPU that has it: "fp8", or "wide", as they are. max_len: positions (prompt and answer) a request may reach. weights:
-    "checkpoint", or "dummy" random ones, for which config.json is enough."""
+    quantise: the matrices of attention and feed-forward in 8 bits: "int8" or "fp8-row", with a scale for each output,
+    or "fp8", with one for each 128 x 128; "none": as wide as activations; "auto": as the checkpoint has them.
+    activations: what many rows are multiplied with fp8 matrices in, on a GPU that has it: "fp8", or "wide", as they
+    are. max_len: positions (prompt and answer) a request may reach. weights: "checkpoint", or "dummy" random ones, for
+    which config.json is enough."""
 
     path: str | None = _key(_text, None)
     dtype: str = _key(_one_of(DTYPES), "auto")
-    quantise: str = _key(_one_of(QUANTISE), "none")
+    quantise: str = _key(_one_of(QUANTISE), "auto")
     activations: str = _key(_one_of(ACTIVATIONS), "auto")
     max_len: int | None = _key(_or_auto(_whole(2)), None)
     weights: str = _key(_one_of(WEIGHTS), "checkpoint")

@@ -11,6 +11,7 @@ from engine.config import Config, Resolved
 from engine.errors import ConfigError
 from engine.mesh import AXES, MeshSpec, shard_shape, share
 from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
+from engine.model.narrow import stored_as
 from engine.model.params import params
 from engine.model.quant import BY, local_bytes
 from engine.model.spec import ModelSpec
@@ -81,6 +82,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
     check_mesh(mesh, spec, device)
     if device.platform == "cpu":  # whose devices are threads or processes that share its memory
         device = replace(device, memory_bytes=device.memory_bytes // mesh.size)
+    quantised = _quantise(config, spec, mesh, device)
     made: list[Decision] = [
         Decision(field="backend", value=device.backend, why=device.why),
         Decision(
@@ -92,8 +94,8 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="mesh", value=mesh, why=_split(mesh, spec, device)),
         _devices(config, mesh, device),
         *_dtypes(config, spec, device),
-        _quantise(config, device),
-        _activations(config, device),
+        quantised,
+        _activations(config, quantised.value, device),
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
@@ -113,7 +115,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="max_logprobs", value=min(config.sched.max_logprobs, spec.vocab), why="sched.max_logprobs"),
         Decision(field="priority_preemption", value=config.sched.priority_preemption, why="sched.priority_preemption"),
         Decision(field="ageing", value=config.sched.ageing, why="sched.ageing"),
-        _stack(config, device, values["dtype"]),
+        _stack(config, device, values["dtype"], values["quantise"]),
         _programs(config),
         Decision(
             field="bundle",
@@ -225,21 +227,28 @@ def _dtypes(config: Config, spec: ModelSpec, device: Device) -> list[Decision]:
     ]
 
 
-def _quantise(config: Config, device: Device) -> Decision:
+def _quantise(config: Config, spec: ModelSpec, mesh: MeshSpec, device: Device) -> Decision:
     """Which numbers the layers' matrices are kept in."""
     asked = config.model.quantise
-    if asked == "none":
-        return Decision(field="quantise", value="none", why="model.quantise: as wide as activations")
-    each = "output" if BY[asked] == "row" else "128 x 128"
-    why = f"model.quantise: matrices of attention and feed-forward, a scale for each {each}"
+    kind = stored_as(spec.narrow) if asked == "auto" and spec.narrow else "none" if asked == "auto" else asked
+    why = "model.quantise" if asked != "auto" else "auto, as in the checkpoint" if spec.narrow else "auto"
+    if kind != "none" and asked == "auto":
+        try:
+            weight_bytes(spec, "bfloat16", mesh, kind)
+        except ConfigError:  # which a narrower mesh would not need
+            return Decision(field="quantise", value="none", why=f"auto: {mesh} would cut blocks apart")
+    if kind == "none":
+        return Decision(field="quantise", value="none", why=f"{why}: as wide as activations")
+    each = "output" if BY[kind] == "row" else "128 x 128"
+    why += f": matrices of attention and feed-forward, a scale for each {each}"
     if device.backend == "reference":
         why += "; the reference computes with what they stand for, in float32"
-    return Decision(field="quantise", value=asked, why=why)
+    return Decision(field="quantise", value=kind, why=why)
 
 
-def _activations(config: Config, device: Device) -> Decision:
+def _activations(config: Config, kind: str, device: Device) -> Decision:
     """What rows are multiplied with quantised matrices in."""
-    asked, kind = config.model.activations, config.model.quantise
+    asked = config.model.activations
     reasons = {
         f"matrices are {kind}": not kind.startswith("fp8"),
         f"{device.backend} on a {device.platform} widens": (device.backend, device.platform) != ("torch", "gpu"),
@@ -427,13 +436,13 @@ def _early(config: Config, device: Device) -> Decision:
     return Decision(field="ready_early", value=asked, why="sched.ready_early")
 
 
-def _stack(config: Config, device: Device, dtype: str) -> Decision:
+def _stack(config: Config, device: Device, dtype: str, quantise: str) -> Decision:
     asked = config.backend.jax.stack
     if asked != "auto":
         return Decision(field="stack", value=asked, why="backend.jax.stack")
     if device.platform != "tpu":
         return Decision(field="stack", value="list", why="off a TPU a scan copies each layer's weights")
-    if device.kind in COPIED and dtype == "bfloat16" and config.model.quantise == "none":
+    if device.kind in COPIED and dtype == "bfloat16" and quantise == "none":
         return Decision(
             field="stack", value="list", why=f"on a {device.kind} a scan copies stacked {dtype} weights in each step"
         )
