@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.api.limits import Limits
+from backends.api.shared import wrong
 from backends.api.step import TOKEN, U32, PageTable, ScheduleStep, StateTable
 from engine.errors import StepRefused
 from engine.model.groups import CacheGroup
@@ -71,7 +72,7 @@ def check_step(step: ScheduleStep, limits: Limits, last: ScheduleStep | None = N
         _tokens(step, limits)
     for g, group in enumerate(limits.groups):
         _table(step, limits, g, group)
-    _ragged(step, limits)
+    _ragged(step, limits, known)
 
 
 def check_masks(masks: U32 | None, step: ScheduleStep, limits: Limits) -> None:
@@ -362,8 +363,9 @@ def _table(step: ScheduleStep, limits: Limits, g: int, group: CacheGroup) -> Non
         _unless((starts < 0) | (base <= seen), at + ".base", "past the first position that the row sees")
 
 
-def _ragged(step: ScheduleStep, limits: Limits) -> None:
-    """The fields that have a length of their own: copies, shared prefixes, bias, history."""
+def _ragged(step: ScheduleStep, limits: Limits, known: bool) -> None:
+    """The fields that have a length of their own: copies, shared prefixes, bias, history. known: of a step that passed,
+    so that of its groups only what the edits say of them is new."""
     rows, s = len(step.slots), step.sampling
     if len(step.copies):
         _entries("copies", step.copies[:, :2], (len(limits.groups), limits.shards), "group or shard")
@@ -372,8 +374,9 @@ def _ragged(step: ScheduleStep, limits: Limits) -> None:
             _refuse("copies", "a page is out of range")
     if len(step.shared):
         _entries("shared", step.shared, (rows, rows, limits.max_len, limits.max_len), "row or position")
-        if np.count_nonzero(step.shared[:, ::2] > step.shared[:, 1::2]):
-            _refuse("shared", "first comes after last")
+        edited = any(isinstance(table, PageTable) and len(table.edits) for table in step.tables)
+        if (edited or not known) and (found := wrong(step, limits)) is not None:
+            _refuse("shared", *found)
     if len(s.bias):
         whole = s.bias[:, :2]
         if not ((whole >= 0) & (whole < np.array([rows, limits.vocab])) & (whole == np.floor(whole))).all():

@@ -109,9 +109,10 @@ class ScheduleStep:
     next int32[R]: the literal that follows this chunk in the prompt, -1 = none. output uint8[R]: bits above.
     masked bool[R]: this row's vocabulary mask arrives in sample(). adapters int32[R]: LoRA index, 0 = none.
     tables: one per cache group. copies int32[C, 4]: (group, shard, src, dst), done before the forward, in order.
-    shared int32[G, 4]: (first row, last row, first position, last position) of rows that read the same pages there;
-    empty is always right. embeds int32[N, 4]: (first token, handle, first row, count). positions: None or int32[T, 3].
-    taps: named inner values to return; () compiles to nothing.
+    shared int32[G, 4]: (first row, last row, first position, last position), all inclusive, of rows that read the same
+    pages there in every full group, cached before the step. Nested, outermost first; those of a row lie end to end from
+    position 0. Empty is always right. embeds int32[N, 4]: (first token, handle, first row, count). positions: None or
+    int32[T, 3]. taps: named inner values to return; () compiles to nothing.
     """
 
     step: int

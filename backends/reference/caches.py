@@ -90,6 +90,8 @@ class Caches:
             assert isinstance(given, PageTable)  # no state groups here
             tables.append(paged.edited(given.edits, seated))
             found.append([paged.cells(tables[-1], int(given.base[r]), row) for r, row in enumerate(rows)])
+            if paged.group.kind == "full":
+                _check_shared(step.shared, rows, found[-1])
         for paged, table in zip(self.groups, tables, strict=True):
             paged.table = table
         for group, _, source, target in step.copies:
@@ -115,3 +117,12 @@ class Caches:
             keys, values = memory[:, cell.seen].astype(q.dtype)
             out[row.at] = attend(a, q[row.at], keys, values, row.start, cell.first, sinks)
         return out
+
+
+def _check_shared(shared: I32, rows: Sequence[Row], cells: Sequence[Cells]) -> None:
+    """Raises StepRefused where rows that are said to read the same cells do not, or before these are written."""
+    for first, last, begin, end in shared.tolist():
+        for r in range(first, last + 1):
+            same = np.array_equal(cells[r].seen[begin : end + 1], cells[first].seen[begin : end + 1])
+            if end >= rows[r].start or not same:
+                raise StepRefused(f"shared: row {r} reads other pages than row {first}", rows=[r], field="shared")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from backends.api.limits import Limits
 from backends.api.step import I32, TOKEN, PageTable, Sampling, ScheduleStep, StateTable, empty
 from engine.cache.sequence import SequenceCache
+from engine.sched.prefixes import Prefixes
 from engine.sched.request import Row, Run
 
 N = TypeVar("N", np.int32, np.float32)
@@ -19,10 +20,13 @@ N = TypeVar("N", np.int32, np.float32)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """A step and whose rows it holds."""
+    """A step and whose rows it holds. drafted: the rows in the order that they were planned in; stamp: Prefixes.stamp
+    when they were put into theirs."""
 
     step: ScheduleStep
     rows: tuple[Row, ...]
+    drafted: tuple[Row, ...] = ()
+    stamp: int = 0
 
 
 class Draft:
@@ -70,20 +74,23 @@ class Draft:
         cache.sent()
 
 
-def build(draft: Draft, limits: Limits, last: Plan | None) -> Plan:
+def build(draft: Draft, limits: Limits, prefixes: Prefixes, last: Plan | None) -> Plan:
     """Lay out a step.
 
     last: the step before. While the same runs decode and none comes or goes, their rows are the same objects
     (Run.row), and all but lengths, pages and copies is what it was.
     """
-    number, rows, edits, cut = draft.number, draft.rows, draft.edits, _ints(draft.copies).reshape(-1, 4)
-    if last is not None and last.rows == tuple(rows):
+    number, edits, cut = draft.number, draft.edits, _ints(draft.copies).reshape(-1, 4)
+    drafted, stamp = tuple(draft.rows), prefixes.stamp
+    if last is not None and last.drafted == drafted and last.stamp == stamp:
         upper = last.step.upper + np.int32(1)
         tables = tuple(
-            table if isinstance(table, StateTable) else _table(g, rows, edits, limits)
+            table if isinstance(table, StateTable) else _table(g, last.rows, edits, limits)
             for g, table in enumerate(last.step.tables)
         )
-        return Plan(step=replace(last.step, step=number, upper=upper, tables=tables, copies=cut), rows=last.rows)
+        step = replace(last.step, step=number, upper=upper, tables=tables, copies=cut)
+        return Plan(step=step, rows=last.rows, drafted=drafted, stamp=stamp)
+    rows, shared = prefixes.arrange(draft.rows)
     runs = [row.run for row in rows]
     step = ScheduleStep(
         step=number,
@@ -99,9 +106,10 @@ def build(draft: Draft, limits: Limits, last: Plan | None) -> Plan:
         adapters=empty(len(rows)),
         tables=tuple(_table(g, rows, edits, limits) for g in range(len(limits.groups))),
         copies=cut,
+        shared=shared,
         sampling=_sampling(runs, rows),
     )
-    return Plan(step=step, rows=tuple(rows))
+    return Plan(step=step, rows=tuple(rows), drafted=drafted, stamp=stamp)
 
 
 def _ints(values: Sequence[Any]) -> I32:
@@ -151,7 +159,8 @@ def _sampling(runs: Sequence[Run], rows: Sequence[Row]) -> Sampling:
 
 
 def without(plan: Plan, bad: Sequence[int]) -> Plan | None:
-    """The same step without the rows at `bad`; None when nothing is left. Page edits stay: they belong to slots."""
+    """The same step without the rows at `bad`; None when nothing is left. Page edits stay: they belong to slots. It
+    tells of no shared prefixes."""
     keep = [i for i in range(len(plan.rows)) if i not in set(bad)]
     if not keep:
         return None

@@ -194,7 +194,7 @@ class Scheduler:
         if not draft.rows:
             self.store.copies = draft.copies + self.store.copies
             return None
-        plan = build(draft, self.limits, self._last)
+        plan = build(draft, self.limits, self._seating.prefixes, self._last)
         self._steps += 1
         self._flying.append(plan)
         self._last = plan

@@ -8,6 +8,7 @@ from backends.api.limits import Limits
 from engine.cache.radix import Match
 from engine.sched.admission import Estimate
 from engine.sched.policy import WINDOW, Order
+from engine.sched.prefixes import Prefixes
 from engine.sched.request import Run
 from engine.sched.rows import Draft
 from engine.sched.sharing import Sharing
@@ -33,6 +34,7 @@ class Seating:
         self.running: dict[Run, None] = {}
         self.slots = list(range(limits.slots - 1, -1, -1))
         self.sharing = Sharing(limits.groups, store.page, least)
+        self.prefixes = Prefixes(limits)
         self.again = self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._order = Order(policy, ageing, lambda run: store.match(run).length)
         self._lowest: Run | None = None
@@ -169,6 +171,7 @@ class Seating:
     def unseat(self, run: Run) -> None:
         self.sharing.end(run)
         self.waiting.call(run)
+        self.prefixes.leave(run)
         self.store.close(run)
         run.row = None
         del self.running[run]
@@ -194,6 +197,7 @@ class Seating:
         self.store.share(run, run.settled, at=end)
         if end == run.length:
             self.sharing.done(run)
+            self.prefixes.enter(run)
         if run.followers:
             self.waiting.call(run, run.settled)
             self.again = 0

@@ -19,7 +19,7 @@ from engine.sched.rows import Plan
 from engine.sched.scheduler import Scheduler
 
 VOCAB, PAGE, MAX_LEN, TOKENS = 32000, 16, 4096, 8192
-CASES = ("decode", "pages", "flow")
+CASES = ("decode", "pages", "flow", "groups", "grouped flow")
 ORDERS = ("grouped", "interleaved", "shuffled")
 
 
@@ -92,7 +92,7 @@ class Null:
 
 
 def limits_of(slots: int, tokens: int) -> Limits:
-    """Of a device with one full group and pages for so many tokens."""
+    """Of a device with one full group and pages for so many tokens, which reads shared prefixes once."""
     table = MAX_LEN // PAGE
     return Limits(
         groups=(CacheGroup(kind="full", page=PAGE, window=0),),
@@ -104,14 +104,26 @@ def limits_of(slots: int, tokens: int) -> Limits:
         max_len=MAX_LEN,
         max_edits=table + TOKENS // PAGE + 2 * slots,
         vocab=VOCAB,
+        sharing=(64, 16),
     )
 
 
-def requests(count: int, made: Sequence[int], seed: int, name: str) -> list[Request]:
-    """Greedy requests with prompts of about 1,000 random tokens, no two alike. made: tokens of the answers, in turn."""
+def requests(count: int, made: Sequence[int], seed: int, name: str, grouped: bool = False) -> list[Request]:
+    """Greedy requests with prompts of about 1,000 random tokens, no two alike. made: tokens of the answers, in turn.
+    grouped: eight have 768 tokens in common, and 32 the first 256 of them."""
     rng = np.random.default_rng(seed)
     bodies = [tuple(rng.integers(1, VOCAB, int(rng.integers(960, 1088))).tolist()) for _ in range(64)]
     params = [SamplingParams(temperature=0.0, max_new_tokens=n, ignore_eos=True) for n in made]
+    if grouped:
+        rng = np.random.default_rng(0)
+        roots, stems = (rng.integers(1, VOCAB, (n, k)).tolist() for n, k in ((8, 256), (32, 512)))
+        heads = [(*roots[i % 8], *stems[i % 32]) for i in range(32)]
+        return [
+            Request(
+                rid=f"{name}{i}", tokens=(*heads[i % 32], 1 + i, *bodies[i % 64][:240]), params=params[i % len(params)]
+            )
+            for i in range(count)
+        ]
     return [
         Request(rid=f"{name}{i}", tokens=(1 + i // 64, *bodies[i % 64]), params=params[i % len(params)])
         for i in range(count)
@@ -120,8 +132,9 @@ def requests(count: int, made: Sequence[int], seed: int, name: str) -> list[Requ
 
 def measure(case: str, policy: str, running: int, waiting: int, steps: int) -> Cost:
     """One case. "decode": some run and others wait for their slots. "pages": there are slots, but no pages for more.
-    "flow": each that ends, after 1 to 511 tokens, makes room for one that waits."""
-    flows = case == "flow"
+    "flow": each that ends, after 1 to 511 tokens, makes room for one that waits. "groups", "grouped flow": "decode" and
+    "flow" with prompts that begin alike."""
+    flows, grouped = case in ("flow", "grouped flow"), case.startswith("group")
     made = random.Random(0).sample(range(1, 512, 2), 256) if flows else [2900]
     scheduler = Scheduler(
         limits_of(running * 2 if case == "pages" else running, running * (1560 if case == "pages" else 4096)),
@@ -129,11 +142,11 @@ def measure(case: str, policy: str, running: int, waiting: int, steps: int) -> C
     )
     null, clock = Null(scheduler), time.perf_counter()
     scheduler.estimate.share = 0.1
-    for request in requests(running, made, 1, "run"):
+    for request in requests(running, made, 1, "run", grouped):
         scheduler.submit(request, clock)
     while not (flows or (all(run.decoding for run in scheduler.running) and not scheduler.waiting)):
         null.turn()
-    for request in requests(waiting, made, 2, "wait"):
+    for request in requests(waiting, made, 2, "wait", grouped):
         scheduler.submit(request, clock)
     for _ in range(400 if flows else 40):
         null.turn()

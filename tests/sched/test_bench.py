@@ -26,6 +26,8 @@ def test_it_writes_what_it_measured(tmp_path: Path) -> None:
         ("decode", True),
         ("pages", True),
         ("flow", True),
+        ("groups", True),
+        ("grouped flow", True),
     ]
     assert all(0 < c["least"] <= c["median"] <= c["p99"] for c in costs)
     assert costs[0]["rows"] == costs[1]["rows"] == 8

@@ -128,6 +128,31 @@ FAULTS = [
         ),
     ),
     *faults(
+        "engine.sched.prefixes",
+        ("rows of a group in any order", "return [rows[i] for i in order], np", "return rows, np"),
+        ("one position too many is shared", "end * page - 1)", "end * page)"),
+        (
+            "a page too many is shared",
+            "while at < end and a[at] == b[at]:",
+            "while at < end and a[at - 1] == b[at - 1]:",
+        ),
+        ("between two rows, what only one has with those between", "min(self._same[a + 1 : b + 1])", "self._same[b]"),
+        ("a run that is gone stands between", "del self._keys[at], self._runs[at], self._same[at]", "pass"),
+        ("what remains is not compared", "self._same[at]\n        self._meet(at)\n", "self._same[at]\n"),
+        ("a level that doesn't pay is told", "if end > begin and len(cuts) *", "if end > begin or len(cuts) *"),
+        ("a level begins where the one around it does", "            begin = end\n", ""),
+        ("rows of one chunk are taken for rows that decode", "LAST if row.end else places", "places"),
+        ("nothing is shared", "if not self._joined:", "if True:"),
+    ),
+    *faults(
+        "engine.sched.seating",
+        ("a run that lost its seat stays in its group", "self.prefixes.leave(run)", "pass"),
+    ),
+    *faults(
+        "engine.sched.rows",
+        ("groups stay when runs begin to decode", " and last.stamp == stamp:", ":"),
+    ),
+    *faults(
         "engine.sched.policy",
         ("ageing off", "return (now / ageing if ageing else 0.0) - priority, order", "return float(-priority), order"),
         ("priority inversion", "- priority, order", "+ priority, order"),

@@ -45,6 +45,7 @@ class Stage:
             max_copies=keys.pop("max_copies", 8),
             max_history=keys.pop("max_history", 0),
             max_logprobs=3,
+            sharing=keys.pop("sharing", (0, 0)),
         )
         self.scheduler = Scheduler(limits, **keys)
         self.toy = Toy(limits, 0, lambda slot, length: [], lambda out: self.turn == self.broken)
@@ -84,6 +85,11 @@ class Stage:
         self.run(until=lambda: self.turn == turn)
 
     @property
+    def shared(self) -> list[tuple[int, ...]]:
+        """Groups of the last step that was planned."""
+        return [tuple(group) for group in self.scheduler._last.step.shared.tolist()]
+
+    @property
     def seated(self) -> list[str]:
         return [run.request.rid for run in self.scheduler.running]
 
@@ -121,6 +127,79 @@ def shared_prefixes_are_computed_once() -> None:
                 assert stage.scheduler.cached_tokens == want, f"{about}: {stage.scheduler.cached_tokens} not {want}"
                 fed = groups * (prefix + per * (own + 1)) + groups * per * 5
                 assert stage.toy.fed <= fed + len(order), f"{about}: fed {stage.toy.fed}, not {fed}"
+
+
+def rows_that_read_the_same_pages_stand_together() -> None:
+    """Three levels, submitted in the order that suits least: once all decode, each level is told of once, outermost
+    first, with the rows side by side; answers go on as the groups lose their rows."""
+    rng = random.Random(21)
+    root, branches = prompt(rng, 16), [prompt(rng, 12) for _ in range(3)]
+    leaves = [[prompt(rng, 8) for _ in range(2)] for _ in range(3)]
+    stage = Stage(slots=24, max_tokens=200)
+    for k in range(2):
+        for b in range(3):
+            for i in range(2):
+                text = [*root, *branches[b], *leaves[b][i], 3 + k, 1 + b, 2 + i]
+                stage.ask(f"{b}{i}{k}", text, made=12 + 2 * b + i)
+    stage.ask("other", prompt(rng, 21), made=14)
+    stage.run(until=lambda: len(stage.seated) == 13 and all(run.out for run in stage.scheduler.running))
+    stage.to(stage.turn + 2)
+    want = [(0, 11, 0, 15)]
+    for b in range(3):
+        want.append((4 * b, 4 * b + 3, 16, 27))
+        want += [(4 * b + 2 * i, 4 * b + 2 * i + 1, 28, 35) for i in range(2)]
+    seen = Counter(group[2:] for group in stage.shared)
+    assert seen == Counter(group[2:] for group in want), stage.shared
+    assert [group[:2] for group in stage.shared] == [group[:2] for group in want], stage.shared
+    stage.run()
+    assert stage.toy.shared["inner"] > 60, stage.toy.shared
+
+
+def what_costs_more_than_it_saves_is_left_out() -> None:
+    """The rule in figures. Two rows that share 24 positions and two others that share 16 with them: without the 16 as a
+    level, 24 + 2 * 16 are read there, so the level saves 32; then the 8 save 8, or the 24 as one level 24."""
+    rng = random.Random(22)
+    root, branch = prompt(rng, 16), prompt(rng, 8)
+    for sharing, want in (
+        (None, []),
+        ((0, 0), [(0, 3, 0, 15), (0, 1, 16, 23)]),
+        ((7, 0), [(0, 3, 0, 15), (0, 1, 16, 23)]),
+        ((8, 0), [(0, 3, 0, 15)]),
+        ((0, 4), [(0, 3, 0, 15)]),
+        ((31, 0), [(0, 3, 0, 15)]),
+        ((32, 0), []),
+        ((0, 8), [(0, 1, 0, 23)]),
+        ((0, 12), []),
+    ):
+        stage = Stage(sharing=sharing)
+        for i in range(4):
+            stage.ask(f"{i}", [*root, *(branch if i < 2 else []), i, *[5] * 9], made=20)
+        stage.run(until=lambda stage=stage: all(run.out for run in stage.scheduler.running) and len(stage.seated) == 4)
+        stage.to(stage.turn + 2)
+        ends = sorted((end - begin, last - first) for first, last, begin, end in stage.shared)
+        assert ends == sorted((end - begin, last - first) for first, last, begin, end in want), (sharing, stage.shared)
+
+
+def groups_are_true_whatever_comes_and_goes() -> None:
+    """Little room, forks, aborts, priorities and drafts of trees of prompts: the device looks at each step. What is
+    saved is much of what could be."""
+    for seed in range(6):
+        rng = random.Random(seed)
+        page = rng.choice([1, 2, 4])
+        stage = Stage(slots=6, page=page, pages=rng.choice([150, 260, 1000]) // page, max_tokens=rng.choice([20, 64]))
+        stage.scheduler.estimate.share = 0.0
+        trunk = prompt(rng, 24)
+        for i in range(40):
+            text = trunk[: rng.choice([5, 11, 24])] + [rng.randrange(2) for _ in range(rng.randrange(1, 12))]
+            for j in range(rng.choice([1, 1, 3])):
+                stage.ask(f"{i}.{j}", text, made=rng.randrange(1, 30), group=f"{i}", priority=rng.choice([0, 0, 12]))
+            if rng.random() < 0.2:
+                stage.loop.take([Abort(rid=rng.choice(stage.seated or [""]))])
+            stage.to(stage.turn + rng.randrange(4))
+        stage.run()
+        seen = stage.toy.shared
+        assert seen["inner"] > 30, seen
+        assert seen["saved"] > stage.toy.fed, (seen, stage.toy.fed)
 
 
 def prefixes_behind_a_window_or_a_state_are_computed_once() -> None:
@@ -480,6 +559,9 @@ SCENES = (
     a_long_prefix_is_waited_for,
     the_lowest_makes_room,
     shared_prefixes_are_computed_once,
+    rows_that_read_the_same_pages_stand_together,
+    what_costs_more_than_it_saves_is_left_out,
+    groups_are_true_whatever_comes_and_goes,
     prompts_that_differ_wait_for_nobody,
     who_computes_may_go,
     answers_share_a_prompt,

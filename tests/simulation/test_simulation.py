@@ -23,7 +23,18 @@ def run(seeds: range) -> Counter[str]:
 
 def test_equals_sequential_decoding() -> None:
     seen = run(range(400))
-    for rare in ("cached", "preempted", "failed", "aborted", "errors", "followed", "branched", "late", "grown"):
+    for rare in (
+        "cached",
+        "preempted",
+        "failed",
+        "aborted",
+        "errors",
+        "followed",
+        "branched",
+        "late",
+        "grown",
+        "shared",
+    ):
         assert seen[rare] > 20, f"the trials hardly reach {rare!r}: {seen}"
 
 

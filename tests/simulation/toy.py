@@ -124,13 +124,15 @@ class Fed:
 
 class Toy:
     """The whole contract but device arrays. guess: (slot, position) -> the drafter's next tokens. flaky: called
-    with the tickets out, says whether the device fails now for no reason. copied: pages, by kind; fed: tokens."""
+    with the tickets out, says whether the device fails now for no reason. copied: pages, by kind; fed: tokens;
+    shared: groups of ScheduleStep.shared, those within others, their rows, and what they save: positions."""
 
     def __init__(self, limits: Limits, seed: int, guess: Callable[[int, int], list[int]], flaky: Callable[[int], bool]):
         self.limits, self.guess, self.flaky = limits, guess, flaky
         self.rng = np.random.default_rng(seed)
         self.failures = 0
         self.copied: Counter[str] = Counter()
+        self.shared: Counter[str] = Counter()
         self.fed = 0
         self._reset()
 
@@ -168,6 +170,7 @@ class Toy:
             if isinstance(table, PageTable):
                 for slot, index, page in table.edits:
                     self.table[g][slot, index] = page
+        self._look_at_shared(step)
         self.fed += len(step.tokens)
         status = np.full(len(step.slots), OK, np.uint8)
         fed = []
@@ -178,6 +181,22 @@ class Toy:
         self.pending = step, fed, status
         self.out[step.step] = step, None
         return step.step
+
+    def _look_at_shared(self, step: ScheduleStep) -> None:
+        """Rows that are said to read the same pages do, and these were written before the step."""
+        reach = [0] * len(step.slots)
+        for first, last, begin, end in step.shared.tolist():
+            self.shared.update(
+                groups=1, inner=begin > 0, rows=last + 1 - first, saved=(last - first) * (end + 1 - begin)
+            )
+            reach[first : last + 1] = [end + 1] * (last + 1 - first)
+            for g, group in enumerate(self.limits.groups):
+                if group.kind == "full":
+                    pages = self.table[g][step.slots[first : last + 1], begin // group.page : end // group.page + 1]
+                    assert (pages == pages[0]).all(), f"rows {first} to {last} read different pages: {pages}"
+        for slot, start, shared in zip(step.slots, step.starts, reach, strict=True):
+            length = start if start >= 0 else self.slots[slot].length
+            assert shared <= length, f"slot {slot} has {length} positions and reads {shared} with others"
 
     def _row(self, step: ScheduleStep, r: int, raw: list[int]) -> Fed:
         number = int(step.slots[r])

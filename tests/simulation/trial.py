@@ -254,6 +254,7 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     """Run one random configuration; AssertionError says what differs. Returns what happened."""
     rng = random.Random(seed)
     limits, window = make_limits(rng)
+    limits = replace(limits, sharing=random.Random(seed).choice([None, (0, 0), (0, 0), (2, 1)]))
     truth = Truth(kinds=tuple(g.kind for g in limits.groups), window=window)
     chaos, flaky = rng.random() < 0.5, rng.random() < 0.2
     cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}
@@ -323,6 +324,8 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
             "preempted": scheduler.preemptions,
             "failed": toy.failures,
             "branched": toy.copied["full"],
+            "shared": toy.shared["groups"],
+            "nested": toy.shared["inner"],
             "late": sum(isinstance(c.end.error, DeadlineExceeded) for c in cases.values() if c.end),
             "aborted": sum(c.end.finish.kind == "abort" for c in cases.values() if c.end),
             "errors": sum(c.end.error is not None for c in cases.values() if c.end),
