@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -37,6 +38,11 @@ class Quantised:
     def nbytes(self) -> int:
         """Bytes of the numbers and their scales."""
         return self.body.nbytes + self.scale.nbytes
+
+    def copy_(self, other: Quantised) -> None:
+        """Take another's numbers, in the memory that is there."""
+        self.body.copy_(other.body)
+        self.scale.copy_(other.scale)
 
     def __getitem__(self, expert: int) -> Quantised:
         """The matrix of one expert."""
@@ -79,3 +85,15 @@ class Quantised:
             return self.scale.mT
         rows, columns = self.body.shape[-2:]
         return self.scale.repeat_interleave(SIDE, -2)[..., :rows, :].repeat_interleave(SIDE, -1)[..., :columns]
+
+
+def join(parts: Sequence[Quantised]) -> Quantised | None:
+    """Matrices of one input, one below the other; None where they are of several kinds or would share a block."""
+    first = parts[0]
+    alike = all((p.by, p.how, p.body.dtype) == (first.by, first.how, first.body.dtype) for p in parts)
+    apart = first.by == "row" or all(p.body.shape[0] % SIDE == 0 for p in parts[:-1])
+    if not alike or not apart or first.body.ndim != 2:
+        return None
+    body = torch.cat([p.body.view(torch.uint8) for p in parts]).view(first.body.dtype)
+    scale = torch.cat([p.scale for p in parts], 1 if first.by == "row" else 0)
+    return replace(first, shape=tuple(body.shape), body=body, scale=scale)

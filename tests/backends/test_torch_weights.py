@@ -16,6 +16,8 @@ from backends.torch.staging import Staging, as_tensor, pieces
 from engine.model import quant
 from engine.model.params import params
 from engine.model.weights import RandomWeights
+from models_torch import quantised
+from models_torch.quantised import Quantised
 from tests.test_config import model
 
 
@@ -83,3 +85,28 @@ def test_a_fault_comes_through_and_ends_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="three"):
         Staging(torch.device("cpu")).each(make, range(8))
     assert Staging(torch.device("cpu")).each(make, range(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("kind", "joins"), [("int8", True), ("fp8", True), ("fp8-row", True), ("fp8", False)])
+def test_joined_matrices_are_one_product(kind: str, joins: bool) -> None:
+    """Of 256, 128 and 70 rows the last may leave a block open; of 70, 256 and 128 the first may not."""
+    r = np.random.default_rng(2)
+    rows = (256, 128, 70) if joins else (70, 256, 128)
+    made = []
+    for size in rows:
+        body, scale = quant.quantise(r.standard_normal((size, 200), np.float32), kind)
+        made.append(Quantised(shape=(size, 200), body=as_tensor(body), scale=as_tensor(scale), by=quant.BY[kind]))
+    together, x = quantised.join(made), torch.randn(3, 200)
+    if not joins:
+        assert together is None
+        return
+    assert together is not None
+    right = torch.cat([one.multiply(x) for one in made], 1)
+    torch.testing.assert_close(together.multiply(x), right)
+    other = quantised.join([*made[:2], made[2]])
+    assert other is not None
+    other.body.zero_()
+    other.copy_(together)
+    assert torch.equal(other.multiply(x), together.multiply(x))
+    wide = Quantised(shape=(9, 200), body=made[0].body[:9], scale=made[0].scale, by=made[0].by, how="bits")
+    assert quantised.join([made[0], wide]) is None
