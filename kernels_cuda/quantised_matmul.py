@@ -22,8 +22,9 @@ LEAST = 16
 """Bytes that a thread reads at once: the summed dimension is a multiple."""
 
 
-PROGRAMS = 256
-"""That a chip needs to read at full speed: where a product has fewer, several share its sum."""
+PROGRAMS = 512
+"""That a chip needs to read at full speed, half as many of WIDEST rows: where a product has fewer, several share its
+sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,8 @@ def choose(rows: int, columns: int, inner: int, by: By) -> Blocks:
     m = next(size for size in (16, 32, WIDEST) if rows <= size or size == WIDEST)
     wide = 32 if m < WIDEST else 64
     programs = -(-columns // wide) * -(-rows // m)
-    splits = max(1, min(8, PROGRAMS // programs, inner // (4 * SIDE)))
+    wanted = PROGRAMS if m < WIDEST else PROGRAMS // 2
+    splits = max(1, min(8, wanted // programs, inner // (4 * SIDE)))
     stages = 3 if programs > PROGRAMS and m < WIDEST else 5
     return Blocks(rows=m, columns=wide, inner=SIDE, warps=wide // 16, stages=stages, splits=splits)
 
@@ -108,7 +110,7 @@ def quantised_matmul(
         **common,
     )
     if blocks.splits > 1:
-        _add[(triton.cdiv(rows * columns, 1024),)](shared, out, rows * columns, SPLITS=blocks.splits, I=1024)
+        _add[(triton.cdiv(rows * columns, 1024),)](shared, out, rows * columns, blocks.splits, I=1024)
     return out
 
 
@@ -177,7 +179,7 @@ def _one_row(
     tl.store(out + row.to(tl.int64) * columns + n, y.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or each kind of number would be compiled for
 def _few_rows(
     x, w, scale, out, rows, columns, inner, width, share,
     KIND: tl.constexpr, BLOCKED: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, I: tl.constexpr, R: tl.constexpr,
@@ -209,11 +211,11 @@ def _few_rows(
     tl.store(where, acc.to(out.dtype.element_ty), mask=there[None, :] & live[:, None])
 
 
-@triton.jit
-def _add(shared, out, size, SPLITS: tl.constexpr, I: tl.constexpr):
-    """shared float32 [SPLITS, size] -> out [size], its sums, always in one order."""
+@triton.jit(do_not_specialize=["splits"])
+def _add(shared, out, size, splits, I: tl.constexpr):
+    """shared float32 [splits, size] -> out [size], its sums, always in one order."""
     at = tl.program_id(0) * I + tl.arange(0, I)
     total = tl.zeros((I,), tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         total += tl.load(shared + tl.cast(split, tl.int64) * size + at, mask=at < size, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)

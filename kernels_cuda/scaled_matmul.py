@@ -25,10 +25,10 @@ def supports(x: torch.Tensor, body: torch.Tensor, by: By, library: bool = False)
     """Why x [T, in] can't be narrowed and multiplied with a matrix [out, in]; "" where it can."""
     if x.dtype != torch.bfloat16 or body.dtype != torch.float8_e4m3fn:
         return f"rows of {x.dtype}, matrices of {body.dtype}; bfloat16 and float8_e4m3fn are multiplied"
-    least = SIDE if library and by == "block" else 16
-    if body.shape[0] % least or body.shape[1] % least or not body.is_contiguous():
-        return f"a matrix of {list(body.shape)}; multiples of {least} are multiplied"
-    return ""
+    rows, columns = (SIDE, 4 * SIDE) if library and by == "block" else (16, 16)
+    if body.shape[0] % rows or body.shape[1] % columns or not body.is_contiguous():
+        return f"a matrix of {list(body.shape)}; multiples of {rows} x {columns} are multiplied"
+    return ""  # of other columns torch's product is not refused, and wrong (2.11 on CUDA 13.0)
 
 
 def narrow(x: torch.Tensor, by: By) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def product(x: torch.Tensor, own: torch.Tensor, body: torch.Tensor, scale: torch
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tall"])
 def _narrow(x, out, scale, inner, tall, I: tl.constexpr, BLOCKED: tl.constexpr):
     """One row. scale [inner / 128, tall], or [1, tall]."""
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, I)
@@ -97,7 +97,7 @@ def _narrow(x, out, scale, inner, tall, I: tl.constexpr, BLOCKED: tl.constexpr):
     tl.store(out + row * inner + k, number.to(out.dtype.element_ty), mask=k < inner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     x, own, w, scale, out, rows, columns, inner, width,
     BLOCKED: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, I: tl.constexpr,

@@ -59,7 +59,7 @@ FAULTS = {
     "the first block's scale": ("quantised_matmul", "width + at // 128)", "width)"),
     "the first row of blocks": ("quantised_matmul", "(first // 128) * width + at", "0 * width + at"),
     "rows are not scaled": ("quantised_matmul", "acc *= tl.load(scale + n", "acc *= 1 + 0 * tl.load(scale + n"),
-    "a part of the sum is missing": ("quantised_matmul", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
+    "a part of the sum is missing": ("quantised_matmul", "in range(splits)", "in range(splits - 1)"),
     "parts overlap": ("quantised_matmul", "range(split * share,", "range(0,"),
     "a copy without scales": ("quantised_matmul", "KIND) * by", "KIND)"),
     "the largest number alone, not its size": ("scaled_matmul", "tl.max(tl.abs(wide), 0)", "tl.max(wide, 0)"),

@@ -120,5 +120,8 @@ def test_what_is_refused_is_multiplied_plainly() -> None:
     assert "float32" in wide.supports(x.float(), w)
     assert "lines of 24" in wide.supports(x[:, :24], w[:, :24].contiguous())
     assert narrow.supports(x, w, "row", library=True) == ""
-    assert "multiples of 128" in narrow.supports(x, w, "block", library=True)
+    assert "multiples of 128 x 512" in narrow.supports(x, w, "block", library=True)
+    for columns, why in ((512, False), (256, True)):
+        w = torch.zeros(128, columns, dtype=torch.float8_e4m3fn)
+        assert bool(narrow.supports(torch.zeros(2, columns, dtype=torch.bfloat16), w, "block", library=True)) == why
     assert "int8" in narrow.supports(x, w.view(torch.int8), "row")
