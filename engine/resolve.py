@@ -14,7 +14,7 @@ from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
 from engine.model.narrow import stored_as
 from engine.model.params import params
 from engine.model.quant import BY, local_bytes
-from engine.model.spec import ModelSpec
+from engine.model.spec import EIGHT, ModelSpec, eight
 
 GIB = 1 << 30
 SHARE = {"cpu": 0.25, "gpu": 0.85, "tpu": 0.85}
@@ -94,6 +94,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="mesh", value=mesh, why=_split(mesh, spec, device)),
         _devices(config, mesh, device),
         *_dtypes(config, spec, device),
+        _scales(config, device),
         quantised,
         _activations(config, quantised.value, device),
         *_steps(config, device),
@@ -102,7 +103,8 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
     made.append(_page(config, spec, device, values["max_rows"]))
     values["page"] = made[-1].value
     groups = local_groups(spec, values["page"], mesh)
-    weights = weight_bytes(spec, values["dtype"], mesh, values["quantise"] if device.backend != "reference" else "none")
+    quantise = values["quantise"] if device.backend != "reference" else "none"
+    weights = weight_bytes(eight(spec, values["cache_dtype"]), values["dtype"], mesh, quantise)
     weights += count_bytes(spec, config.sched.penalties, values["slots"])
     made += _lengths(config, spec, device, groups, weights, values)
     made += [
@@ -150,7 +152,7 @@ def plan_memory(spec: ModelSpec, resolved: Resolved) -> Memory:
     groups = local_groups(spec, resolved.page, resolved.mesh)
     quantise = resolved.quantise if resolved.backend != "reference" else "none"
     return Memory(
-        weights=weight_bytes(spec, resolved.dtype, resolved.mesh, quantise),
+        weights=weight_bytes(eight(spec, resolved.cache_dtype), resolved.dtype, resolved.mesh, quantise),
         cache=tuple(n * g.page_bytes(resolved.cache_dtype) for n, g in zip(resolved.pages, groups, strict=True)),
         counts=count_bytes(spec, resolved.penalties, resolved.slots),
     )
@@ -223,8 +225,31 @@ def _dtypes(config: Config, spec: ModelSpec, device: Device) -> list[Decision]:
         ]
     return [
         Decision(field="dtype", value=dtype, why=why),
-        Decision(field="cache_dtype", value=cache, why="cache.dtype"),
+        Decision(field="cache_dtype", value=cache, why="cache.dtype" + (": 1 byte a number" if cache in EIGHT else "")),
     ]
+
+
+def _scales(config: Config, device: Device) -> Decision:
+    """Where a cache of 8 bits has its scales from."""
+    asked, dtype = config.cache.scales, config.cache.dtype
+    if dtype not in EIGHT:
+        if asked is not None:
+            raise ConfigError(
+                f"cache.scales: a cache has scales in {' or '.join(EIGHT)}; set cache.dtype, or leave it out",
+                field="cache.scales",
+            )
+        return Decision(field="scales", value="", why="none: keys and values are kept as they are")
+    if asked is not None:
+        return Decision(field="scales", value=asked, why="cache.scales: the largest of each layer and head")
+    if config.model.weights == "dummy":
+        return Decision(field="scales", value="", why="auto: dummy weights have one that suits them")
+    if dtype == "int8":
+        raise ConfigError(
+            "cache.scales: int8 needs the largest key and value of each layer and head: radixmesh calibrate "
+            "--model DIR --out FILE, then cache.scales = FILE; or use fp8",
+            field="cache.scales",
+        )
+    return Decision(field="scales", value="", why="auto: the checkpoint's, 1 where it has none")
 
 
 def _quantise(config: Config, spec: ModelSpec, mesh: MeshSpec, device: Device) -> Decision:
@@ -304,8 +329,10 @@ def _page(config: Config, spec: ModelSpec, device: Device, rows: int) -> Decisio
     if device.platform != "tpu":
         return Decision(field="page", value=PAGES[0], why="auto: prefixes are shared in small pages")
     reach = min(config.model.max_len or spec.max_len, spec.max_len)
-    size = next((n for n in PAGES if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
+    sizes = [n for n in PAGES if n >= 32] if config.cache.dtype in EIGHT else PAGES  # as lines share a register
+    size = next((n for n in sizes if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
     why = f"page tables of {rows} rows of {reach} tokens are kept in {TABLES >> 10} KiB of a TPU"
+    why += ", which moves 32 lines of 8 bits at once" if config.cache.dtype in EIGHT else ""
     return Decision(field="page", value=size, why=why)
 
 

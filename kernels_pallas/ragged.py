@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.blocks import Blocks
+from kernels_pallas.cached import narrow, widen
 
 Array: TypeAlias = jax.Array
 LANES, SUBLANES = 128, 8
@@ -21,7 +22,8 @@ FAR = -1e30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """What is fixed when a call is compiled. head: head_dim; entries: of a row's page table; page: tokens."""
+    """What is fixed when a call is compiled. head: head_dim; entries: of a row's page table; page: tokens; scaled: the
+    cache holds numbers over their scales."""
 
     q_heads: int
     kv_heads: int
@@ -31,6 +33,7 @@ class Form:
     scale: float = 1.0
     window: int | None = None
     cap: float | None = None
+    scaled: bool = False
     blocks: Blocks | None = None
 
     @property
@@ -65,7 +68,8 @@ class Form:
 
 
 class Refs(NamedTuple):
-    """What the kernel reads and writes. Buffers have two halves; done: semaphores of (queries, keys, output)."""
+    """What the kernel reads and writes. Of each row of a query, heads holds its sink and the scales of its keys and its
+    values. Buffers have two halves; done: semaphores of (queries, keys, output)."""
 
     row: Any
     token: Any
@@ -77,7 +81,7 @@ class Refs(NamedTuple):
     base: Any
     q: Any
     cache: Any
-    sinks: Any
+    heads: Any
     out: Any
     asked: Any
     keys: Any
@@ -228,9 +232,8 @@ def _clear(form: Form, r: Refs, i: Array, b: Array, half: Array) -> None:
         at = page_of // page * page - begin
         into = pl.ds(pl.multiple_of(at, page), page)
         key = jax.lax.broadcasted_iota(jnp.int32, (page, form.line), 0) + at + begin
-        lines = r.keys[half, into, :].astype(jnp.float32)
-        lines = jnp.where((key >= low) & (key <= high), lines, 0)
-        r.keys[half, into, :] = lines.astype(r.keys.dtype)
+        lines = widen(r.keys[half, into, :])
+        r.keys[half, into, :] = narrow(jnp.where((key >= low) & (key <= high), lines, 0), r.keys.dtype)
 
     @pl.when((high < begin + form.blocks.keys) & ((high + 1) % page != 0))
     def _() -> None:
@@ -249,10 +252,11 @@ def _begin(form: Form, r: Refs, half: Array, size: int) -> None:
     head = jax.lax.broadcasted_iota(jnp.int32, (size * rows, wide), 0) % rows // form.group
     for j in range(form.products):
         x = r.asked[half, :size, j * rows : (j + 1) * rows, :].astype(jnp.float32).reshape(size * rows, wide)
+        if form.scaled:
+            x *= _wide(_each(form, r, 1, j, size), wide)
         parts = [jnp.where(head == k, x, 0) for k in range(form.fold)] if form.fold > 1 else [x]
         r.query[j, : size * rows, :] = jnp.concatenate(parts, axis=1).astype(r.query.dtype)
-        sink = r.sinks[j * rows : (j + 1) * rows, :]
-        r.top[j, : size * rows, :] = jnp.concatenate([sink] * size, axis=0)
+        r.top[j, : size * rows, :] = _each(form, r, 0, j, size)
     r.sum[:, : size * rows, :] = jnp.ones((form.products, size * rows, LANES), jnp.float32)
     r.acc[:, : size * rows, :] = jnp.zeros((form.products, size * rows, form.fold * wide), jnp.float32)
 
@@ -299,6 +303,11 @@ def _part(form: Form, r: Refs, half: Array, j: int, value: bool) -> Array:
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
+def _each(form: Form, r: Refs, what: int, j: int, size: int) -> Array:
+    """What r.heads holds of product j, for each of `size` queries: [size * rows, LANES]."""
+    return jnp.concatenate([r.heads[what, j * form.rows : (j + 1) * form.rows, :]] * size, axis=0)
+
+
 def _wide(x: Array, lanes: int) -> Array:
     """x [M, LANES], equal in all lanes, as [M, lanes]."""
     return jnp.concatenate([x] * (lanes // LANES), axis=1)
@@ -315,4 +324,6 @@ def _finish(form: Form, r: Refs, half: Array, size: int) -> None:
         for k in range(1, form.fold):
             o = jnp.where(head == k, acc[:, k * wide : (k + 1) * wide], o)
         o = o / _wide(r.sum[j, :many, :], wide)
+        if form.scaled:
+            o *= _wide(_each(form, r, 2, j, size), wide)
         r.made[half, :size, j * rows : (j + 1) * rows, :] = o.reshape(size, rows, wide).astype(r.made.dtype)

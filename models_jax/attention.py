@@ -15,7 +15,8 @@ class Attend(Protocol):
     """Writes k and v of this step to the cache and attends over it.
 
     q [T, q_heads, head_dim], k and v [T, kv_heads, head_dim], local heads -> ([T, q_heads, head_dim], cache).
-    sinks [q_heads]: where the layer has them.
+    sinks [q_heads]: where the layer has them. scales: where the cache has 8 bits, what keys and values that are read of
+    it are multiplied by, float32[2, kv_heads], and the inverses of that, for what is written.
     """
 
     def __call__(
@@ -27,6 +28,7 @@ class Attend(Protocol):
         cache: Any,
         place: stack.Place,
         sinks: ops.Array | None = None,
+        scales: tuple[ops.Array, ops.Array] | None = None,
     ) -> tuple[ops.Array, Any]: ...
 
 
@@ -50,6 +52,7 @@ def attention(
     if a.rope is not None:
         q = ops.rotate(q, *angles[a.rope])
         k = ops.rotate(k, *angles[a.rope])
-    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"))
+    scales = (p["scales"], p["inverses"]) if a.scaled else None
+    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), scales=scales)
     y = ops.psum(ops.merge(o, p["out"]), "q_heads")
     return (y + p["out_bias"] if a.out_bias else y), cache

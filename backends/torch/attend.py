@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from backends.api.limits import Limits
-from backends.torch.caches import Caches
+from backends.torch.caches import Caches, narrow, put, take, widen
 from backends.torch.inputs import Batch
 from engine.config import Resolved
 from engine.model.groups import Place
@@ -120,15 +120,24 @@ class Attend:
         self.config, self.bunches, self.views = config, batch.order.bunches, views
 
     def __call__(
-        self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place, sinks: Array | None = None
+        self,
+        a: Attention,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Caches,
+        place: Place,
+        sinks: Array | None = None,
+        scales: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         kernel, _ = choose(a, self.config)
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        store.index_copy_(0, view.write, torch.stack((k, v), 1).to(store.dtype))
+        by, written = scales or (None, None)
+        put(store, view.write, narrow(torch.stack((k, v), 1), store.dtype, written))
         parts = []
         for bunch, sight in zip(self.bunches, view.sights, strict=True):
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
-            kv = store.index_select(0, sight.read).view(query.shape[0], -1, *store.shape[1:]).to(q.dtype)
+            kv = widen(take(store, sight.read).view(query.shape[0], -1, *store.shape[1:]), q.dtype, by)
             o = kernel(a, query, kv[:, :, 0], kv[:, :, 1], sight.mask, sinks)
             parts.append(o.reshape(-1, *q.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts), cache

@@ -25,7 +25,8 @@ from backends.torch.comm import Comm
 from backends.torch.inputs import Order, pack
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
-from engine.model.spec import ModelSpec
+from engine.model.scales import calibrated
+from engine.model.spec import ModelSpec, eight
 from engine.model.weights import WeightSource
 from models_torch.ops import over
 
@@ -71,11 +72,11 @@ class TorchBackend:
     def __init__(self, spec: ModelSpec, config: Resolved, member: Member | None = None) -> None:
         for key in config.options:
             raise ConfigError(f"backend.torch.{key}: unknown key; torch has none", field=f"backend.torch.{key}")
-        for field in ("dtype", "cache_dtype"):
-            if getattr(config, field) not in params.DTYPES:
-                names = ", ".join(params.DTYPES)
+        for field, known in (("dtype", params.DTYPES), ("cache_dtype", caches.DTYPES)):
+            if getattr(config, field) not in known:
+                names = ", ".join(known)
                 raise ConfigError(f"{field}: torch knows {names}, not {getattr(config, field)}", field=field)
-        self.spec, self.config = spec, config
+        self.spec, self.config = eight(spec, config.cache_dtype), config
         self.device = mesh.open_device(config, member)
         self.rank = 0 if member is None else member.rank
         self.comm = None if member is None else Comm(config.mesh, member, self.device)
@@ -92,6 +93,7 @@ class TorchBackend:
         """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
         that a ModelError (which names the tensor) changes nothing."""
         with self._device():
+            weights = calibrated(weights, self.spec, self.config.scales, self.config.cache_dtype)
             self.weights = params.upload(self.spec, self.config, weights, self.device, self.rank)
             if self.device.type != "cpu":
                 torch.cuda.empty_cache()  # what other streams made is not theirs to use again while steps read it

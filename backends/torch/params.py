@@ -14,6 +14,7 @@ from engine.mesh import shard_shape
 from engine.model import quant
 from engine.model.checkpoint import Checkpoint
 from engine.model.params import Param, params
+from engine.model.scales import Scaled
 from engine.model.spec import ModelSpec
 from engine.model.weights import RandomWeights, WeightSource, read_part
 from models_torch.packed import pack
@@ -34,7 +35,8 @@ def upload(
     several threads send what they read through a few buffers, random weights are made there, and matrices quantised.
     Raises ModelError naming the tensor.
     """
-    several = isinstance(source, Checkpoint | RandomWeights)  # others may not be made for several threads
+    plain = source.plain if isinstance(source, Scaled) else source
+    several = isinstance(plain, Checkpoint | RandomWeights)  # others may not be made for several threads
     staging = Staging(device) if several else Staging(device, threads=1)
     reading = Reading(spec, config, source, staging, rank)
     given = params(spec)
@@ -56,7 +58,8 @@ class Reading:
         self._device, self._at, self._tied = staging.device, {"tp": rank}, spec.tied
         self._dtype, self._how = DTYPES[config.dtype], how(config, staging.device)
         alone = config.mesh.size == 1 and self._device.type != "cpu"
-        self._drawn = source if alone and isinstance(source, RandomWeights) else None
+        plain = source.plain if isinstance(source, Scaled) else source
+        self._drawn = plain if alone and isinstance(plain, RandomWeights) else None
         self._tapes: dict[int, torch.Tensor] = {}
 
     def value(self, p: Param) -> Any:
@@ -64,6 +67,8 @@ class Reading:
         made = quant.form(p, self._config.quantise)
         if made is not None:
             return self._quantised(made)
+        if p.exact:
+            return self._staging.send(self._part(p)).float()
         if self._device.type != "cpu":
             drawn = self._drawn
             value = self._draw(drawn, p) if drawn else self._staging.send(self._part(p))

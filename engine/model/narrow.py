@@ -73,7 +73,14 @@ def _compressed(f: Fields) -> Narrow:
         static = not x.flag("dynamic")
         x.close()
     group.close()
-    for unused in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    cache = f.take("kv_cache_scheme")
+    if cache is not None:  # whose scales are the checkpoint's (engine.model.checkpoint); cache.dtype says what is kept
+        c = f.inner("kv_cache_scheme", cache)
+        _scheme(c, ("tensor",))
+        c.only("dynamic", False)
+        c.drop("group_size", "block_structure")
+        c.close()
+    for unused in ("sparsity_config", "transform_config"):
         value = f.take(unused)
         if value:
             f.refuse(unused, value, "not supported")

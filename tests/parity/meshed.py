@@ -60,9 +60,11 @@ def opened(backend: str, mesh: str, folder: Path) -> tuple[Decided, Backend]:
 
 
 def collectives(device: Backend) -> list[dict[str, int]]:
-    """How often each collective stands in each compiled step."""
+    """How often each collective stands in each compiled step, as it is served: without taps."""
     made = getattr(getattr(device, "programs", None), "made", {})
-    return [dict(Counter(COLLECTIVE.findall(p.as_text()))) for key, p in made.items() if key.kind == "step"]
+    return [
+        dict(Counter(COLLECTIVE.findall(p.as_text()))) for key, p in made.items() if key.kind == "step" and not key.taps
+    ]
 
 
 def converse(backend: str, mesh: str, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
@@ -116,13 +118,13 @@ def look(backend: str, size: int, folder: Path, prompts: list[list[int]], out: d
     with closing(device):
         for name, count, chunk in (("whole", MADE, 64), ("chunked", 2, 16)):
             save(out, f"{size}/{name}", read_backend(mesh, device, decided.spec, prompts[0], count, chunk))
-        counts, open_device = collectives(device), start.open_device
+        open_device = start.open_device
         start.open_device = lambda decided: Kept(device)  # type: ignore[assignment]
         try:
             talk = converse(backend, mesh, folder, prompts)
         finally:
             start.open_device = open_device
-        over = backend == "torch" or finished(device, prompts[0])
+        over, counts = backend == "torch" or finished(device, prompts[0]), collectives(device)
     return {"collectives": counts, "engine": talk, "finished": over}
 
 
