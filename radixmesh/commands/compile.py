@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engine.errors import ConfigError
 from radixmesh.commands import options
+
+if TYPE_CHECKING:
+    from engine.run.start import Decided
 
 PARTS = ("all", "steps", "decode", "layers")
 EVERY = ("cpu", "tpu:v5e:2x4", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1")
@@ -97,7 +100,8 @@ class Wanted:
 def _reports(
     names: Sequence[str], asked: dict[str, Any], file: Path | None, wanted: Wanted
 ) -> Iterable[dict[str, Any]]:
-    """A report for each target, shown as it is done. All are refused before the first is compiled."""
+    """A report for each target, shown as it is done. Of several, those that can't hold the model are told as
+    {"target", "refused", "ok"}; where that is all of them, as an error, before anything is compiled."""
     from backends.target import check
     from engine.config import load
     from engine.target import Target
@@ -109,9 +113,20 @@ def _reports(
     targets = [Target.parse(name) for name in names]
     for target in targets:
         check(target)
-    decided = [run.decide(settings, target, DEMO) for target in targets]
+    decided: list[Decided | ConfigError] = []
+    for target in targets:
+        try:
+            decided.append(run.decide(settings, target, DEMO))
+        except ConfigError as error:
+            decided.append(error)
+    refused = [one for one in decided if isinstance(one, ConfigError)]
+    if len(refused) == len(decided):
+        raise refused[0]
     console = terminal.console()
     for target, one in zip(targets, decided, strict=True):
+        if isinstance(one, ConfigError):
+            yield {"target": str(target), "refused": str(one), "ok": False}
+            continue
         found = []
         for r in run.records(one, target, wanted.only, wanted.bundle):
             found.append(r)
@@ -169,5 +184,8 @@ def _matrix(reports: Sequence[dict[str, Any]]) -> None:
 
     table = Table(*MATRIX, box=None, pad_edge=False)
     for r in reports:
-        table.add_row(*summary(r))
+        table.add_row(*summary(r)[:-1], "refused" if "refused" in r else summary(r)[-1])
     console().print(table)
+    for r in reports:
+        if "refused" in r:
+            console().print(f"{r['target']}: {r['refused']}", markup=False)

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backends import target
+from engine.run.start import Decided
+from engine.target import Target
 from radixmesh import cli
+from radixmesh.compile import run
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "benchmarks" / "golden" / "models"
@@ -157,3 +161,29 @@ def test_explain_tells_the_kernel_of_the_chip_that_is_asked_for(
         "layers 0-1: plain XLA, head 256, bfloat16 cache: 128 heads of 256 over 16 kv heads do not fit the 67108864 "
         "bytes of VMEM of v5p"
     )
+
+
+def test_of_all_targets_those_that_cannot_hold_a_model_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The others are compiled all the same. 70B on eight chips; what the compiler says is made up."""
+    held = dict.fromkeys(("weights", "cache", "state", "counts"), 1 << 20)
+    compiled = []
+
+    def records(decided: Decided, target: Target, only: str, bundle: str) -> list[dict[str, Any]]:
+        compiled.append(str(target))
+        return [{"held": held, "device": "made up"}]
+
+    monkeypatch.setattr(run, "records", records)
+    files = ("--out", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html"))
+    asked = ("--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b"))
+    assert call(monkeypatch, "compile", "--all-targets", *asked, *files) == 1
+    told = {r["target"]: r.get("refused", "") for r in json.loads((tmp_path / "r.json").read_text())["targets"]}
+    why = told["tpu:v5e:2x4"]
+    assert "3.04 GiB more than" in why
+    assert compiled == [target for target, refused in told.items() if not refused]
+    assert {"tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1"} <= set(compiled)
+    assert f"tpu:v5e:2x4: {why}" in capsys.readouterr().out.splitlines()
+    assert why in (tmp_path / "p.html").read_text()
+    assert call(monkeypatch, "compile", "--all-targets", "--mesh", "tp=3") == 2
+    assert not capsys.readouterr().out
