@@ -101,15 +101,17 @@ class TorchBackend:
         """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
         that a ModelError (which names the tensor) changes nothing."""
         with self._device():
-            dtype = params.DTYPES[self.config.dtype]
             weights = calibrated(weights, self.spec, self.config.scales, self.config.cache_dtype)
-            tree = params.upload(self.spec, weights, dtype, self.device, self.config.mesh, self.rank)
+            tree = params.upload(self.spec, self.config, weights, self.device, self.rank)
             if self.device.type != "cpu":
                 joined.join(tree)
             if self.graphs is None:
                 self.weights = tree
             else:  # in order with the steps, whose captures read this memory
                 joined.renew(self.weights, tree)
+            if self.device.type != "cpu":
+                del tree
+                torch.cuda.empty_cache()  # what other streams made is not theirs to use again while steps read it
         self.version = version
 
     def warmup(self) -> None:
