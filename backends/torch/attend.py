@@ -1,9 +1,12 @@
-"""Paged attention in plain torch: gather what a bunch of rows may see, then one dense attention over it."""
+"""Attention of a step: kernels over pages on a GPU, or plain torch: gather what a bunch of rows may see, then one dense
+attention over it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -12,9 +15,11 @@ from torch.nn import functional as F
 from backends.api.limits import Limits
 from backends.torch.caches import Caches
 from backends.torch.inputs import Batch
+from backends.torch.params import DTYPES
 from engine.config import Resolved
 from engine.model.groups import Place
 from engine.model.spec import Attention
+from kernels_cuda import attention as gpu
 
 Array: TypeAlias = torch.Tensor
 Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | None], Array]
@@ -22,17 +27,39 @@ Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | Non
 [B, Q, q_heads, D]."""
 
 
-def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
-    """The kernel for a layer, and why."""
-    what = f"head {a.head_dim}, {config.cache_dtype} cache"
+@lru_cache(maxsize=1)
+def machine() -> tuple[str, str, bool]:
+    """cuda or hip, the architecture of its device, and whether Triton is installed."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return "hip" if torch.version.hip else "cuda", gpu.arch_of(device), find_spec("triton") is not None
+
+
+def choose(a: Attention, config: Resolved) -> tuple[str, str]:
+    """The kernel for a layer, and why: "triton", or a name of KERNELS."""
+    why, what = "no GPU", f"head {a.head_dim}, {config.cache_dtype} cache"
+    if config.platform == "gpu":
+        platform, arch, installed = machine()
+        dtype, store = DTYPES[config.dtype], DTYPES[config.cache_dtype]
+        group = a.q_heads // a.kv_heads
+        name, why = gpu.choose(
+            platform=platform,
+            arch=arch,
+            triton=installed,
+            head_dim=a.head_dim,
+            group=group,
+            dtype=dtype,
+            store=store,
+        )
+        if name == "triton":
+            return name, why
     if a.cap is not None or a.sinks:
         odd = "a soft cap" if a.cap is not None else "sinks"
-        return explicit, f"matmul and softmax over gathered pages, {what}: fused kernels have no {odd}"
+        return "explicit", f"matmul and softmax over gathered pages, {what}: fused kernels have no {odd}"
     if config.platform == "cpu":
-        return fused, f"torch's fused CPU attention over gathered pages, {what}"
+        return "fused", f"torch's fused CPU attention over gathered pages, {what}"
     if config.dtype == "float32":
-        return explicit, f"matmul and softmax over gathered pages, {what}: fused kernels round float32 on this device"
-    return spread, f"torch's fused attention over gathered pages, {what}: no paged kernel is built for torch yet"
+        return "explicit", f"matmul and softmax over gathered pages, {what}: {why}; fused kernels round float32 here"
+    return "spread", f"torch's fused attention over gathered pages, {what}: {why}"
 
 
 def fused(a: Attention, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None) -> Array:
@@ -70,6 +97,10 @@ def spread(a: Attention, q: Array, k: Array, v: Array, mask: Array, sinks: Array
     return fused(a, q, k, v, mask, sinks)
 
 
+KERNELS: Mapping[str, Kernel] = {"fused": fused, "explicit": explicit, "spread": spread}
+"""Of gathered pages, by name."""
+
+
 class Sight(NamedTuple):
     """What a bunch of rows sees of a cache group. read int64[B*L]: entries of the cache; mask [B, 1, Q, L]."""
 
@@ -77,58 +108,94 @@ class Sight(NamedTuple):
     mask: Array
 
 
-class View(NamedTuple):
-    """A cache group as a step sees it. write int64[T]: entries that the new keys and values go to."""
+def aim(batch: Batch, table: Array, g: int, positions: Array, page: int) -> Array:
+    """int64[T]: entries that the new keys and values of cache group g go to. table [R, width]: of the step's rows."""
+    at, width = positions - batch.base[g][batch.row], table.shape[1]
+    entry = batch.row * width + (at // page).clamp_(0, width - 1)
+    return table.view(-1)[entry] * page + at % page
 
-    write: Array
-    sights: tuple[Sight, ...]
 
-
-def locate(
-    batch: Batch, caches: Caches, before: Array, positions: Array, limits: Limits, dtype: torch.dtype
-) -> list[View]:
-    """The cache groups as this step sees them. before int64[R]: lengths before the step; positions int64[T]."""
-    out = []
-    for g, (group, width) in enumerate(zip(limits.groups, limits.max_row_pages, strict=True)):
-        page, base = group.page, batch.base[g]
-        table = caches.tables[g].index_select(0, batch.slots)
-        place = positions - base[batch.row]
-        entry = batch.row * width + (place // page).clamp_(0, width - 1)
-        write = table.view(-1)[entry] * page + place % page
-        void, step = caches.groups[g].shape[1] - 1, torch.arange(page, device=base.device)
-        sights = []
-        for bunch in batch.order.bunches:
-            rows, length = bunch.rows, bunch.reach[g] * page
-            cell = (table[rows, : bunch.reach[g], None] * page + step).view(-1, length)
-            at = base[rows, None] + torch.arange(length, device=base.device)
-            start, query = before[rows, None], positions[bunch.tokens].view(-1, bunch.queries, 1)
-            written, seen = at < start + bunch.queries, at[:, None] <= query
-            if group.window:
-                written &= at > start - group.window
-                seen &= at[:, None] > query - group.window
-            read = torch.where(written, cell, void).view(-1)
-            mask = torch.where(seen, 0.0, -math.inf).to(dtype)
-            sights.append(Sight(read, mask[:, None]))
-        out.append(View(write, tuple(sights)))
-    return out
+def look(
+    batch: Batch, table: Array, g: int, before: Array, positions: Array, limits: Limits, void: int, dtype: torch.dtype
+) -> tuple[Sight, ...]:
+    """Cache group g as each bunch sees it. void: the entry that is read for what is not seen."""
+    group, base = limits.groups[g], batch.base[g]
+    page, out = group.page, []
+    step = torch.arange(page, device=base.device)
+    for bunch in batch.order.bunches:
+        rows, length = bunch.rows, bunch.reach[g] * page
+        cell = (table[rows, : bunch.reach[g], None] * page + step).view(-1, length)
+        at = base[rows, None] + torch.arange(length, device=base.device)
+        start, query = before[rows, None], positions[bunch.tokens].view(-1, bunch.queries, 1)
+        written, seen = at < start + bunch.queries, at[:, None] <= query
+        if group.window:
+            written &= at > start - group.window
+            seen &= at[:, None] > query - group.window
+        read = torch.where(written, cell, void).view(-1)
+        mask = torch.where(seen, 0.0, -math.inf).to(dtype)
+        out.append(Sight(read, mask[:, None]))
+    return tuple(out)
 
 
 class Attend:
-    """The `attend` of models_torch: the caches are changed in place."""
+    """The `attend` of models_torch: the caches are changed in place. before int64[R]: lengths before the step;
+    positions int64[T]. What a cache group is to a kind of kernel is found when a layer first asks."""
 
-    def __init__(self, config: Resolved, batch: Batch, views: list[View]) -> None:
-        self.config, self.bunches, self.views = config, batch.order.bunches, views
+    def __init__(
+        self, config: Resolved, batch: Batch, caches: Caches, before: Array, positions: Array, limits: Limits
+    ) -> None:
+        self.config, self.batch, self.limits = config, batch, limits
+        self.before, self.positions = before, positions
+        self.tables = [table.index_select(0, batch.slots) for table in caches.tables]
+        self.write = [aim(batch, table, g, positions, limits.groups[g].page) for g, table in enumerate(self.tables)]
+        self.sights: dict[int, tuple[Sight, ...]] = {}
+        self.rows: dict[int, tuple[gpu.Rows, gpu.Plan]] = {}
 
     def __call__(
         self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place, sinks: Array | None = None
     ) -> tuple[Array, Caches]:
-        kernel, _ = choose(a, self.config)
-        store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        store.index_copy_(0, view.write, torch.stack((k, v), 1).to(store.dtype))
+        name, _ = choose(a, self.config)
+        store = cache.groups[place.group][place.rank]
+        store.index_copy_(0, self.write[place.group], torch.stack((k, v), 1).to(store.dtype))
+        if name == "triton":
+            return self._paged(a, q, store, place.group, sinks), cache
+        return self._gathered(KERNELS[name], a, q, store, place.group, sinks), cache
+
+    def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None) -> Array:
+        group = self.limits.groups[g]
+        if g not in self.rows:
+            self.rows[g] = tell(self.batch, self.tables[g], g, self.before, group.page)
+        rows, plan = self.rows[g]
+        return gpu.attention(
+            q, store, rows, plan, page=group.page, scale=a.scale, window=group.window, cap=a.cap, sinks=sinks
+        )
+
+    def _gathered(self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None) -> Array:
+        if g not in self.sights:
+            dtype = DTYPES[self.config.dtype]
+            self.sights[g] = look(
+                self.batch, self.tables[g], g, self.before, self.positions, self.limits, len(store) - 1, dtype
+            )
         parts = []
-        for bunch, sight in zip(self.bunches, view.sights, strict=True):
+        for bunch, sight in zip(self.batch.order.bunches, self.sights[g], strict=True):
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
             kv = store.index_select(0, sight.read).view(query.shape[0], -1, *store.shape[1:]).to(q.dtype)
             o = kernel(a, query, kv[:, :, 0], kv[:, :, 1], sight.mask, sinks)
             parts.append(o.reshape(-1, *q.shape[1:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts), cache
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def tell(batch: Batch, table: Array, g: int, before: Array, page: int) -> tuple[gpu.Rows, gpu.Plan]:
+    """Cache group g as kernels over pages want it. table [R, width]: of the step's rows."""
+    first = torch.zeros(len(before) + 1, dtype=torch.int32, device=before.device)
+    torch.cumsum(batch.lens, 0, out=first[1:])
+    bunches = batch.order.bunches
+    lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
+    plan = gpu.plan(lens, max(b.reach[g] for b in bunches) * page, sms=processors(before.device))
+    return gpu.Rows(first, before.int(), batch.base[g].int(), table.int()), plan
+
+
+@lru_cache(maxsize=8)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 of a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -10,11 +10,10 @@ import torch
 
 from backends.api.limits import Limits
 from backends.torch import fixed
-from backends.torch.attend import Attend, locate
+from backends.torch.attend import Attend
 from backends.torch.caches import Caches
 from backends.torch.choosing import Scores, adjust, count, score, score_prompts, seat
 from backends.torch.inputs import Batch
-from backends.torch.params import DTYPES
 from backends.torch.sampler import choose
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
@@ -61,7 +60,7 @@ def forward(
     if config.deterministic:
         attend = fixed.Attend(fixed.locate(batch, caches, positions, limits))
     else:
-        attend = Attend(config, batch, locate(batch, caches, before, positions, limits, DTYPES[config.dtype]))
+        attend = Attend(config, batch, caches, before, positions, limits)
     hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps)
     logits = None
     if "logits" in taps or config.deterministic:  # the head too has one shape
