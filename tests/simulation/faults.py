@@ -141,8 +141,6 @@ FAULTS = [
         ("what remains is not compared", "self._same[at]\n        self._meet(at)\n", "self._same[at]\n"),
         ("a level that doesn't pay is told", "if end > begin and len(cuts) *", "if end > begin or len(cuts) *"),
         ("a level begins where the one around it does", "            begin = end\n", ""),
-        ("rows of one chunk are taken for rows that decode", "LAST if row.end else places", "places"),
-        ("nothing is shared", "if not self._joined:", "if True:"),
     ),
     *faults(
         "engine.sched.seating",

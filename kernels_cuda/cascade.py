@@ -1,0 +1,228 @@
+"""Rows of one token whose prompts begin alike: what they share is read once for all of them.
+
+A step is cut into tiles, each some rows of a group and some of the keys that the group shares, and parts of the keys
+that each row has for itself. Tiles and parts leave sums and peaks behind, which are added up for each row. The numbers
+of a step are on the device; shapes and grids follow from a Shape, so that a graph captured of one serves every step
+that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels_cuda.attention import EIGHT, LEAST, LOG2E, Rows, arch_of, kind, splits, supports
+
+Array: TypeAlias = torch.Tensor
+I32: TypeAlias = NDArray[np.int32]
+ALIGNED = 128
+"""Keys of a tile are a multiple of this, but for the last of a group."""
+WAVES = 2
+"""Tiles for each processor and head, where there are keys enough."""
+SLOTS = 16
+"""Tiles that may lie along one row. Groups further down are left to their rows."""
+FIXED, EACH = 64, 16
+"""What a group costs, and each of its rows, in positions that are read: a row's sums are written and read again in
+float32, which is some 8 positions of keys and values, for each tile along it; the rest is launches and a fuller GPU."""
+
+
+class Tiles(NamedTuple):
+    """On the device, int32; those past the real ones have no rows.
+
+    tiles [N, 5]: first row, how many rows, first position, position after the last, slot of its sums. covered [R]:
+    positions of each row that tiles read; used [R]: slots that they fill.
+    """
+
+    tiles: Array
+    covered: Array
+    used: Array
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers that grids follow from. tiles, rows: of the tensors, padding included; wide: rows of a tile; slots: that
+    a row may have of tiles; parts: that the keys of its own are cut into."""
+
+    tiles: int
+    rows: int
+    wide: int
+    slots: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """heads: queries times heads of a tile's product; keys: of a turn; warps, stages: as Triton has them."""
+
+    heads: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tuning(group: int, head_dim: int, wide: int, hip: bool) -> Tuning:
+    """group: query heads of a kv head; wide: bytes of a number that is multiplied."""
+    heads = max(32, _up(group))
+    if wide == 4:
+        return Tuning(heads=heads, keys=32 if head_dim <= 128 else 16, warps=4, stages=1)
+    return Tuning(heads=heads, keys=64 if head_dim <= 128 else 32, warps=4, stages=1 if hip else 2)
+
+
+def lay_out(
+    shared: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    group: int,
+    kv_heads: int,
+    heads: int,
+    sms: int,
+    rows: int | None = None,
+) -> tuple[Shape, I32, I32, I32]:
+    """Tiles, covered and used of a step, as numbers of the host, and their Shape.
+
+    shared: (first row, last row, first position, last position), outermost first, end to end for each row. lengths:
+    upper bounds of the rows after the step, of one token each; rows: what these are padded to. heads: of Tuning.
+    """
+    count = len(lengths)
+    rows = count if rows is None else rows
+    wide = max(heads // group, 1)
+    work = sum(-(-(b + 1 - a) // wide) * (end + 1 - begin) for a, b, begin, end in shared)
+    each = ALIGNED * max(1, -(-work * kv_heads // (WAVES * sms * ALIGNED)))
+    while True:
+        tiles, covered, used = _cut(shared, count, wide, each)
+        if max(used, default=0) * 2 <= SLOTS or each > max(lengths, default=0):
+            break
+        each *= 2
+    own = max((n - c for n, c in zip(lengths, covered, strict=True)), default=1)
+    size = max(_up(len(tiles)), 32)
+    shape = Shape(
+        tiles=size,
+        rows=rows,
+        wide=wide,
+        slots=max(_up(max(used, default=1)), 4),
+        parts=splits(rows * kv_heads, _up(own), sms),
+    )
+    padded = np.zeros((size, 5), np.int32)
+    padded[: len(tiles)] = np.array(tiles, np.int32).reshape(-1, 5)
+    more = [0] * (rows - count)
+    return shape, padded, np.array(covered + more, np.int32), np.array(used + more, np.int32)
+
+
+def _cut(
+    shared: Sequence[Sequence[int]], rows: int, wide: int, each: int
+) -> tuple[list[tuple[int, int, int, int, int]], list[int], list[int]]:
+    """Tiles of at most `each` keys, what they cover of each row, and the slots that they fill."""
+    tiles, covered, used = list[tuple[int, int, int, int, int]](), [0] * rows, [0] * rows
+    for first, last, begin, end in shared:
+        cuts, slot = -(-(end + 1 - begin) // each), used[first]
+        if covered[first] != begin or slot + cuts > SLOTS:
+            continue  # what is within a group that is left out is left out
+        for i in range(cuts):
+            low, high = begin + i * each, min(begin + (i + 1) * each, end + 1)
+            tiles += [(r, min(wide, last + 1 - r), low, high, slot + i) for r in range(first, last + 1, wide)]
+        size = last + 1 - first
+        covered[first : last + 1], used[first : last + 1] = [end + 1] * size, [slot + cuts] * size
+    return tiles, covered, used
+
+
+def _up(n: int) -> int:
+    """The power of two from n on."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def saved(shared: I32) -> int:
+    """Positions that need not be read again, of keys and values of one layer."""
+    if not len(shared):
+        return 0
+    first, last, begin, end = shared.astype(np.int64).T
+    return int(((last - first) * (end + 1 - begin)).sum())
+
+
+def refuses(*, head_dim: int, group: int, dtype: torch.dtype, store: torch.dtype, arch: str, window: int | None) -> str:
+    """Why rows of a layer are attended each by itself; "" where they need not be."""
+    if window is not None:
+        return "a window sees no shared prefix"
+    return supports(head_dim, group, dtype, store, arch)
+
+
+def constants(
+    *,
+    arch: str,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    store: torch.dtype,
+    page: int,
+    capped: bool,
+) -> tuple[dict[str, Any], Tuning]:
+    """What is compiled into `tree`, and how."""
+    group = q_heads // kv_heads
+    tuned = tuning(group, head_dim, dtype.itemsize, arch.startswith("gfx"))
+    return {
+        "Q_HEADS": q_heads,
+        "KV_HEADS": kv_heads,
+        "DIM": head_dim,
+        "WIDE": max(_up(head_dim), 16),
+        "PAGE": page,
+        "CAPPED": capped,
+        "SCALED": store in EIGHT,
+        "KIND": kind(store, arch),
+        "ROWS": tuned.heads,
+        "OWN": max(_up(group), LEAST),
+        "STEP": tuned.keys,
+    }, tuned
+
+
+def attention(
+    q: Array,
+    store: Array,
+    out: Array,
+    rows: Rows,
+    tiles: Tiles,
+    shape: Shape,
+    *,
+    page: int,
+    scale: float,
+    cap: float | None = None,
+    sinks: Array | None = None,
+    scales: Array | None = None,
+) -> None:
+    """Attention of the first shape.rows rows, which have a token each or none, into out [T, q_heads, D]. The rest as in
+    kernels_cuda.attention.attention; never waits."""
+    from kernels_cuda.tree import join, tree
+
+    (_, q_heads, dim), kv_heads = q.shape, store.shape[2]
+    fixed, tuned = constants(
+        arch=arch_of(q.device),
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        dtype=q.dtype,
+        store=store.dtype,
+        page=page,
+        capped=cap is not None,
+    )
+    assert shape.wide * (q_heads // kv_heads) <= tuned.heads, "tiles were laid out for other heads"
+    places = (shape.rows, shape.slots + shape.parts, q_heads)
+    sums = torch.empty((*places, dim), dtype=torch.float32, device=q.device)
+    stats = torch.empty((*places, 2), dtype=torch.float32, device=q.device)
+    factor, bound = scale * LOG2E, 0.0
+    if cap is not None:
+        factor, bound = 2 * factor / cap, cap * LOG2E
+    tree[((shape.tiles + shape.rows * shape.parts) * kv_heads,)](
+        q, store.view(torch.uint8) if fixed["KIND"] == 2 else store, sums, stats,
+        rows.first, rows.start, rows.table, *tiles, q if scales is None else scales,
+        shape.tiles, rows.table.shape[1], shape.slots, shape.parts, factor, bound,
+        **fixed, num_warps=tuned.warps, num_stages=tuned.stages,
+    )  # fmt: skip
+    join[(shape.rows, q_heads)](
+        sums, stats, out, rows.first, rows.start, tiles.covered, tiles.used, q if sinks is None else sinks,
+        shape.slots, shape.parts,
+        Q_HEADS=q_heads, DIM=dim, WIDE=fixed["WIDE"], STEP=tuned.keys, SINKS=sinks is not None, num_warps=1,
+    )  # fmt: skip
