@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import Any
-
     from backends.api.protocol import Backend, Member
     from engine.config import Resolved
     from engine.model.spec import ModelSpec
@@ -57,19 +54,3 @@ def _open(name: str, spec: ModelSpec, config: Resolved, member: Member | None) -
 
         return ReferenceBackend(spec, config)
     raise ConfigError(f"backend: unknown name {name!r}; the backends are {', '.join(NAMES)}", field="backend")
-
-
-def make_bundle(spec: ModelSpec, config: Resolved, folder: Path) -> dict[str, Any]:
-    """Compile the programs of a configuration and write them to a folder, from which `backend.jax.bundle` starts. No
-    weights are read. Gives the manifest (backends.jax.bundle). Raises ConfigError."""
-    if config.backend != "jax":
-        raise ConfigError(f"bundle: {config.backend} compiles no programs ahead; jax does", field="backend")
-    from backends.jax import bundle
-    from backends.jax.backend import make_plan
-    from backends.jax.warmup import Programs
-
-    if config.deterministic:
-        from backends.api.tiled import within
-
-        config = within(config)
-    return bundle.save(Programs(make_plan(spec, config)), folder)

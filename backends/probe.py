@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform as machine
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from engine.config import Resolved
 from engine.errors import ConfigError
 from engine.model.spec import ModelSpec
 from engine.resolve import Device
-from engine.target import MOST, known
+from engine.target import MOST, Target, known
 
 NVIDIA, AMD = Path("/dev/nvidiactl"), Path("/dev/kfd")
 PCI = Path("/sys/bus/pci/devices")
@@ -171,11 +172,18 @@ def _read(file: Path) -> str:
         return ""
 
 
-def kernels(spec: ModelSpec, config: Resolved) -> list[tuple[int, int, str]]:
-    """Which attention kernel each layer would run, and why, by runs of layers that are alike: (first, last, kernel)."""
+def kernels(spec: ModelSpec, config: Resolved, target: Target | None = None) -> list[tuple[int, int, str]]:
+    """Which attention kernel each layer would run, and why, by runs of layers that are alike: (first, last, kernel).
+
+    target: where it would run, if not here.
+    """
     if config.backend == "reference":
         return [(0, len(spec.layers) - 1, "numpy, written to be read")]
     choose = import_module(f"backends.{config.backend}.attend").choose
+    if target is not None and target.chip is not None:
+        from kernels_pallas.chip import named
+
+        choose = partial(choose, on=named(target.chip.name.removeprefix("tpu")))
     said = [choose(layer.mixer, config)[1] for layer in spec.layers]
     starts = [i for i, why in enumerate(said) if not i or said[i - 1] != why]
     return [(a, b - 1, said[a]) for a, b in zip(starts, [*starts[1:], len(said)], strict=True)]

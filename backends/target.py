@@ -59,8 +59,8 @@ def versions() -> dict[str, str]:
     return {name: found for name in ("jax", "jaxlib", "libtpu") if (found := _version(name))}
 
 
-def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iterator[dict[str, Any]]:
+def examine(spec: ModelSpec, config: Resolved, topology: str, only: str, bundle: str) -> Iterator[dict[str, Any]]:
     """backends.jax.target.examine, in a process that was started with SETTINGS."""
     from backends.jax import target
 
-    return target.examine(spec, config, topology, only)
+    return target.examine(spec, config, topology, only, bundle)

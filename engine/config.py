@@ -250,8 +250,8 @@ class Serve:
 class Jax:
     """stack: "scan" over stacked layers or a "list" of layers, unrolled. cache: folder that keeps compiled programs
     from one start to the next; "auto" is one below the user's cache folder, "off" is none. bundle: folder of a bundle
-    to start from (`radixmesh bundle`); "auto" is none. devices: that a CPU is cut into, so that meshes can be tried
-    without accelerators; "auto" is what the mesh needs."""
+    to start from (`radixmesh compile --bundle`); "auto" is none. devices: that a CPU is cut into, so that meshes can be
+    tried without accelerators; "auto" is what the mesh needs."""
 
     stack: str = _key(_one_of(STACKS), "auto")
     cache: str = _key(_text, "auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -31,4 +32,14 @@ def chip() -> Chip:
         if pltpu.is_tpu_device():
             raise ValueError(f"chip: no facts of this TPU: {unknown}") from unknown
         return INTERPRETED
+    return _facts(info)
+
+
+def named(name: str) -> Chip:
+    """A chip that is not here: "v5e", "v5p", "v6e" or "7x". Raises ValueError for another."""
+    version = pltpu.ChipVersion(name)
+    return _facts(pltpu.get_tpu_info_for_chip(version, 2 if version.supports_megacore else 1))
+
+
+def _facts(info: Any) -> Chip:
     return Chip(name=info.chip_version.value, vmem=info.vmem_capacity_bytes, smem=info.smem_capacity_bytes)

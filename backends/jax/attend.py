@@ -26,7 +26,7 @@ from engine.model.groups import Place
 from engine.model.spec import Attention
 from kernels_pallas import attention, kv_write
 from kernels_pallas import blocks as sizes
-from kernels_pallas.chip import chip
+from kernels_pallas.chip import Chip, chip
 from models_jax.ops import precision
 
 BLOCK = 128
@@ -74,8 +74,8 @@ Kernel: TypeAlias = Callable[
 ]
 
 
-def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
-    """The kernel for a layer, and why."""
+def choose(a: Attention, config: Resolved, on: Chip | None = None) -> tuple[Kernel, str]:
+    """The kernel for a layer, and why. on: a TPU that is only described; else the one that is compiled for."""
     shape = f"head {a.head_dim}, {config.cache_dtype} cache"
     if config.platform == "gpu":
         why = attend_gpu.refuses(a, config)
@@ -92,7 +92,8 @@ def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
         entries=-(-config.max_len // config.page),
         dtype=config.cache_dtype,
         tokens=config.max_tokens,
-    ) or kv_write.supports(page=unit(config.page), line=kv_heads * 2 * a.head_dim, dtype=config.cache_dtype)
+        on=on,
+    ) or kv_write.supports(page=unit(config.page), line=kv_heads * 2 * a.head_dim, dtype=config.cache_dtype, on=on)
     if why:
         return plain, f"plain XLA, {shape}: {why}"
     return paged, f"Pallas, {shape}: ragged pages, written and read in place"

@@ -40,8 +40,9 @@ from engine.model.weights import WeightSource
 class Flight:
     """A step that is out. made: int32[R, 2] on the device, on its way to the host; taps likewise.
 
-    logits float32[R, V]: kept until `sample` chooses from them, for steps whose own program doesn't choose. asked
-    int32[R]: logprobs of the tokens; scores: theirs. wanted: what is scored of prompts; prompts: how.
+    logits float32[R, V], dealt out over the devices: kept until `sample` chooses from them, for steps whose own program
+    doesn't choose. asked int32[R]: logprobs of the tokens; scores: theirs. wanted: what is scored of prompts; prompts:
+    how.
     """
 
     version: int

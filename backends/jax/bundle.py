@@ -8,10 +8,8 @@ An executable is machine code: a bundle is to be trusted like a program.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,7 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from backends.jax.frozen import Loaded, freeze, thaw
 from backends.jax.recipe import first_difference, recipe
 from backends.jax.step import Plan
-from backends.jax.warmup import Program, Programs, options
+from backends.jax.warmup import Program, options
 from engine.errors import ConfigError
 
 FORMAT = "radixmesh bundle 1"
@@ -59,38 +57,55 @@ class Bundle:
             raise _corrupt(self.folder, f"{program} can't be loaded: {' '.join(str(error).split())[:200]}") from error
 
 
-def save(programs: Programs, folder: Path) -> dict[str, Any]:
-    """Compile all that is planned and write it. Gives the manifest.
+class Writer:
+    """A bundle in the making: `add` what was compiled, in any thread, then `close`. Without the latter it is none.
 
     Raises ConfigError where the folder has something else in it, or can't be written.
     """
-    made = recipe(programs.plan, options(programs.plan))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = sorted(file.name for file in folder.iterdir())
-        if there and MANIFEST not in there:
-            raise ConfigError(f"out: {folder} has {there[0]} in it and is no bundle; give a new folder", field="out")
-        (folder / MANIFEST).unlink(missing_ok=True)
-        planned = programs.planned()
-        with _uncached(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            lowered = ((program, programs.lower(program)) for program in planned)
-            running = [(p, _digest(low), pool.submit(low.compile, options(programs.plan, p))) for p, low in lowered]
-            entries = [_write(folder, made, p, digest, future.result()) for p, digest, future in running]
-        for file in folder.glob("*.xla"):
-            if file.name not in {_file(entry["stablehlo"], made) for entry in entries}:
-                file.unlink()
-        manifest = {"format": FORMAT, "made": made, "programs": entries}
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.folder, self.made = folder, recipe(plan, options(plan))
+        self.entries: dict[Program, dict[str, Any]] = {}
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            there = sorted(file.name for file in folder.iterdir())
+            if there and MANIFEST not in there:
+                raise ConfigError(
+                    f"bundle: {folder} has {there[0]} in it and is no bundle; give a new folder", field="bundle"
+                )
+            (folder / MANIFEST).unlink(missing_ok=True)
+
+    def add(self, program: Program, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> None:
+        """Write an executable. It must have been compiled `uncached`."""
+        digest = sha256(lowered.as_text().encode()).hexdigest()
+        with _writing(self.folder):
+            self.entries[program] = _write(self.folder, self.made, program, digest, compiled)
+
+    def close(self) -> int:
+        """Write the manifest, and drop what an earlier bundle in the folder had. Gives the bytes of all programs."""
+        entries = [self.entries[program] for program in sorted(self.entries)]
+        manifest = {"format": FORMAT, "made": self.made, "programs": entries}
         text = json.dumps(manifest | {"check": _check(manifest)}, indent=1)
-        partial = folder / f"{MANIFEST}.part"
-        partial.write_text(text)
-        partial.replace(folder / MANIFEST)
-    except OSError as error:
-        raise ConfigError(f"out: {folder} can't be written: {error.strerror}", field="out") from error
-    return manifest
+        with _writing(self.folder):
+            for file in self.folder.glob("*.xla"):
+                if file.name not in {_file(entry["stablehlo"], self.made) for entry in entries}:
+                    file.unlink()
+            partial = self.folder / f"{MANIFEST}.part"
+            partial.write_text(text)
+            partial.replace(self.folder / MANIFEST)
+        return sum(int(entry["bytes"]) for entry in entries)
 
 
 @contextmanager
-def _uncached() -> Iterator[None]:
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"bundle: {folder} can't be written: {error.strerror}", field="bundle") from error
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
     """Compile everything anew: of an executable that jax's cache had, XLA for CPUs writes only a part."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
@@ -171,10 +186,6 @@ def _file(digest: str, made: Mapping[str, Any]) -> str:
     return f"{sha256(above.encode()).hexdigest()[:32]}.xla"
 
 
-def _digest(lowered: jax.stages.Lowered) -> str:
-    return sha256(lowered.as_text().encode()).hexdigest()
-
-
 def _check(manifest: Mapping[str, Any]) -> str:
     return sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -186,13 +197,13 @@ def _short(value: Any) -> str:
 
 def _no_bundle(folder: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"backend.jax.bundle: {folder} is no bundle: {why}; make one with radixmesh bundle --out {folder}",
+        f"backend.jax.bundle: {folder} is no bundle: {why}; make one with radixmesh compile --bundle {folder}",
         field="backend.jax.bundle",
     )
 
 
 def _corrupt(folder: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"backend.jax.bundle: {folder} is corrupt: {why}; make it anew with radixmesh bundle --out {folder}",
+        f"backend.jax.bundle: {folder} is corrupt: {why}; make it anew with radixmesh compile --bundle {folder}",
         field="backend.jax.bundle",
     )

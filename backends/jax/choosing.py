@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from backends.api.limits import Limits
 from backends.api.seats import Asks, Scored, tally
 from backends.api.step import I32, TOKEN, U32, ScheduleStep
-from backends.jax import caches, params, sampler
+from backends.jax import caches, dealt, params, sampler
 from backends.jax.caches import State
 from backends.jax.mesh import replicated
 from backends.jax.params import DTYPES
@@ -142,25 +142,30 @@ def choose(
     masks: Array,
     bias: Array,
 ) -> tuple[State, Array, Array, Scores | None]:
-    """Choose again for every row of a step whose own choice, made int32[R, 2] of (token, status), does not count.
+    """Choose again for every row of a step whose own choice, made int32[R, 2] of (token, status), does not count. In
+    local view.
 
-    logits float32[R, V]. Returns the state and the counts with the new tokens, made, and the tokens' logprobs.
+    logits float32[R, V]: of the rows that are dealt to this device. Returns the state and the counts with the new
+    tokens, made, and the tokens' logprobs, all of every row.
     """
-    w = _unpack(packed)
+    whole, rows = _unpack(packed), made.shape[0]
+    w, masks = dealt.mine((whole, masks))
     x = logits
     if limits.max_history:
         x = jax.lax.cond(w.counted.any(), lambda: penalise(logits, counts[w.slot], w), lambda: logits)
-    x = jax.lax.cond(bias[0, 0] > 0, lambda: _biased(x, bias), lambda: x)
+    x = jax.lax.cond(bias[0, 0] > 0, lambda: _biased(x, bias, dealt.first(rows)), lambda: x)
     x = jax.lax.cond(w.masked.any(), lambda: jnp.where(allowed(masks, x.shape[1]), x, -jnp.inf), lambda: x)
-    tokens = sampler.pick(jax.lax.optimization_barrier(x), w, state.length[w.slot])
+    own = sampler.pick(jax.lax.optimization_barrier(x), sampler.Wants.of(w, state.length[w.slot]))
+    tokens = dealt.join(own, rows)
     if limits.max_history:
-        at = jnp.where((w.counted > 0) & ((w.output & TOKEN) > 0), w.slot, limits.slots + 1)
+        at = jnp.where((whole.counted > 0) & ((whole.output & TOKEN) > 0), whole.slot, limits.slots + 1)
         counts = counts.at[at, tokens].add(2, mode="drop")
     scores = None
     if limits.max_logprobs:
-        rows, k = tokens.shape[0], limits.max_logprobs
-        scores = jax.lax.cond((w.logprobs >= 0).any(), lambda: score(logits, tokens, k), lambda: _nothing(rows, k))
-    return keep(state, w, tokens), counts, jnp.stack([tokens, made[:, 1]], 1), scores
+        k = limits.max_logprobs
+        found = jax.lax.cond((w.logprobs >= 0).any(), lambda: score(logits, own, k), lambda: _nothing(own.shape[0], k))
+        scores = Scores(*(dealt.join(x, rows) for x in found))
+    return keep(state, whole, tokens), counts, jnp.stack([tokens, made[:, 1]], 1), scores
 
 
 def _unpack(packed: Array) -> Wishes:
@@ -180,10 +185,11 @@ def penalise(x: Array, counts: Array, w: Wishes) -> Array:
     return x - w.presence[:, None] * (made > 0) - w.frequency[:, None] * made.astype(jnp.float32)
 
 
-def _biased(x: Array, bias: Array) -> Array:
-    """Logits with the first bias[0, 0] entries added."""
-    real = jnp.arange(bias.shape[0] - 1) < bias[0, 0]
-    row = jnp.where(real, bias[1:, 0], x.shape[0])
+def _biased(x: Array, bias: Array, first: Any) -> Array:
+    """Logits with the first bias[0, 0] entries added. first: number of their first row."""
+    row = bias[1:, 0] - first
+    here = (jnp.arange(bias.shape[0] - 1) < bias[0, 0]) & (row >= 0)
+    row = jnp.where(here, row, x.shape[0])
     return x.at[row, bias[1:, 1]].add(jax.lax.bitcast_convert_type(bias[1:, 2], jnp.float32), mode="drop")
 
 
@@ -226,9 +232,10 @@ def score_prompts(plan: Plan, weights: Any, hidden: Array, packed: Array) -> Sco
     def block(i: Array, out: Scores) -> Scores:
         where = jax.lax.dynamic_slice_in_dim(at, i * BLOCK, BLOCK)
         x = jax.lax.optimization_barrier(head(plan, weights, hidden[where]))
-        part = score(x, jax.lax.dynamic_slice_in_dim(token, i * BLOCK, BLOCK), k)
+        part = score(x, dealt.mine(jax.lax.dynamic_slice_in_dim(token, i * BLOCK, BLOCK)), k)
+        whole = (dealt.join(b, BLOCK) for b in part)
         return Scores(
-            *(jax.lax.dynamic_update_slice_in_dim(a, b, i * BLOCK, 0) for a, b in zip(out, part, strict=True))
+            *(jax.lax.dynamic_update_slice_in_dim(a, b, i * BLOCK, 0) for a, b in zip(out, whole, strict=True))
         )
 
     return jax.lax.fori_loop(0, (packed[0] + BLOCK - 1) // BLOCK, block, _nothing(room, k))
@@ -236,16 +243,24 @@ def score_prompts(plan: Plan, weights: Any, hidden: Array, packed: Array) -> Sco
 
 def lower_choose(plan: Plan, rows: int) -> jax.stages.Lowered:
     """The program that chooses for `rows` rows. State and counts donated."""
-    limits, whole = plan.limits, replicated(plan.mesh)
-    shape = lambda kind, *size: jax.ShapeDtypeStruct(size, kind, sharding=whole)  # noqa: E731
+    limits, whole = plan.limits, PartitionSpec()
+    shape = lambda kind, *size: jax.ShapeDtypeStruct(size, kind, sharding=replicated(plan.mesh))  # noqa: E731
 
     def run(*given: Any) -> Any:
         return choose(limits, *given)
 
-    return jax.jit(run, donate_argnums=(0, 1), out_shardings=whole).lower(
+    local = jax.shard_map(
+        run,
+        mesh=plan.mesh,
+        in_specs=(whole, whole, dealt.ROWS, whole, whole, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    logits = dealt.room(rows, plan.config.mesh), limits.vocab
+    return jax.jit(local, donate_argnums=(0, 1)).lower(
         caches.state_shapes(limits, plan.mesh),
         caches.count_shape(limits, plan.mesh),
-        shape(jnp.float32, rows, limits.vocab),
+        jax.ShapeDtypeStruct(logits, jnp.float32, sharding=NamedSharding(plan.mesh, dealt.ROWS)),
         shape(jnp.int32, rows, 2),
         shape(jnp.int32, len(Wishes._fields), rows),
         shape(jnp.uint32, rows, -(-limits.vocab // 32)),

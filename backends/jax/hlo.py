@@ -24,7 +24,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _CALL = re.compile(r" (call|call-start|async-start)\(.*(?:to_apply|calls|called_computation)=%?([\w.\-]+)")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
 _LESS = re.compile(r"ROOT .* compare\(.*?%?([\w.\-]+)\), direction=LT")
 
@@ -96,7 +96,7 @@ def _count(parts: Mapping[str, Sequence[str]], name: str) -> Count:
             inner = _count(parts, call[2])  # what is started runs beside computation, on 7x on a core of its own
             total.add(inner if call[1] == "call" else Count(collectives=inner.collectives))
         if joined := _COLLECTIVE.search(line):
-            total.add(Count(collectives={joined[2]: (1, _bytes(joined[1]))}))
+            total.add(Count(collectives={joined[2]: (1, _bytes(joined[1], bool(joined[3])))}))
     return total
 
 
@@ -125,8 +125,10 @@ def turns(condition: Sequence[str]) -> int | None:
     return next((int(found[1]) for line in condition if (found := bound.match(line))), None)
 
 
-def _bytes(types: str) -> int:
+def _bytes(types: str, started: bool) -> int:
     """Of the arrays of a result. A started collective names its operands too: the last array is what comes."""
-    kind, dims = _ARRAY.findall(types)[-1] if types.startswith("(") else _ARRAY.findall(types)[0]
-    size = SIZES.get(kind, 8 if kind.endswith("64") else 4)
-    return int(size * prod(int(d) for d in dims.split(",") if d))
+    arrays = _ARRAY.findall(types)
+    return sum(
+        int(SIZES.get(kind, 8 if kind.endswith("64") else 4) * prod(int(d) for d in dims.split(",") if d))
+        for kind, dims in (arrays[-1:] if started else arrays)
+    )

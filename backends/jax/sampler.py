@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from backends.api.random import PARITY, ROTATIONS, ROUNDS
 from backends.api.step import NONFINITE, OK
-from backends.jax.inputs import Batch
 
 Array: TypeAlias = jax.Array
 INF = 0x7F800000
 """Bits of float32 infinity: the largest distance there is."""
 
 
-def sample(logits: Array, batch: Batch, position: Array) -> tuple[Array, Array]:
-    """Choose a token for each row. logits float32[R, V]; position int32[R]: of the token made.
+class Wants(NamedTuple):
+    """What each row is chosen by, [R]: as in backends.jax.inputs.Batch, and the position of the token made."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    seed_high: Any
+    seed_low: Any
+    position: Any
+
+    @classmethod
+    def of(cls, rows: Any, position: Array) -> Wants:
+        """Of what has the fields. position int32[R]."""
+        return cls(*(getattr(rows, name) for name in cls._fields[:-1]), position)
+
+
+def sample(logits: Array, rows: Wants) -> tuple[Array, Array]:
+    """Choose a token for each row of logits float32[R, V].
 
     Returns tokens int32[R] and status int32[R]. A batch of greedy rows costs an argmax and the check of the logits.
     """
@@ -26,7 +42,7 @@ def sample(logits: Array, batch: Batch, position: Array) -> tuple[Array, Array]:
     # a vocabulary of 128k it would take more than a minute
     logits = jax.lax.optimization_barrier(logits)
     finite = count(~jnp.isfinite(logits)) == 0
-    return pick(logits, batch, position), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
+    return pick(logits, rows), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
 
 
 def best(logits: Array) -> tuple[Array, Array]:
@@ -35,35 +51,34 @@ def best(logits: Array) -> tuple[Array, Array]:
     return jnp.argmax(logits, -1).astype(jnp.int32), jnp.where(finite, OK, NONFINITE).astype(jnp.int32)
 
 
-def pick(logits: Array, batch: Any, position: Array) -> Array:
-    """Tokens int32[R] of logits float32[R, V] that are as the row wants them, but for the temperature. batch: has
-    temperature, top_k, top_p, min_p, seed_high and seed_low, one entry a row."""
-    drawn = batch.temperature > 0
+def pick(logits: Array, rows: Wants) -> Array:
+    """Tokens int32[R] of logits float32[R, V] that are as the row wants them, but for the temperature."""
+    drawn = rows.temperature > 0
     scores = jax.lax.cond(
         drawn.any(),
-        lambda: jnp.where(drawn[:, None], draw(logits, batch, position), logits),
+        lambda: jnp.where(drawn[:, None], draw(logits, rows), logits),
         lambda: logits,
     )
     return jnp.argmax(scores, -1).astype(jnp.int32)
 
 
-def draw(logits: Array, batch: Any, position: Array) -> Array:
+def draw(logits: Array, rows: Wants) -> Array:
     """float32[R, V] whose largest is the draw: noise included, -inf for what a filter took out."""
-    temperature = jnp.where(batch.temperature > 0, batch.temperature, 1)[:, None]
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
     distance = (logits.max(-1, keepdims=True) - logits) / temperature
     vocab = logits.shape[1]
-    capped = (batch.temperature > 0) & (batch.top_k > 0) & (batch.top_k < vocab)
-    nucleus = (batch.temperature > 0) & (batch.top_p < 1)
+    capped = (rows.temperature > 0) & (rows.top_k > 0) & (rows.top_k < vocab)
+    nucleus = (rows.temperature > 0) & (rows.top_p < 1)
     edge = jax.lax.cond(
-        capped.any(), lambda: top_k(distance, jnp.where(capped, batch.top_k, vocab)), lambda: everything(distance)
+        capped.any(), lambda: top_k(distance, jnp.where(capped, rows.top_k, vocab)), lambda: everything(distance)
     )
     edge = jax.lax.cond(
         nucleus.any(),
-        lambda: jnp.where(nucleus, top_p(distance, edge, batch.top_p), edge),
+        lambda: jnp.where(nucleus, top_p(distance, edge, rows.top_p), edge),
         lambda: edge,
     )
-    keep = (bits(distance) <= edge[:, None]) & (jnp.exp(-distance) >= batch.min_p[:, None])
-    noise = jax.lax.optimization_barrier(gumbel(batch, position, vocab))
+    keep = (bits(distance) <= edge[:, None]) & (jnp.exp(-distance) >= rows.min_p[:, None])
+    noise = jax.lax.optimization_barrier(gumbel(rows, vocab))
     return jnp.where(keep, noise - distance, -jnp.inf)
 
 
@@ -123,11 +138,11 @@ def threefry(key: tuple[Array, Array], count: tuple[Array, Array]) -> tuple[Arra
     return x0, x1
 
 
-def gumbel(batch: Any, position: Array, vocab: int) -> Array:
-    """Noise float32[R, vocab] of each row's seed at `position`: backends.api.random.gumbel on the device."""
+def gumbel(rows: Wants, vocab: int) -> Array:
+    """Noise float32[R, vocab] of each row's seed and position: backends.api.random.gumbel on the device."""
     zero = jnp.zeros((1, 1), jnp.uint32)
-    seed = batch.seed_high[:, None], batch.seed_low[:, None]
-    folded = threefry(seed, (zero, position[:, None].astype(jnp.uint32)))
+    seed = rows.seed_high[:, None], rows.seed_low[:, None]
+    folded = threefry(seed, (zero, rows.position[:, None].astype(jnp.uint32)))
     x0, x1 = threefry(folded, (zero, jnp.arange(vocab, dtype=jnp.uint32)[None]))
     u = (((x0 ^ x1) >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
     return -jnp.log(-jnp.log(u))

@@ -12,13 +12,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from backends.api.limits import Limits
 from backends.api.step import TOKEN
-from backends.jax import caches, params
+from backends.jax import caches, dealt, params
 from backends.jax.attend import Attend, locate, look
 from backends.jax.buckets import Shape, make_shape
 from backends.jax.caches import State
 from backends.jax.inputs import EDITS, Batch, unpack
 from backends.jax.mesh import replicated
-from backends.jax.sampler import best, sample
+from backends.jax.sampler import Wants, best, sample
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
 from models_jax import decoder, ops
@@ -47,7 +47,7 @@ class Plan:
 
 class Kept(NamedTuple):
     """What a step leaves on the device for the programs after it (backends.jax.choosing): logits float32[R, V] that the
-    rows choose from, and normed hidden states [T, hidden]."""
+    rows choose from, dealt out over the devices, and normed hidden states [T, hidden]."""
 
     logits: Any
     hidden: Any
@@ -75,20 +75,22 @@ def run(
     hidden, cache, found = decoder.forward(plan.spec, weights, tokens, position, attend, cache, taps)
     ends = jnp.maximum(batch.first + batch.length - 1, 0)
     if "logits" in taps:
-        found["logits"] = logits(plan, weights, hidden)
-        scores = found["logits"][ends]
+        whole = ops.gather(decoder.logits(plan.spec, weights, hidden), "vocab", 1)
+        found["logits"] = whole[:, : plan.spec.vocab]
+        scores = dealt.mine(found["logits"][ends])
     else:
         scores = logits(plan, weights, hidden[ends])
     after = before + batch.length
-    made, status = best(scores) if plan.greedy else sample(scores, batch, after)
-    state = _advance(state, batch, after, made)
+    rows = dealt.mine(Wants.of(batch, after))
+    made = dealt.join(jnp.stack(best(scores) if plan.greedy else sample(scores, rows), 1), shape.rows)
+    state = _advance(state, batch, after, made[:, 0])
     inner = {k: v.astype(jnp.float32) for k, v in found.items()}
-    return cache, state, jnp.stack([made, status], 1), Kept(scores, hidden), inner
+    return cache, state, made, Kept(scores, hidden), inner
 
 
 def logits(plan: Plan, weights: Any, x: jax.Array) -> jax.Array:
-    """Normed hidden states [R, hidden] -> float32[R, V] on every device."""
-    return ops.gather(decoder.logits(plan.spec, weights, x), "vocab", 1)[:, : plan.spec.vocab]
+    """Normed hidden states [R, hidden] -> float32[R, V], of the rows that are dealt to this device."""
+    return dealt.deal(decoder.logits(plan.spec, weights, x), plan.spec.vocab)
 
 
 def _advance(state: State, batch: Batch, after: jax.Array, made: jax.Array) -> State:
@@ -115,7 +117,7 @@ def lower_step(plan: Plan, tokens: int, taps: tuple[str, ...] = ()) -> jax.stage
         step,
         mesh=plan.mesh,
         in_specs=(weight_specs, cache_specs, state_specs, whole),
-        out_specs=(cache_specs, state_specs, whole, whole, whole),
+        out_specs=(cache_specs, state_specs, whole, Kept(dealt.ROWS, whole), whole),
         check_vma=False,
     )
     return jax.jit(local, donate_argnums=(1, 2)).lower(

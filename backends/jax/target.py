@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from os import cpu_count
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from backends.api.limits import Limits, choosing
-from backends.jax import hlo
+from backends.api.tiled import within
+from backends.jax import bundle, hlo
 from backends.jax.buckets import make_shape
 from backends.jax.caches import cache_shapes, count_shape, state_shapes
 from backends.jax.mesh import make_mesh, open_mesh
@@ -33,7 +35,9 @@ REFUSED = (NotImplementedError, ValueError)
 
 
 def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:
-    """The plan of a backend on the first devices of a described topology ("v6e:2x4"), or on this CPU where it is ""."""
+    """The plan of a backend on the first devices of a described topology ("v6e:2x4"), or on this CPU where it is "".
+    Deterministic, of the backend within."""
+    config = within(config) if config.deterministic else config
     if topology:
         mesh = make_mesh(config.mesh, topologies.get_topology_desc(topology, "tpu").devices)
     else:
@@ -41,48 +45,63 @@ def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:
     return Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
 
 
-def examine(spec: ModelSpec, config: Resolved, topology: str, only: str) -> Iterator[dict[str, Any]]:
+def examine(spec: ModelSpec, config: Resolved, topology: str, only: str, folder: str = "") -> Iterator[dict[str, Any]]:
     """Compile every program that serving would run, side by side, and tell of each as it is done.
 
     only: "" is all, "steps" those, "decode" the step whose bucket holds max_rows alone, "ends" also the smallest
     step, "layers" the decode step of few layers (see `few`), unrolled, with caches as large as those of all.
+    folder: where all of them are written, as a bundle; "" is nowhere.
 
     The first record is {"held": {"weights", "cache", "state", "counts"}, "device"}, bytes on one device and what jax
     calls it. Then for each program
-    {"program", "kind", "size", "tokens", "rows", "layers", "weights", "seconds"} and either "error" or what
-    `measure` gives.
+    {"program", "kind", "size", "tokens", "rows", "layers", "holds", "seconds"} and either "error" or what `measure`
+    gives; holds: as "held", of a step of few layers. The last is {"bundle": folder, "bytes"}, unless a program failed.
+    Raises ConfigError for a folder that is no place for a bundle.
     """
     plan = plan_for(spec, config, topology)
+    writer = bundle.Writer(plan, Path(folder)) if folder else None
     yield {"held": held(plan), "device": plan.mesh.devices.flat[0].device_kind}
     jobs = [(plan, p, 0) for p in chosen(Programs(plan), only)]
     if only == "layers":
         decode = chosen(Programs(plan), "decode")
         jobs = [(shortened(plan, count), p, count) for count in few(spec) for p in decode]
-    with ThreadPoolExecutor(max(1, min(len(jobs), cpu_count() or 1))) as pool:
-        running: list[tuple[dict[str, Any], Future[dict[str, Any]]]] = []
-        for at, program, layers in jobs:
-            programs = Programs(at)
-            shape = make_shape(program.size, at.limits) if program.kind == "step" else None
-            said = {
-                "program": str(program),
-                "kind": program.kind,
-                "size": program.size,
-                "tokens": program.size if shape else 0,
-                "rows": shape.rows if shape else 0,
-                "layers": layers or len(spec.layers),
-                "weights": _size(shapes(at.leaves, at.config, at.mesh)),
-            }
-            try:
-                with jax.set_mesh(at.mesh):  # what a kernel asks for the facts of its chip
-                    lowered = programs.lower(program)
-            except REFUSED as error:
-                failed: Future[dict[str, Any]] = Future()
-                failed.set_result(_error(0.0, error))
-                running.append((said, failed))
-            else:
-                running.append((said, pool.submit(_compile, lowered, options(at, program))))
+    whole = True
+    with bundle.uncached(), ThreadPoolExecutor(max(1, min(len(jobs), cpu_count() or 1))) as pool:
+        running = [(_said(*job), _start(pool, writer, *job[:2])) for job in jobs]
         for said, future in running:
-            yield said | future.result()
+            found = future.result()
+            whole = whole and "error" not in found
+            yield said | found
+    if writer is not None and whole:
+        yield {"bundle": folder, "bytes": writer.close()}
+
+
+def _said(at: Plan, program: Program, layers: int) -> dict[str, Any]:
+    """What is known of a program before it is compiled. layers: 0 is all."""
+    shape = make_shape(program.size, at.limits) if program.kind == "step" else None
+    return {
+        "program": str(program),
+        "kind": program.kind,
+        "size": program.size,
+        "tokens": program.size if shape else 0,
+        "rows": shape.rows if shape else 0,
+        "layers": layers or len(at.spec.layers),
+        "holds": held(at),
+    }
+
+
+def _start(
+    pool: ThreadPoolExecutor, writer: bundle.Writer | None, at: Plan, program: Program
+) -> Future[dict[str, Any]]:
+    """Trace a program, and compile it on another thread."""
+    try:
+        with jax.set_mesh(at.mesh):  # what a kernel asks for the facts of its chip
+            lowered = Programs(at).lower(program)
+    except REFUSED as error:
+        failed: Future[dict[str, Any]] = Future()
+        failed.set_result(_error(0.0, error))
+        return failed
+    return pool.submit(_compile, lowered, options(at, program), program, writer)
 
 
 def chosen(programs: Programs, only: str) -> list[Program]:
@@ -119,27 +138,46 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def held(plan: Plan) -> dict[str, int]:
-    """Bytes that one device holds between steps."""
+    """Bytes that one device holds between steps. On a TPU state and counts lie in tiles; the cache is made to fill its
+    own, so that a cache that doesn't would not be what is planned."""
+    lain = tiled if plan.config.platform == "tpu" else math.prod
     return {
         "weights": _size(shapes(plan.leaves, plan.config, plan.mesh)),
         "cache": _size(cache_shapes(plan.limits, plan.config, plan.mesh)),
-        "state": _size(state_shapes(plan.limits, plan.mesh)),
-        "counts": _size(count_shape(plan.limits, plan.mesh)),
+        "state": _size(state_shapes(plan.limits, plan.mesh), lain),
+        "counts": _size(count_shape(plan.limits, plan.mesh), lain),
     }
 
 
-def _size(tree: Any) -> int:
-    return sum(s.dtype.itemsize * math.prod(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(tree))
+def tiled(shape: Sequence[int]) -> int:
+    """Entries that an int32 array of one or two dimensions takes on a TPU: tiles of up to 8 lines of 128, and of 1024
+    entries in one dimension. A side shorter than that is rounded up to a power of two."""
+
+    def up(size: int, most: int) -> int:
+        return -(-size // most) * most if size > most else 1 << (size - 1).bit_length()
+
+    if len(shape) == 1:
+        return max(128, up(shape[0], 1024))
+    return up(shape[0], 8) * -(-shape[1] // 128) * 128
 
 
-def _compile(lowered: jax.stages.Lowered, options: Any) -> dict[str, Any]:
+def _size(tree: Any, entries: Callable[[Sequence[int]], int] = math.prod) -> int:
+    return sum(s.dtype.itemsize * entries(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(tree))
+
+
+def _compile(
+    lowered: jax.stages.Lowered, options: Any, program: Program, writer: bundle.Writer | None
+) -> dict[str, Any]:
     """Seconds, and what came of it."""
     start = time.monotonic()
     try:
         made = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:  # out of memory, or a kernel that the compiler won't take
         return _error(time.monotonic() - start, error)
-    return {"seconds": time.monotonic() - start} | measure(made)
+    took = time.monotonic() - start
+    if writer is not None:
+        writer.add(program, lowered, made)
+    return {"seconds": took} | measure(made)
 
 
 def _error(seconds: float, error: Exception) -> dict[str, Any]:

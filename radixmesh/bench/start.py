@@ -38,7 +38,8 @@ def measure(case: str, repeats: int, flags: Sequence[str]) -> Start:
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         if case == "bundle":
-            command = [sys.executable, "-m", "radixmesh", "bundle", "--out", str(where / "bundle"), *flags]
+            command = [sys.executable, "-m", "radixmesh", "compile", "--target", "cpu", *flags]
+            command += ["--bundle", str(where / "bundle")]
             made = subprocess.run(command, capture_output=True, text=True, check=False)
             if made.returncode:
                 raise ConfigError(f"bundle: {(made.stderr.splitlines() or ['failed'])[-1]}", field="bundle")

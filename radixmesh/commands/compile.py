@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,13 +39,22 @@ def compile(
     ] = False,
     golden: Annotated[bool, typer.Option("--golden", help="Against the golden records, of --target or all.")] = False,
     update: Annotated[bool, typer.Option("--update", help="Write the golden records anew.")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Keep the programs in this folder: `serve --bundle` starts from it.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Does it compile, does it fit, what does a step cost? Exit code 1 where a gate fails."""
+    """Does it compile, does it fit, what does a step cost? Exit code 1 where a gate fails.
+
+    A bundle is for one kind of machine, model, configuration and set of versions. It holds machine code: take one only
+    from where you would take a program.
+    """
     if update and not golden:
         raise ConfigError("update: only golden records are updated; give --golden too", field="update")
+    if bundle is not None and (golden or all_targets or only != "all"):
+        raise ConfigError("bundle: holds all programs of one target; leave out what asks for others", field="bundle")
     if golden:
         sys.exit(_golden(model, target, update))
     if only not in PARTS:
@@ -54,7 +64,8 @@ def compile(
     names = EVERY if all_targets else (target or "",)
     asked = options.flags(model, None, mesh, dtype, pairs)
     part = "" if only == "all" else only
-    reports = [made for made in _reports(names, asked, config, part, context, temp << 20, as_json) if made]
+    wanted = Wanted(only=part, bundle=str(bundle or ""), context=context, temp=temp << 20, quiet=as_json)
+    reports = list(_reports(names, asked, config, wanted))
     from radixmesh.bench import record
     from radixmesh.compile import page
 
@@ -71,8 +82,20 @@ def compile(
     sys.exit(0 if all(r["ok"] for r in reports) else 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Of each target. only, bundle: as backends.jax.target.examine has them; context: positions of a row; temp: bytes;
+    quiet: nothing is shown."""
+
+    only: str
+    bundle: str
+    context: int
+    temp: int
+    quiet: bool
+
+
 def _reports(
-    names: Sequence[str], asked: dict[str, Any], file: Path | None, only: str, context: int, temp: int, quiet: bool
+    names: Sequence[str], asked: dict[str, Any], file: Path | None, wanted: Wanted
 ) -> Iterable[dict[str, Any]]:
     """A report for each target, shown as it is done. All are refused before the first is compiled."""
     from backends.target import check
@@ -90,14 +113,25 @@ def _reports(
     console = terminal.console()
     for target, one in zip(targets, decided, strict=True):
         found = []
-        for r in run.records(one, target, only):
+        for r in run.records(one, target, wanted.only, wanted.bundle):
             found.append(r)
-            if not quiet and "program" in r:
+            if not wanted.quiet and "program" in r:
                 print(f"{target}: {r['program']} in {r['seconds']:.1f} s", file=sys.stderr, flush=True)
-        made = report.make(one, target, found, context, temp)
-        if not quiet:
+        made = report.make(one, target, found, wanted.context, wanted.temp)
+        if not wanted.quiet:
             terminal.show(made, console)
+            _bundled(wanted.bundle, found)
         yield made
+
+
+def _bundled(folder: str, found: Sequence[dict[str, Any]]) -> None:
+    """Say what became of a bundle."""
+    if not folder:
+        return
+    size = next((r["bytes"] for r in found if "bundle" in r), None)
+    count = sum("program" in r for r in found)
+    what = "no bundle, as a program failed" if size is None else f"{count} programs, {size / 2**20:.1f} MiB"
+    print(f"{folder}: {what}", flush=True)
 
 
 def _golden(model: str | None, target: str | None, update: bool) -> int:

@@ -16,6 +16,7 @@ from radixmesh.commands import options
 if TYPE_CHECKING:
     from engine.config import Config
     from engine.run.start import Decided
+    from engine.target import Target
 
 
 def register(app: typer.Typer) -> None:
@@ -37,12 +38,14 @@ def explain(
     from engine.config import load
     from engine.resolve import plan_memory
     from engine.run.start import decide
+    from engine.target import Target
     from radixmesh.engine import DEMO
 
     asked = load(config, options.flags(model, backend, mesh, dtype, pairs))
-    decided = decide(asked, DEMO) if target is None else _decide(asked, target, DEMO)
+    at = None if target is None else Target.parse(target)
+    decided = decide(asked, DEMO) if at is None else _decide(asked, at, DEMO)
     memory = plan_memory(decided.spec, decided.resolved)
-    layers = kernels(decided.spec, decided.resolved)
+    layers = kernels(decided.spec, decided.resolved, at)
     if as_json:
         decisions = [{"field": d.field, "value": _plain(d.value), "why": d.why} for d in decided.decisions]
         print(
@@ -71,12 +74,11 @@ def explain(
         console.print(f"layers {first}-{last}: {kernel}" if last > first else f"layer {first}: {kernel}", markup=False)
 
 
-def _decide(asked: Config, target: str, default: Path) -> Decided:
+def _decide(asked: Config, target: Target, default: Path) -> Decided:
     """What a start on a target that is not here would decide."""
-    from engine.target import Target
     from radixmesh.compile.run import decide
 
-    return decide(asked, Target.parse(target), default)
+    return decide(asked, target, default)
 
 
 def _plain(value: Any) -> Any:

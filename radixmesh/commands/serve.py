@@ -49,7 +49,7 @@ def serve(
     ready_early: Annotated[
         bool | None, typer.Option("--ready-early", help="Be ready with small steps, while larger ones are compiled.")
     ] = None,
-    bundle: Annotated[str | None, typer.Option(help="Folder of compiled programs (radixmesh bundle).")] = None,
+    bundle: Annotated[str | None, typer.Option(help="Folder of programs (radixmesh compile --bundle).")] = None,
     config: options.File = None,
     pairs: options.Set = None,
 ) -> None:

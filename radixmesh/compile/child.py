@@ -1,6 +1,6 @@
 """The process that compiles: `python -m radixmesh.compile.child`, with backends.target.SETTINGS in its environment.
 
-Read: one line of JSON {"topology", "only"}, then engine.run.wire.Open. Written: a line of JSON a record.
+Read: one line of JSON {"topology", "only", "bundle"}, then engine.run.wire.Open. Written: a line of JSON a record.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     threading.stack_size(STACK)
     asked, opened = json.loads(sys.stdin.buffer.readline()), wire.decode(sys.stdin.buffer.read())
     try:
-        for record in examine(opened.spec, opened.config, asked["topology"], asked["only"]):
+        for record in examine(opened.spec, opened.config, asked["topology"], asked["only"], asked["bundle"]):
             print(json.dumps(record), flush=True)
     except RadixmeshError as error:
         print(json.dumps({"refused": str(error), "field": error.field}), flush=True)

@@ -15,9 +15,13 @@ TEMP = 512 << 20
 """Bytes of temporaries that a program may have on one device."""
 CODE = 0.02
 """Of a device's memory, what the code of all programs may take."""
-PADDING = 1 << 20
-"""Bytes by which small arrays may be larger on a TPU than they are."""
-DONATED = {"step": ("cache", "state"), "copy": ("cache",), "edit": ("state",), "count": ("counts",)}
+DONATED = {
+    "step": ("cache", "state"),
+    "copy": ("cache",),
+    "edit": ("state",),
+    "count": ("counts",),
+    "choose": ("state", "counts"),
+}
 """Kind of program -> what of the device's it changes in place."""
 
 
@@ -40,7 +44,7 @@ def check(
     memory: int,
     temp: int = TEMP,
 ) -> list[Gate]:
-    """All gates. held: bytes of weights, cache, state and counts on a device; memory: bytes of a device, 0 = not known;
+    """All gates. held: bytes of weights on a device, of all layers; memory: bytes of a device, 0 = not known;
     temp: bytes that temporaries may take."""
     found: list[Gate] = []
     for p in programs:
@@ -63,25 +67,22 @@ def _most(program: str, name: str, value: int, limit: int) -> Gate:
 
 def _memory(p: Mapping[str, Any], held: Mapping[str, int], memory: int, temp: int) -> Iterator[Gate]:
     if memory:
-        missing = held["weights"] - p["weights"]  # of a step of few layers
+        missing = held["weights"] - p["holds"]["weights"]  # of a step of few layers
         yield _most(p["program"], "peak", p["peak"] + missing, int(MOST * memory))
     yield _most(p["program"], "temporaries", p["temp"], temp)
     if p["kind"] in DONATED:
-        least = sum(held[name] for name in DONATED[p["kind"]])
-        spare = PADDING + least // 8 * ("cache" not in DONATED[p["kind"]]) + held["state"] // 8
-        yield Gate(
-            program=p["program"],
-            name="alias",
-            found=size(p["alias"]),
-            limit=f"{size(least)}, padding {size(spare)}",
-            ok=least <= p["alias"] <= least + spare,
-        )
+        given = sum(p["holds"][name] for name in DONATED[p["kind"]])
+        found, limit, ok = f"{p['alias']:,} B", f"{given:,} B", p["alias"] == given
+        yield Gate(program=p["program"], name="alias", found=found, limit=limit, ok=ok)
 
 
 def _joined(p: Mapping[str, Any], spec: ModelSpec, config: Resolved) -> Gate:
     """The collectives of a step are what the description and the mesh predict, and no others."""
     here = replace(spec, layers=spec.layers[: p["layers"]])
-    want = {name: (count, count * size) for name, count, size in collectives(here, config, p["tokens"], p["rows"])}
+    want: dict[str, tuple[int, int]] = {}
+    for name, count, each in collectives(here, config, p["tokens"], p["rows"]):
+        before = want.get(name, (0, 0))
+        want[name] = before[0] + count, before[1] + count * each
     have = {name: (c["count"], c["bytes"]) for name, c in p["collectives"].items()}
     return Gate(program=p["program"], name="collectives", found=_said(have), limit=_said(want), ok=have == want)
 

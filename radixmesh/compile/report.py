@@ -26,7 +26,7 @@ def make(
     """From the records of backends.jax.target.examine. context: positions that each row sees."""
     first = next(r for r in found if "held" in r)
     held = dict(first["held"])
-    programs = [dict(r) for r in found if "held" not in r]
+    programs = [dict(r) for r in found if "program" in r]
     config, chip = decided.resolved, target.chip
     memory = chip.memory if chip else 0
     for p in programs:

@@ -61,11 +61,14 @@ def load(spec: ModelSpec, config: Resolved, chip: Chip, tokens: int, rows: int, 
 
 def collectives(spec: ModelSpec, config: Resolved, tokens: int, rows: int) -> Iterator[tuple[str, int, int]]:
     """(operation, how many, bytes that each gives one device) of a step on a mesh: a sum for the embedding and two for
-    each layer, and the logits joined."""
-    if config.mesh.tp == 1:
+    each layer; the logits, whose rows are dealt out; a sum that joins what is chosen, a token and a status a row."""
+    tp = config.mesh.tp
+    if tp == 1:
         return
+    each = -(-rows // tp)
     yield "all-reduce", 1 + 2 * len(spec.layers), tokens * spec.hidden * ITEMSIZE[config.dtype]
-    yield "all-gather", 1, rows * share(spec.vocab, "vocab", config.mesh) * config.mesh.tp * 4
+    yield "all-to-all", 1, each * share(spec.vocab, "vocab", config.mesh) * tp * 4
+    yield "all-reduce", 1, each * tp * 2 * 4
 
 
 def _weights(spec: ModelSpec, config: Resolved, tokens: int, rows: int) -> tuple[int, int]:

@@ -40,8 +40,6 @@ def decide(config: Config, target: Target, default: Path) -> Decided:
 def settle(config: Config, spec: ModelSpec, path: Path, target: Target) -> Decided:
     """`decide` of a model that is read."""
     device = device_of(config, target)
-    if config.backend.deterministic:
-        raise ConfigError("backend.deterministic: its tiles are not compiled for a target yet", field="target")
     mesh = MeshSpec(dp=config.mesh.dp, pp=config.mesh.pp, tp=config.mesh.tp, ep=config.mesh.ep)
     if target.chip and device.count % mesh.size:
         raise ConfigError(
@@ -98,11 +96,11 @@ def holds_model(config: Config, spec: ModelSpec, target: Target, tp: int) -> boo
     return True
 
 
-def records(decided: Decided, target: Target, only: str = "") -> Iterator[dict[str, Any]]:
+def records(decided: Decided, target: Target, only: str = "", bundle: str = "") -> Iterator[dict[str, Any]]:
     """What backends.jax.target.examine tells, from a process of its own. Raises ConfigError as it refuses, BackendLost
     where it died."""
     compilers.check(target)
-    asked = {"topology": target.topology, "only": only}
+    asked = {"topology": target.topology, "only": only, "bundle": bundle}
     request = json.dumps(asked).encode() + b"\n" + wire.encode(wire.Open(spec=decided.spec, config=decided.resolved))
     with TemporaryFile() as said, TemporaryFile() as given:
         given.write(request)

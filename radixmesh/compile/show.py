@@ -64,7 +64,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
 def _spare(report: Mapping[str, Any]) -> str:
     used = int(report["mesh"].rpartition("=")[2])
     spare = report["devices"] - used
-    return f" ({used} of {report['devices']} devices; the others run nothing of this engine)" if spare else ""
+    return f" ({used} of {report['devices']} devices; the others run nothing of this engine)" if spare > 0 else ""
 
 
 def row(p: Mapping[str, Any], report: Mapping[str, Any], steps: bool) -> list[str]:

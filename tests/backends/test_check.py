@@ -84,7 +84,7 @@ def test_good_steps_pass() -> None:
     names = tuple(sorted(tap_names(2)))
     step = build(BUILT, 0, rows, edits, copies=[(0, 0, 19, 3), (1, 0, 9, 9)], taps=names)
     check_step(
-        replace(step, shared=np.array([[0, 1, 0, 3]], np.int32), adapters=np.array([0, 1, 2, 0], np.int32)), BUILT
+        replace(step, shared=np.array([[1, 2, 0, 3]], np.int32), adapters=np.array([0, 1, 2, 0], np.int32)), BUILT
     )
     check_step(change(step, sampling_logprobs=np.array([-1, 0, 5, 3], np.int32)), BUILT)
     scores = np.array([[1, 0], [3, 5], [59, 0], [-1, -1]], np.int32)

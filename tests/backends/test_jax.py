@@ -20,7 +20,7 @@ from backends.api.limits import Limits
 from backends.jax import sampler
 from backends.jax.backend import JaxBackend
 from backends.jax.buckets import make_shape
-from backends.jax.inputs import Batch, pack, unpack
+from backends.jax.inputs import pack, unpack
 from backends.jax.warmup import COPY, COUNT, Program
 from backends.reference.backend import ReferenceBackend
 from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError
@@ -236,13 +236,14 @@ def test_noise_is_that_of_jax_random(partitionable: bool) -> None:
         return -np.log(-np.log(u))
 
     with jax.threefry_partitionable(partitionable):
-        ours = jax.jit(sampler.gumbel, static_argnums=2)(batch_of(len(seeds), seeds=seeds), positions, vocab)
+        rows = wants(len(seeds), seeds=seeds)._replace(position=positions)
+        ours = jax.jit(sampler.gumbel, static_argnums=1)(rows, vocab)
     want = np.stack([theirs(int(s), int(p)) for s, p in zip(seeds, positions, strict=True)])
     np.testing.assert_allclose(ours, want, rtol=2e-6, atol=2e-6)
 
 
-def batch_of(rows: int, *, seeds: NDArray[np.uint64] | None = None, **values: Any) -> Batch:
-    """A batch with what the sampler reads."""
+def wants(rows: int, *, seeds: NDArray[np.uint64] | None = None, **values: Any) -> sampler.Wants:
+    """What the sampler reads."""
     seeds = np.zeros(rows, np.uint64) if seeds is None else seeds
     neutral = {
         "temperature": np.ones(rows, np.float32),
@@ -253,7 +254,7 @@ def batch_of(rows: int, *, seeds: NDArray[np.uint64] | None = None, **values: An
         "seed_low": seeds.astype(np.uint32),
     }
     given = neutral | {name: np.array(value, neutral[name].dtype) for name, value in values.items()}
-    return Batch(**(dict.fromkeys(Batch._fields) | given))
+    return sampler.Wants(**given, position=np.zeros(rows, np.int32))
 
 
 def test_filters_keep_what_the_normative_filters_keep() -> None:
@@ -268,7 +269,7 @@ def test_filters_keep_what_the_normative_filters_keep() -> None:
         "top_p": draw.choice([1e-6, 0.3, 0.9, 0.9999, 1.0], rows).astype(np.float32),
         "min_p": draw.choice([0.0, 0.01, 0.3, 1.0], rows).astype(np.float32),
     }
-    found = np.asarray(jax.jit(sampler.draw)(logits, batch_of(rows, **values), np.zeros(rows, np.int32))) > -np.inf
+    found = np.asarray(jax.jit(sampler.draw)(logits, wants(rows, **values))) > -np.inf
     for r in range(rows):
         choice = Choice(
             **{name: float(value[r]) for name, value in values.items()} | {"top_k": int(values["top_k"][r])}
@@ -283,7 +284,7 @@ def test_filters_keep_what_the_normative_filters_keep() -> None:
 def test_ties_go_to_the_lowest_id() -> None:
     logits = np.zeros((2, 50), np.float32)
     logits[:, [7, 30, 49]] = 3
-    tokens, status = jax.jit(sampler.sample)(logits, batch_of(2, temperature=[0, 0]), np.zeros(2, np.int32))
+    tokens, status = jax.jit(sampler.sample)(logits, wants(2, temperature=[0, 0]))
     assert (tokens.tolist(), status.tolist()) == ([7, 7], [0, 0])
 
 

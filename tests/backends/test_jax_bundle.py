@@ -13,17 +13,19 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from backends import make_bundle
 from backends.api.conformance.bench import SPEC, config
 from backends.jax import bundle
 from backends.jax.backend import make_plan
 from backends.jax.recipe import first_difference
+from backends.jax.step import Plan
+from backends.jax.target import examine
 from backends.jax.warmup import EDIT, EMPTY, Program, Programs, options
 from engine.config import load
 from engine.errors import ConfigError
 from engine.run.start import decide
 from radixmesh import Engine
-from tests.tiny import prompt, tiny
+from tests.plain import ids as ids_of
+from tests.plain import plain
 
 SMALL: dict[str, Any] = {
     "backend": "jax",
@@ -56,16 +58,16 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny(tmp_path_factory.mktemp("model"), layers=1, vocab=97)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module", params=["", pytest.param("tp=2", marks=pytest.mark.slow)])
-def made(model: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, str]:
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, str]:
     """A bundle on one device, made here, and one on a mesh, made by the command, as jax has one device here."""
     folder = tmp_path_factory.mktemp("made") / "bundle"
     if not request.param:
-        decided = decide(load(None, SMALL | {"model": str(model.path)}), model.path)
+        decided = decide(load(None, SMALL | {"model": str(model)}), model)
         before = jax.config.jax_compilation_cache_dir
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("kept")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -75,29 +77,30 @@ def made(model: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.F
                 programs = Programs(make_plan(decided.spec, decided.resolved))
                 programs.take(EMPTY)
                 assert getattr(programs.sources(), source) == 1
-            make_bundle(decided.spec, decided.resolved, folder)
+            assert Path([*examine(decided.spec, decided.resolved, "", "", str(folder))][-1]["bundle"]) == folder
         finally:
             jax.config.update("jax_compilation_cache_dir", before)
             compilation_cache.reset_cache()
         return folder, request.param
     pairs = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items() if "." in key]
-    command = [sys.executable, "-m", "radixmesh", "bundle", "--out", str(folder), "--model", str(model.path)]
+    command = [sys.executable, "-m", "radixmesh", "compile", "--target", "cpu", "--bundle", str(folder)]
+    pairs += ["--model", str(model)]
     subprocess.run([*command, "--mesh", request.param, *pairs], check=True, capture_output=True, timeout=200)
     return folder, request.param
 
 
-def test_another_process_starts_from_it_and_compiles_nothing(model: Any, made: tuple[Path, str]) -> None:
+def test_another_process_starts_from_it_and_compiles_nothing(model: Path, made: tuple[Path, str]) -> None:
     folder, mesh = made
-    ids = prompt(model, 30)
+    ids = ids_of(30)
     settings = SMALL | {"backend.jax.bundle": str(folder)} | ({"mesh": mesh} if mesh else {})
-    given = json.dumps([str(model.path), ids, settings])
+    given = json.dumps([str(model), ids, settings])
     run = subprocess.run([sys.executable, "-c", START, given], capture_output=True, text=True, timeout=200, check=True)
     told = json.loads(run.stdout.splitlines()[-1])
     assert "backend_compile_duration" in told["heard"]
     assert "jaxpr_trace_duration" in told["heard"]
     assert not [name for name in told["seen"] if "compile" in name or "trace" in name]
     assert told["loaded"] == told["made"] == told["planned"] > 5
-    with Engine(str(model.path), skip_tokenizer=True, **SMALL) as engine:
+    with Engine(str(model), skip_tokenizer=True, **SMALL) as engine:
         greedy = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True, "presence_penalty": 0.5}
         want = engine.generate(token_ids=ids, sampling_params=greedy)["output_ids"]
     assert told["ids"] == [want, want]
@@ -107,10 +110,17 @@ def test_another_process_starts_from_it_and_compiles_nothing(model: Any, made: t
 def little(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A bundle of two programs."""
     given = config("jax", bundle=str(tmp_path_factory.mktemp("little") / "bundle"))
-    programs = bundle.Programs(make_plan(SPEC, given))
-    programs.planned = lambda tokens=0: [EDIT, Program("choose", 1)]  # type: ignore[method-assign]
-    bundle.save(programs, Path(given.bundle))
+    plan = make_plan(SPEC, given)
+    write(plan, Path(given.bundle))
     return Path(given.bundle), given
+
+
+def write(plan: Plan, folder: Path) -> None:
+    made = bundle.Writer(plan, folder)
+    for program in (EDIT, Program("choose", 1)):
+        lowered = Programs(plan).lower(program)
+        made.add(program, lowered, lowered.compile(options(plan, program)))
+    made.close()
 
 
 def find(given: Any) -> Any:
@@ -170,9 +180,8 @@ def test_one_that_is_corrupt_or_none_is_an_error(little: tuple[Path, Any], tmp_p
 
 def test_a_folder_with_something_else_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("dear")
-    programs = bundle.Programs(make_plan(SPEC, config("jax")))
     with pytest.raises(ConfigError, match="has letter in it and is no bundle"):
-        bundle.save(programs, tmp_path)
+        next(examine(SPEC, config("jax"), "", "", str(tmp_path)))
     assert [f.name for f in tmp_path.iterdir()] == ["letter"]
 
 

@@ -22,8 +22,8 @@ from backends.reference.backend import ReferenceBackend
 from engine.config import load
 from engine.resolve import Device, resolve
 from radixmesh import Engine
-from tests.tiny import prompt as ids_of
-from tests.tiny import tiny
+from tests.plain import ids as ids_of
+from tests.plain import plain
 
 SIZES = {"max_rows": 2, "slots": 2, "max_tokens": 16, "token_buckets": (1, 4, 16), "pages": (64,)}
 FLAT = replace(SPEC, layers=SPEC.layers[:1])
@@ -83,10 +83,10 @@ def test_an_engine_that_is_ready_early_feeds_in_small_steps_first(
     gate: threading.Semaphore, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Through the scheduler, in one engine's life: the same tokens before and after."""
-    model = tiny(tmp_path_factory.mktemp("model"), layers=1, vocab=97)
+    model = plain(tmp_path_factory.mktemp("model"))
     small = {"sched.token_buckets": [4, 32], "sched.max_tokens": 32, "sched.slots": 4, "cache.tokens": 1024}
-    with Engine(str(model.path), "jax", skip_tokenizer=True, ready_early=True, **small, radix=False) as engine:
-        asked = {"token_ids": [ids_of(model, n, n) for n in (40, 3, 17)], "return_logprob": True}
+    with Engine(str(model), "jax", skip_tokenizer=True, ready_early=True, **small, radix=False) as engine:
+        asked = {"token_ids": [ids_of(n, n) for n in (40, 3, 17)], "return_logprob": True}
         asked["logprob_start_len"] = 0
         asked["sampling_params"] = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
         first = engine.generate(**asked)

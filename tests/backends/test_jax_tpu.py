@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from backends.api.limits import Limits, choosing
 from backends.jax.caches import cache_shapes, count_shape
+from backends.jax.frozen import freeze
 from backends.jax.mesh import make_mesh
 from backends.jax.params import shapes
 from backends.jax.step import Plan
@@ -26,6 +27,8 @@ from engine.mesh import MeshSpec
 from engine.model.archs import gpt_oss
 from engine.model.registry import read_spec
 from engine.model.spec import Attention, Layer, Mlp, ModelSpec, Rope
+from kernels_pallas.chip import chip as chip_here
+from kernels_pallas.chip import named
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -91,7 +94,7 @@ CASES["8B decode int8"] = (*CASES["8B decode"][:2], CASES["8B decode"][2] | {"qu
 
 def compile_for(chip: str, case: str, tp: int = 1) -> dict[str, int]:
     """Compile a step from shapes alone; of the demo model, also what stands beside it. Bytes on one device; how many
-    sums and joins stand in the program."""
+    sums stand in the program, and how often rows are dealt out."""
     spec, tokens, own = CASES[case]
     over = MeshSpec(tp=tp)
     config = Resolved(
@@ -100,6 +103,8 @@ def compile_for(chip: str, case: str, tp: int = 1) -> dict[str, int]:
     mesh = make_mesh(over, topologies.get_topology_desc(chip, "tpu").devices)
     plan = Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
     programs = Programs(plan)
+    with jax.set_mesh(mesh):  # `explain --target` tells the kernels of the chip that is compiled for
+        assert chip_here() == named(chip.partition(":")[0].removeprefix("tpu"))
     compiled = programs.take(Program("step", tokens))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
@@ -113,9 +118,10 @@ def compile_for(chip: str, case: str, tp: int = 1) -> dict[str, int]:
         programs.take(SCORE)
         kept = {"copied": COPY, "counted": COUNT, "chosen": Program("choose", tokens)}
         beside = {name: programs.take(p).memory_analysis().alias_size_in_bytes for name, p in kept.items()}
+        beside["frozen"] = len(freeze(compiled)[1])
     return beside | {
         "sums": len(re.findall(r" all-reduce(?:-start)?\(", text)),
-        "joins": len(re.findall(r" all-gather(?:-start)?\(", text)),
+        "dealt": len(re.findall(r" all-to-all(?:-start)?\(", text)),
         "counts": size(count_shape(plan.limits, mesh)),
         "cache": size(cache_shapes(plan.limits, config, mesh)),
         "weights": size(shapes(plan.leaves, config, mesh)),
@@ -182,20 +188,21 @@ def test_what_stands_beside_a_step_compiles_and_changes_in_place(
 ) -> None:
     """Page copies, histories, choosing and scoring; TPUs pad small arrays, so that a little more is aliased."""
     size = memory[chip]["demo"]
+    assert size["frozen"] > 1 << 16, "what a bundle for the chip keeps of a step"
     for name, held in (("copied", "cache"), ("counted", "counts"), ("chosen", "counts")):
         assert size[held] <= size[name] < size[held] + (4 << 20), f"{name}: a donation is lost: {size}"
 
 
 @pytest.mark.slow
 def test_a_mesh_compiles_with_a_quarter_each(memory: dict[str, dict[str, dict[str, int]]]) -> None:
-    """8B on four devices: a quarter of weights and cache on each, and a scan's body with two sums."""
+    """8B on four devices: a quarter of weights and cache on each; sums before a scan, two in its body, and behind."""
     chip, case = "v6e:2x2", "8B decode"
     whole, quarter = memory[chip][case], run(chip, "4", case)
     assert quarter["cache"] * 4 == whole["cache"]
     assert whole["weights"] / 4 < quarter["weights"] < whole["weights"] * 0.251  # norms are whole
     assert 0 <= quarter["alias"] - quarter["cache"] < 1 << 20, quarter
     assert quarter["temp"] <= quarter["cache"] // 4, quarter
-    assert (quarter["sums"], quarter["joins"]) == (3, 1)
+    assert (quarter["sums"], quarter["dealt"]) == (4, 1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 from transformers.generation import logits_process as hf
 
@@ -24,9 +26,11 @@ from backends.api.seats import Asks, tally
 from backends.api.step import ScheduleStep
 from backends.jax import choosing as on_jax
 from backends.jax.caches import State
+from backends.jax.mesh import make_mesh
 from backends.torch import choosing as on_torch
 from backends.torch.inputs import pack
 from backends.torch.sampler import choose
+from engine.mesh import MeshSpec
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
 from tests.tiny import Tiny, tiny
@@ -135,8 +139,14 @@ def by_jax(
     """Tokens that the program behind a step makes."""
     rows, slots = len(logits), jnp.zeros(limits.slots + 1, jnp.int32)
     state = State(slots, slots, jnp.zeros((limits.slots + 1, 1), jnp.int32))
-    _, after, made, _ = jax.jit(on_jax.choose, static_argnums=0)(
-        limits,
+    alone = jax.shard_map(
+        partial(on_jax.choose, limits),
+        mesh=make_mesh(MeshSpec(), jax.devices()),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    _, after, made, _ = jax.jit(alone)(
         state,
         jnp.concatenate([counts, counts[:1]]),
         jnp.asarray(logits),

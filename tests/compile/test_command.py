@@ -41,7 +41,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("compile", "--target", "cpu", "--only", "some"), "'some' is none of all, steps"),
         (("compile", "--target", "cpu", "--update"), "give --golden too"),
         (("compile", "--target", "cpu", "--set", "backend.name=torch"), "torch runs no compiled programs"),
-        (("compile", "--target", "cpu", "--set", "deterministic=true"), "not compiled for a target yet"),
+        (("compile", "--target", "cpu", "--only", "steps", "--bundle", "x"), "holds all programs of one target"),
+        (("compile", "--all-targets", "--bundle", "x"), "holds all programs of one target"),
+        (("compile", "--target", "cpu", "--bundle", str(ROOT / "docs")), "in it and is no bundle; give a new folder"),
         (("compile", "--target", "cpu", "--model", "/nowhere"), "/nowhere: does not exist"),
         (("compile", "--target", "tpu:v5e:2x4", "--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b")),
          "3.04 GiB more than"),
@@ -59,14 +61,18 @@ def test_bad_input_is_one_line(
     assert not said.out
 
 
-def test_a_libtpu_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    goes = target.wanted(requires("jax") or [])
-    monkeypatch.setattr(target, "_version", lambda name: "" if name == "libtpu" else version(name))
+@pytest.mark.parametrize(
+    ("libtpu", "says"), [("", "libtpu is not installed"), ("0.0.7", "libtpu 0.0.7 is the wrong version")]
+)
+def test_a_libtpu_that_is_missing_or_of_another_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], libtpu: str, says: str
+) -> None:
+    goes, jax = target.wanted(requires("jax") or []), version("jax")
+    monkeypatch.setattr(target, "_version", lambda name: libtpu if name == "libtpu" else version(name))
     assert call(monkeypatch, "compile", "--target", "tpu:v6e:2x2") == 2
-    said = capsys.readouterr().err
     assert goes
-    assert f"libtpu is not installed; jax {version('jax')} goes with libtpu {goes}" in said
-    assert said.count("\n") == 1
+    fix = f"jax {jax} goes with libtpu {goes}: pip install 'jax[tpu]=={jax}'"
+    assert capsys.readouterr().err == f"radixmesh: target: {says}; {fix}\n"
 
 
 def test_the_demo_model_on_this_cpu(tmp_path: Path) -> None:
@@ -74,6 +80,7 @@ def test_the_demo_model_on_this_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "radixmesh", "compile", "--target", "cpu", "--set", "sched.max_tokens=32",
                "--set", "sched.token_buckets=[32]", "--set", "sched.slots=4"]  # fmt: skip
     files = ["--out", str(tmp_path / "a" / "r.json"), "--html", str(tmp_path / "p.html")]
+    files += ["--bundle", str(tmp_path / "b")]
     ran = subprocess.run([*command, *files, "--temp", "64"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     report = json.loads((tmp_path / "a" / "r.json").read_text())
@@ -88,6 +95,10 @@ def test_the_demo_model_on_this_cpu(tmp_path: Path) -> None:
     for p in report["programs"]:
         assert p["program"].split(" ")[0] in page
     assert "step 32" in ran.stdout
+    kept = json.loads((tmp_path / "b" / "manifest.json").read_text())["programs"]
+    assert sorted(p["kind"] for p in kept) == sorted(p["kind"] for p in report["programs"])
+    size = sum(f.stat().st_size for f in (tmp_path / "b").glob("*.xla"))
+    assert f"{tmp_path / 'b'}: {len(kept)} programs, {size / 2**20:.1f} MiB" in ran.stdout
 
     failing = [*command, "--only", "decode", "--temp", "1", "--json"]
     ran = subprocess.run(failing, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -125,3 +136,24 @@ def test_explain_says_what_a_target_would_decide(
     said = {d["field"]: d for d in json.loads(capsys.readouterr().out)["decisions"]}
     assert said["platform"]["why"] == "8 x TPU7x, 94.8 GiB free for each device"
     assert said["stack"]["why"] == "on a TPU7x a scan copies stacked bfloat16 weights in each step"
+
+
+def test_explain_tells_the_kernel_of_the_chip_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """128 heads of 256 fit the VMEM of v6e and not the half of it that v5p has."""
+    sizes = {"num_attention_heads": 128, "num_key_value_heads": 16, "head_dim": 256, "vocab_size": 1024}
+    given = json.loads((MODELS / "llama-3.1-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(given | sizes | {"num_hidden_layers": 2}))
+    said = {}
+    asked = ("--model", str(tmp_path), "--set", "cache.tokens=8192")
+    for chip in ("tpu:v6e:2x2", "tpu:v5p:2x2x1"):
+        assert call(monkeypatch, "explain", "--target", chip, *asked) == 0
+        said[chip] = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        said["tpu:v6e:2x2"] == "layers 0-1: Pallas, head 256, bfloat16 cache: ragged pages, written and read in place"
+    )
+    assert said["tpu:v5p:2x2x1"] == (
+        "layers 0-1: plain XLA, head 256, bfloat16 cache: 128 heads of 256 over 16 kv heads do not fit the 67108864 "
+        "bytes of VMEM of v5p"
+    )

@@ -35,14 +35,14 @@ def step(**changed: Any) -> dict[str, Any]:
         "tokens": 128,
         "rows": 128,
         "layers": 32,
-        "weights": HELD["weights"],
+        "holds": HELD,
         "alias": HELD["cache"] + HELD["state"],
         "temp": 190 << 20,
         "code": 7 << 20,
         "peak": 23 << 30,
         "collectives": {
-            "all-reduce": {"count": 65, "bytes": 65 * 128 * 4096 * 2},
-            "all-gather": {"count": 1, "bytes": 128 * 128256 * 4},
+            "all-reduce": {"count": 66, "bytes": 65 * 128 * 4096 * 2 + 128 * 2 * 4},
+            "all-to-all": {"count": 1, "bytes": 128 // 8 * 128256 * 4},
         },
     } | changed
 
@@ -60,14 +60,18 @@ def test_a_step_that_is_as_it_should_be_passes() -> None:
     ("changed", "gate"),
     [
         ({"alias": 0}, "alias"),  # the donation is lost
-        ({"alias": HELD["cache"] - 1}, "alias"),
+        ({"alias": HELD["cache"] + HELD["state"] - 1}, "alias"),
+        ({"alias": HELD["cache"] + HELD["state"] + 4096}, "alias"),  # something is padded that was not planned
         ({"alias": HELD["cache"] * 2}, "alias"),
         ({"temp": (512 << 20) + 1}, "temporaries"),
         ({"peak": int(0.93 * MEMORY)}, "peak"),
-        ({"weights": 1 << 30, "peak": int(0.9 * MEMORY)}, "peak"),  # few layers: the other weights come to it
+        (
+            {"holds": HELD | {"weights": 1 << 30}, "peak": int(0.9 * MEMORY)},
+            "peak",
+        ),  # few layers: the other weights come to it
         ({"code": 700 << 20}, "code"),
         ({"collectives": {}}, "collectives"),
-        ({"collectives": step()["collectives"] | {"all-to-all": {"count": 1, "bytes": 8}}}, "collectives"),
+        ({"collectives": step()["collectives"] | {"reduce-scatter": {"count": 1, "bytes": 8}}}, "collectives"),
         ({"collectives": step()["collectives"] | {"all-gather": {"count": 1, "bytes": 4}}}, "collectives"),
         ({"layers": 4}, "collectives"),
     ],
@@ -104,7 +108,7 @@ def test_the_roofline_of_8b_by_hand() -> None:
     assert found.weights == pytest.approx(matrices * 2 / 8, rel=2e-3)
     assert found.cache == 128 * 1024 * 32 * 2 * 128 * 2
     assert found.flops == pytest.approx(128 * (2 * matrices + 4 * 32 * 1024 * 4096) / 8, rel=2e-3)
-    assert found.joined == 65 * 128 * 4096 * 2 + 128 * 128256 * 4
+    assert found.joined == 65 * 128 * 4096 * 2 + 128 // 8 * 128256 * 4 + 128 * 2 * 4
     assert found.memory_s == pytest.approx((found.weights + found.cache) / 1638e9)
     assert found.seconds == max(found.memory_s, found.compute_s) + found.link_s
 

@@ -51,14 +51,16 @@ ENTRY %main (a: bf16[8,64]) -> f32[8] {
   %g = (f32[4,64]{1,0}, f32[8,64]{1,0}) all-gather-start(%w), dimensions={0}
   %all-to-all.4.call-start = ((bf16[8,64]{1,0}, token[]), bf16[8,64]{1,0}) call-start(%a), to_apply=%sparse
   %gd = f32[8,64]{1,0} all-gather-done(%g)
+  %t = (f32[1,64]{1,0}, f32[1,64]{1,0}) all-to-all(%a, %a), replica_groups={{0,1}}
   %cond = f32[8]{0} conditional(%x, %y, %z), branch_computations={%cheap, %dear}
   %kernel = f32[8]{0} custom-call(%gd), custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"40"}
   ROOT %end = f32[8]{0} add(%cond, %cond), backend_config={"estimated_cycles":1}
 }
 """
 
-STARTED = {"all-to-all": (1, 8 * 64 * 2)}
-"""On 7x collectives are computations that another core runs; their cycles are not this core's."""
+STARTED = {"all-to-all": (2, 8 * 64 * 2 + 2 * 64 * 4)}
+"""On 7x collectives are computations that another core runs; their cycles are not this core's. On a CPU one part
+comes from each device."""
 
 
 def test_a_scan_counts_each_of_its_turns() -> None:

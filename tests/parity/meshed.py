@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "sched.token_buckets": [16, 64],
 }
 MADE = 64
-COLLECTIVE = re.compile(r"= \S+ (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
+COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 
 class Kept:

@@ -163,10 +163,10 @@ def test_jax_and_torch_draw_the_same(find: Callable[[str, str], Found], shape: s
 
 @pytest.mark.parametrize(("shape", "size"), MESHES)
 def test_a_step_has_two_sums_a_layer(find: Callable[[str, str], Found], shape: str, size: int) -> None:
-    """And one for the embedding, and one join of the logits; no more."""
+    """And one for the embedding; logits are dealt out once, and what is chosen is joined by a sum; no more."""
     found = find("jax", shape)
     layers = len(read_spec(found.model.path).layers)
-    want = {"all-reduce": 2 * layers + 1, "all-gather": 1}
+    want = {"all-reduce": 2 * layers + 2, "all-to-all": 1}
     assert found.facts[size]["collectives"] == [want] * 2  # both buckets
 
 
