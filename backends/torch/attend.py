@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from backends.api.limits import Limits
+from backends.torch.buckets import Shape
 from backends.torch.caches import Caches
 from backends.torch.inputs import Batch
 from backends.torch.params import DTYPES
@@ -20,6 +22,7 @@ from engine.config import Resolved
 from engine.model.groups import Place
 from engine.model.spec import Attention
 from kernels_cuda import attention as gpu
+from models_torch import ops
 
 Array: TypeAlias = torch.Tensor
 Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | None], Array]
@@ -108,11 +111,31 @@ class Sight(NamedTuple):
     mask: Array
 
 
+def write(
+    q: Array, k: Array, v: Array, turn: tuple[Array, Array] | None, to: Array, store: Array, padded: bool = False
+) -> Array:
+    """q [T, q_heads, head_dim] rotated by `turn`, side by side; k, rotated too, and v [T, kv_heads, head_dim] go to
+    entries `to` of the store. padded: some of these may be -1, none."""
+    fused = ops.kernel("rope_write", q.device.type)
+    if fused is not None and not fused.supports(q, k, v, store, 0 if turn is None else turn[0].shape[-1]):
+        return fused.rope_write(q, k, v, turn, to, store)  # type: ignore[no-any-return]
+    if turn is not None:
+        q, k = ops.rotate(q, *turn), ops.rotate(k, *turn)
+    kv = torch.stack((k, v), 1)
+    if padded:  # the last entry stays zero: what has no entry is written there as nothing
+        kv.masked_fill_((to < 0)[:, None, None, None], 0)
+        to = torch.where(to < 0, store.shape[0] - 1, to)
+    store.index_copy_(0, to, kv.to(store.dtype))
+    return q.contiguous()
+
+
 def aim(batch: Batch, table: Array, g: int, positions: Array, page: int) -> Array:
-    """int64[T]: entries that the new keys and values of cache group g go to. table [R, width]: of the step's rows."""
+    """int64[T]: entries that the new keys and values of cache group g go to, -1 of padding. table [R, width]: of the
+    step's rows."""
     at, width = positions - batch.base[g][batch.row], table.shape[1]
     entry = batch.row * width + (at // page).clamp_(0, width - 1)
-    return table.view(-1)[entry] * page + at % page
+    to = table.view(-1)[entry] * page + at % page
+    return to if batch.shape is None else torch.where(batch.offset >= 0, to, -1)
 
 
 def look(
@@ -152,11 +175,19 @@ class Attend:
         self.rows: dict[int, tuple[gpu.Rows, gpu.Plan]] = {}
 
     def __call__(
-        self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place, sinks: Array | None = None
+        self,
+        a: Attention,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Caches,
+        place: Place,
+        sinks: Array | None = None,
+        turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         name, _ = choose(a, self.config)
         store = cache.groups[place.group][place.rank]
-        store.index_copy_(0, self.write[place.group], torch.stack((k, v), 1).to(store.dtype))
+        q = write(q, k, v, turn, self.write[place.group], store, self.batch.shape is not None)
         if name == "triton":
             return self._paged(a, q, store, place.group, sinks), cache
         return self._gathered(KERNELS[name], a, q, store, place.group, sinks), cache
@@ -164,7 +195,7 @@ class Attend:
     def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None) -> Array:
         group = self.limits.groups[g]
         if g not in self.rows:
-            self.rows[g] = tell(self.batch, self.tables[g], g, self.before, group.page)
+            self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
         rows, plan = self.rows[g]
         return gpu.attention(
             q, store, rows, plan, page=group.page, scale=a.scale, window=group.window, cap=a.cap, sinks=sinks
@@ -185,14 +216,21 @@ class Attend:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def tell(batch: Batch, table: Array, g: int, before: Array, page: int) -> tuple[gpu.Rows, gpu.Plan]:
+def tell(batch: Batch, table: Array, g: int, before: Array, limits: Limits) -> tuple[gpu.Rows, gpu.Plan]:
     """Cache group g as kernels over pages want it. table [R, width]: of the step's rows."""
-    first = torch.zeros(len(before) + 1, dtype=torch.int32, device=before.device)
-    torch.cumsum(batch.lens, 0, out=first[1:])
+    rows = gpu.Rows(batch.first.int(), before.int(), batch.base[g].int(), table.int())
+    sms = processors(before.device)
+    if batch.shape is not None:  # a plan for every step of the shape
+        return rows, plan(batch.shape, limits.max_len, sms)
     bunches = batch.order.bunches
     lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
-    plan = gpu.plan(lens, max(b.reach[g] for b in bunches) * page, sms=processors(before.device))
-    return gpu.Rows(first, before.int(), batch.base[g].int(), table.int()), plan
+    return rows, gpu.plan(lens, max(b.reach[g] for b in bunches) * limits.groups[g].page, sms=sms)
+
+
+def plan(shape: Shape, reach: int, sms: int) -> gpu.Plan:
+    """Of every step that is padded to a shape: rows of one token, or of any. What padding gets is not looked at."""
+    short = shape.rows if shape.even else 0
+    return replace(gpu.plan((), reach, sms=sms, rows=shape.rows, tokens=shape.tokens), short=short, padded=False)
 
 
 @lru_cache(maxsize=8)

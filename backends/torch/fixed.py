@@ -14,6 +14,7 @@ import torch
 
 from backends.api.limits import Limits
 from backends.torch import choosing, sampler
+from backends.torch.attend import write
 from backends.torch.caches import Caches
 from backends.torch.choosing import Scores
 from backends.torch.inputs import Batch, Draws
@@ -71,10 +72,18 @@ class Attend:
         self.views = views
 
     def __call__(
-        self, a: Attention, q: Array, k: Array, v: Array, cache: Caches, place: Place, sinks: Array | None = None
+        self,
+        a: Attention,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Caches,
+        place: Place,
+        sinks: Array | None = None,
+        turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        store.index_copy_(0, view.write, torch.stack((k, v), 1).to(store.dtype))
+        q = write(q, k, v, turn, view.write, store)
         tokens, kv_heads, size = k.shape
         grouped = q.reshape(tokens, kv_heads, -1, size).float()
         top = grouped.new_full((*grouped.shape[:3], 1), FAR)
