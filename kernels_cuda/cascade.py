@@ -29,6 +29,9 @@ SLOTS = 16
 FIXED, EACH = 64, 16
 """What a group costs, and each of its rows, in positions that are read: a row's sums are written and read again in
 float32, which is some 8 positions of keys and values, for each tile along it; the rest is launches and a fuller GPU."""
+LEAST_BYTES = 32 << 20
+"""Of keys and values of a layer that need not be read again, from which on a step is worth a second launch for it: it
+takes some 5 us, and what several rows read at about the same time is half in the GPU's own cache anyway."""
 
 
 class Tiles(NamedTuple):
@@ -73,60 +76,79 @@ def tuning(group: int, head_dim: int, wide: int, hip: bool) -> Tuning:
     return Tuning(heads=heads, keys=64 if head_dim <= 128 else 32, warps=4, stages=1 if hip else 2)
 
 
-def lay_out(
+class Cut(NamedTuple):
+    """Tiles of a step as numbers of the host, int32, nothing padded; wide: rows of a tile."""
+
+    tiles: I32
+    covered: I32
+    used: I32
+    wide: int
+
+
+def cut(
     shared: Sequence[Sequence[int]],
-    lengths: Sequence[int],
+    rows: int,
     *,
     group: int,
     kv_heads: int,
     heads: int,
     sms: int,
-    rows: int | None = None,
-) -> tuple[Shape, I32, I32, I32]:
-    """Tiles, covered and used of a step, as numbers of the host, and their Shape.
+    tiles: int = 1 << 20,
+    slots: int = SLOTS,
+) -> Cut:
+    """Cut groups into tiles.
 
-    shared: (first row, last row, first position, last position), outermost first, end to end for each row. lengths:
-    upper bounds of the rows after the step, of one token each; rows: what these are padded to. heads: of Tuning.
+    shared: (first row, last row, first position, last position), outermost first, end to end for each row. rows: of one
+    token each, that lead. heads: of Tuning. tiles, slots: at most; what doesn't fit is left to the rows.
     """
-    count = len(lengths)
-    rows = count if rows is None else rows
-    wide = max(heads // group, 1)
+    wide, longest = max(heads // group, 1), max((end + 1 - begin for _, _, begin, end in shared), default=0)
     work = sum(-(-(b + 1 - a) // wide) * (end + 1 - begin) for a, b, begin, end in shared)
     each = ALIGNED * max(1, -(-work * kv_heads // (WAVES * sms * ALIGNED)))
     while True:
-        tiles, covered, used = _cut(shared, count, wide, each)
-        if max(used, default=0) * 2 <= SLOTS or each > max(lengths, default=0):
-            break
-        each *= 2
-    own = max((n - c for n, c in zip(lengths, covered, strict=True)), default=1)
-    size = max(_up(len(tiles)), 32)
-    shape = Shape(
-        tiles=size,
-        rows=rows,
-        wide=wide,
-        slots=max(_up(max(used, default=1)), 4),
-        parts=splits(rows * kv_heads, _up(own), sms),
-    )
-    padded = np.zeros((size, 5), np.int32)
-    padded[: len(tiles)] = np.array(tiles, np.int32).reshape(-1, 5)
-    more = [0] * (rows - count)
-    return shape, padded, np.array(covered + more, np.int32), np.array(used + more, np.int32)
+        made, covered, used = _cut(shared, rows, wide, each, slots)
+        whole = max(covered, default=0) == max((end + 1 for _, _, _, end in shared), default=0)
+        if len(made) <= tiles and ((whole and 2 * max(used, default=0) <= slots) or each >= longest):
+            return Cut(np.array(made, np.int32).reshape(-1, 5), *(np.array(x, np.int32) for x in (covered, used)), wide)
+        if each < longest:
+            each *= 2
+        else:
+            shared = shared[: len(shared) * 3 // 4]
 
 
 def _cut(
-    shared: Sequence[Sequence[int]], rows: int, wide: int, each: int
+    shared: Sequence[Sequence[int]], rows: int, wide: int, each: int, slots: int
 ) -> tuple[list[tuple[int, int, int, int, int]], list[int], list[int]]:
     """Tiles of at most `each` keys, what they cover of each row, and the slots that they fill."""
     tiles, covered, used = list[tuple[int, int, int, int, int]](), [0] * rows, [0] * rows
     for first, last, begin, end in shared:
         cuts, slot = -(-(end + 1 - begin) // each), used[first]
-        if covered[first] != begin or slot + cuts > SLOTS:
+        if covered[first] != begin or slot + cuts > slots:
             continue  # what is within a group that is left out is left out
         for i in range(cuts):
             low, high = begin + i * each, min(begin + (i + 1) * each, end + 1)
             tiles += [(r, min(wide, last + 1 - r), low, high, slot + i) for r in range(first, last + 1, wide)]
         size = last + 1 - first
         covered[first : last + 1], used[first : last + 1] = [end + 1] * size, [slot + cuts] * size
+    return tiles, covered, used
+
+
+def fit(made: Cut, reach: int, *, kv_heads: int, sms: int) -> Shape:
+    """The Shape of a step. reach: keys of its own that a row has at most."""
+    rows = len(made.used)
+    return Shape(
+        tiles=max(_up(len(made.tiles)), 32),
+        rows=rows,
+        wide=made.wide,
+        slots=max(_up(int(made.used.max(initial=1))), 4),
+        parts=splits(rows * kv_heads, _up(max(reach, 1)), sms),
+    )
+
+
+def pad(made: Cut, shape: Shape) -> tuple[I32, I32, I32]:
+    """tiles, covered and used of Tiles, for a Shape that holds them."""
+    tiles, (covered, used) = np.zeros((shape.tiles, 5), np.int32), np.zeros((2, shape.rows), np.int32)
+    tiles[: len(made.tiles)] = made.tiles
+    covered[: len(made.used)], used[: len(made.used)] = made.covered, made.used
     return tiles, covered, used
 
 
@@ -226,3 +248,44 @@ def attention(
         shape.slots, shape.parts,
         Q_HEADS=q_heads, DIM=dim, WIDE=fixed["WIDE"], STEP=tuned.keys, SINKS=sinks is not None, num_warps=1,
     )  # fmt: skip
+
+
+def plain(
+    q: Array,
+    store: Array,
+    out: Array,
+    rows: Rows,
+    tiles: Tiles,
+    shape: Shape,
+    *,
+    page: int,
+    scale: float,
+    cap: float | None = None,
+    sinks: Array | None = None,
+) -> None:
+    """What `attention` does, in plain torch, tile by tile; waits for the device."""
+    first, start, table = rows.first.tolist(), rows.start.tolist(), rows.table.long()
+    covered, group = tiles.covered.tolist(), q.shape[1] // store.shape[2]
+    parts: dict[int, list[tuple[Array, Array]]] = {r: [] for r in range(shape.rows) if first[r + 1] > first[r]}
+
+    def read(members: list[int], low: int, high: int) -> None:
+        at = torch.arange(low, high, device=q.device)
+        entry = table[members[0]][at // page] * page + at % page
+        k, v = store[entry].to(torch.float32).repeat_interleave(group, 2).unbind(1)
+        s = torch.einsum("rhd,khd->rhk", q[[first[r] for r in members]].float(), k) * scale
+        s = s if cap is None else torch.tanh(s / cap) * cap
+        whole = s.logsumexp(-1)
+        made = torch.einsum("rhk,khd->rhd", (s - whole[..., None]).exp(), v)
+        for r, o, w in zip(members, made, whole, strict=True):
+            parts[r].append((o, w))
+
+    for begin, size, low, high, _ in tiles.tiles.tolist():
+        if size:
+            read([*range(begin, begin + size)], low, high)
+    for r, made in parts.items():
+        read([r], covered[r], start[r] + 1)
+        sums, whole = (torch.stack(x) for x in zip(*made, strict=True))
+        if sinks is not None:
+            whole = torch.cat([whole, sinks.float()[None]])
+        weight = whole.softmax(0)[: len(sums), :, None]
+        out[first[r]] = (sums * weight).sum(0).to(out.dtype)
