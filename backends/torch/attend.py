@@ -56,7 +56,8 @@ def choose(a: Attention, config: Resolved) -> tuple[str, str]:
             store=store,
         )
         if name == "triton":
-            return name, why
+            together = config.cascade != "off" and a.window is None
+            return name, why + (", shared prefixes once for all rows where it pays" if together else "")
     if a.cap is not None or a.sinks:
         odd = "a soft cap" if a.cap is not None else "sinks"
         return "explicit", f"matmul and softmax over gathered pages, {what}: fused kernels have no {odd}"
