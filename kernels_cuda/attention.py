@@ -128,8 +128,10 @@ def tile(rows: int, head_dim: int, wide: int, small: bool = False) -> Tile:
 
 
 def splits(programs: int, reach: int, sms: int) -> int:
-    """Parts, a power of two, that the keys of each row are cut into, where `programs` would do without."""
-    return min(PARTS, max(reach // PART, 1), _up(max(math.ceil(WAVES * sms / programs), 1)))
+    """Parts, a power of four so that kernels are few, that the keys of each row are cut into, where `programs` would do
+    without."""
+    parts = min(PARTS, max(reach // PART, 1), _up(max(math.ceil(WAVES * sms / programs), 1)))
+    return 1 << ((parts.bit_length() - 1) & ~1)
 
 
 def supports(head_dim: int, group: int, dtype: torch.dtype, store: torch.dtype, arch: str) -> str:
@@ -203,8 +205,10 @@ def constants(
     sinks: bool,
     parts: int,
     few: int,
+    narrow: bool,
 ) -> tuple[dict[str, Any], Tile]:
-    """What is compiled into `paged`, and its tile. few: tokens of a short row, 0 for tiles of long rows."""
+    """What is compiled into `paged`, and its tile. few: tokens of a short row, 0 for tiles of long rows. narrow: the
+    store has fewer than 2**31 numbers."""
     group = q_heads // kv_heads
     hip = arch.startswith("gfx")
     shape = tile(_up(few * group) if few else 0, head_dim, dtype.itemsize, hip)
@@ -219,6 +223,7 @@ def constants(
         "SINKS": sinks,
         "SCALED": store in EIGHT,
         "KIND": kind(store, arch),
+        "NARROW": narrow,
         "ROWS": shape.rows,
         "STEP": shape.keys,
         "SPLITS": parts,
@@ -304,6 +309,7 @@ class _Call(NamedTuple):
             sinks=self.sinks is not None,
             parts=parts,
             few=few,
+            narrow=store.numel() < 1 << 31,
         )
         part = stat = self.out
         if parts > 1:
@@ -314,7 +320,7 @@ class _Call(NamedTuple):
         if self.cap is not None:
             scale, cap = 2 * scale / self.cap, self.cap * LOG2E
         paged[(programs * parts * kv_heads,)](
-            q, store.view(torch.uint8) if fixed["KIND"] == 2 else store, self.out, part, stat,
+            q, store.view(torch.uint8) if store.dtype == FLOAT8 else store, self.out, part, stat,
             first, start, base, table,
             q if self.sinks is None else self.sinks, q if self.scales is None else self.scales,
             high, table.shape[1], low, scale, cap,

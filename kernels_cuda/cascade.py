@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels_cuda.attention import EIGHT, LEAST, LOG2E, Rows, arch_of, kind, splits, supports
+from kernels_cuda.attention import EIGHT, FLOAT8, LEAST, LOG2E, Rows, arch_of, kind, splits, supports
 
 Array: TypeAlias = torch.Tensor
 I32: TypeAlias = NDArray[np.int32]
@@ -26,12 +26,13 @@ WAVES = 2
 """Tiles for each processor and head, where there are keys enough."""
 SLOTS = 16
 """Tiles that may lie along one row. Groups further down are left to their rows."""
-FIXED, EACH = 64, 16
+COST = (64, 16, 50)
 """What a group costs, and each of its rows, in positions that are read: a row's sums are written and read again in
-float32, which is some 8 positions of keys and values, for each tile along it; the rest is launches and a fuller GPU."""
-LEAST_BYTES = 32 << 20
-"""Of keys and values of a layer that need not be read again, from which on a step is worth a second launch for it: it
-takes some 5 us, and what several rows read at about the same time is half in the GPU's own cache anyway."""
+float32, which is some 8 positions of keys and values, for each tile along it; the rest is launches and a fuller GPU.
+And how many of 100 positions that rows read by themselves come from memory, since the GPU's own cache has the rest:
+two rows that read the same at about the same time read it once anyway (docs/decisions/0023-shared-prefixes.md)."""
+LEAST_BYTES = 8 << 20
+"""Of keys and values of a layer that need not be read again, from which on a step is worth a second launch."""
 
 
 class Tiles(NamedTuple):
@@ -182,8 +183,9 @@ def constants(
     store: torch.dtype,
     page: int,
     capped: bool,
+    narrow: bool,
 ) -> tuple[dict[str, Any], Tuning]:
-    """What is compiled into `tree`, and how."""
+    """What is compiled into `tree`, and how. narrow: the store has fewer than 2**31 numbers."""
     group = q_heads // kv_heads
     tuned = tuning(group, head_dim, dtype.itemsize, arch.startswith("gfx"))
     return {
@@ -195,6 +197,7 @@ def constants(
         "CAPPED": capped,
         "SCALED": store in EIGHT,
         "KIND": kind(store, arch),
+        "NARROW": narrow,
         "ROWS": tuned.heads,
         "OWN": max(_up(group), LEAST),
         "STEP": tuned.keys,
@@ -229,6 +232,7 @@ def attention(
         store=store.dtype,
         page=page,
         capped=cap is not None,
+        narrow=store.numel() < 1 << 31,
     )
     assert shape.wide * (q_heads // kv_heads) <= tuned.heads, "tiles were laid out for other heads"
     places = (shape.rows, shape.slots + shape.parts, q_heads)
@@ -238,7 +242,7 @@ def attention(
     if cap is not None:
         factor, bound = 2 * factor / cap, cap * LOG2E
     tree[((shape.tiles + shape.rows * shape.parts) * kv_heads,)](
-        q, store.view(torch.uint8) if fixed["KIND"] == 2 else store, sums, stats,
+        q, store.view(torch.uint8) if store.dtype == FLOAT8 else store, sums, stats,
         rows.first, rows.start, rows.table, *tiles, q if scales is None else scales,
         shape.tiles, rows.table.shape[1], shape.slots, shape.parts, factor, bound,
         **fixed, num_warps=tuned.warps, num_stages=tuned.stages,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kernels_cuda import cascade
-from kernels_cuda.attention import EIGHT, FLOAT8, constants, kind, supports
+from kernels_cuda.attention import EIGHT, FLOAT8, constants, supports
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", FLOAT8: "fp8e4nv"}
 """Types of elements, as Triton names them."""
@@ -57,13 +57,19 @@ class Layer:
 
 
 def attention(
-    layer: Layer, dtype: torch.dtype, store: torch.dtype, arch: str, few: tuple[int, ...], parts: tuple[int, ...]
+    layer: Layer,
+    dtype: torch.dtype,
+    store: torch.dtype,
+    arch: str,
+    few: tuple[int, ...],
+    parts: tuple[int, ...],
+    narrow: bool = True,
 ) -> Iterator[Case]:
     """The kernels of a layer: short rows of `few` tokens (0: tiles of long rows), each in so many parts."""
     if supports(layer.head_dim, layer.q_heads // layer.kv_heads, dtype, store, arch):
         return
     element = NAMES[dtype]
-    held = "u8" if kind(store, arch) == 2 else NAMES[store]
+    held = "u8" if store == FLOAT8 else NAMES[store]
     for tokens in few:
         for cut in parts:
             fixed, shape = constants(
@@ -79,6 +85,7 @@ def attention(
                 sinks=layer.sinks,
                 parts=cut,
                 few=tokens,
+                narrow=narrow,
             )
             sums = "*fp32" if cut > 1 else f"*{element}"
             types = {"q": f"*{element}", "store": f"*{held}", "out": f"*{element}", "part": sums, "stat": sums}
@@ -116,9 +123,10 @@ def branches(layer: Layer, dtype: torch.dtype, store: torch.dtype, arch: str) ->
         store=store,
         page=layer.page,
         capped=layer.capped,
+        narrow=True,
     )
     element, numbers = NAMES[dtype], ("first", "start", "covered", "used")
-    held = "u8" if kind(store, arch) == 2 else NAMES[store]
+    held = "u8" if store == FLOAT8 else NAMES[store]
     sums = {"sums": "*fp32", "stats": "*fp32"} | dict.fromkeys(numbers, "*i32") | {"slots": "i32", "parts": "i32"}
     types = {"q": f"*{element}", "store": f"*{held}", "table": "*i32", "tiles": "*i32"} | sums
     types |= {"scales": "*fp32" if store in EIGHT else f"*{element}", "count": "i32", "width": "i32"}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 PLAIN, FLOAT8, BITS8, INT8 = (tl.constexpr(i) for i in range(4))
-"""How the store is read: in the dtype of the queries, float8_e4m3fn by the hardware, the same by its bits, int8."""
+"""How the store is read: in the dtype of the queries; bytes of float8_e4m3fn, by the hardware or by hand; int8."""
 
 
 @triton.jit
@@ -21,6 +21,8 @@ def widen(x, KIND: tl.constexpr, dtype: tl.constexpr):
     if KIND == BITS8:  # e4m3 in the upper bits of float16, whose exponents begin 8 lower
         bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
         return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(dtype)
+    if KIND == FLOAT8:
+        return x.to(tl.float8e4nv, bitcast=True).to(dtype)
     if KIND == INT8:
         return x.to(tl.float32).to(dtype)
     return x.to(dtype)
@@ -30,18 +32,27 @@ def widen(x, KIND: tl.constexpr, dtype: tl.constexpr):
 def turn(
     q, acc, peak, total, line, keys, n, end, position, scale, cap,
     STEP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, KIND: tl.constexpr, NARROW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys n .. n + STEP - 1 of a row. line: its page table; keys: entry 0 of the store at this head, int32
-    offsets of dimensions beside it; end: entries that the row has; position [M]: of each query, in entries."""
+    """Add the keys n .. n + STEP - 1 of a row, n a multiple of STEP. line: its page table; keys: entry 0 of the store
+    at this head; end: entries that the row has; position [M]: of each query, in entries."""
     WIDE: tl.constexpr = q.shape[1]
-    entry = n + tl.arange(0, STEP)
+    LINE: tl.constexpr = 2 * KV_HEADS * DIM
+    i = tl.arange(0, STEP)
     d = tl.arange(0, WIDE)
-    if MASKED:
-        page = tl.load(line + entry // PAGE, mask=entry < end, other=0)
+    entry = n + i
+    if STEP % PAGE == 0:  # all but the pages' numbers is the same in every turn
+        cell, inside = line + n // PAGE + i // PAGE, i % PAGE
     else:
-        page = tl.load(line + entry // PAGE)
-    at = keys + (page.to(tl.int64) * PAGE + entry % PAGE)[:, None] * (2 * KV_HEADS * DIM) + d[None, :]
+        cell, inside = line + entry // PAGE, entry % PAGE
+    if MASKED:
+        page = tl.load(cell, mask=entry < end, other=0)
+    else:
+        page = tl.load(cell)
+    if NARROW:
+        at = keys + ((page * (PAGE * LINE))[:, None] + ((inside * LINE)[:, None] + d[None, :]))
+    else:
+        at = keys + (page.to(tl.int64) * (PAGE * LINE))[:, None] + ((inside * LINE)[:, None] + d[None, :])
     there = (entry < end)[:, None] & (d < DIM)[None, :]
     if MASKED:
         k = tl.load(at, mask=there, other=0)
@@ -49,20 +60,21 @@ def turn(
         k = tl.load(at, mask=(d < DIM)[None, :], other=0)
     else:
         k = tl.load(at)
-    s = tl.dot(q, tl.trans(widen(k, KIND, q.dtype)), input_precision="ieee") * scale
-    if CAPPED:
-        s = cap * (1.0 - 2.0 / (1.0 + tl.exp2(s)))  # s comes as 2 x log2(e) / cap: tanh by powers of two
+    s = tl.dot(q, tl.trans(widen(k, KIND, q.dtype)), input_precision="ieee")
+    if CAPPED:  # tanh by powers of two: scale comes as 2 x log2(e) / cap
+        s = cap * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale)))
     if MASKED:
         seen = (entry[None, :] <= position[:, None]) & (entry < end)[None, :]
         if WINDOW > 0:
             seen = seen & (entry[None, :] > position[:, None] - WINDOW)
         s = tl.where(seen, s, -float("inf"))
-    top = tl.maximum(peak, tl.max(s, 1))
+    by = 1.0 if CAPPED else scale  # one operation with the subtraction
+    top = tl.maximum(peak, tl.max(s, 1) * by)
     if MASKED:
         safe = tl.where(top == -float("inf"), 0.0, top)
     else:
         safe = top
-    p = tl.exp2(s - safe[:, None])
+    p = tl.exp2(s * by - safe[:, None])
     fade = tl.exp2(peak - safe)
     at += KV_HEADS * DIM
     if MASKED:
@@ -87,7 +99,7 @@ def paged(
     rows, width, skip, scale, cap,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, SHORT: tl.constexpr,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """Grid KV_HEADS * SPLITS * (rows if SHORT, else tiles).
 
@@ -95,7 +107,8 @@ def paged(
     stat float32[T, Q_HEADS, SPLITS, 2] where SPLITS > 1: sums of values that are not divided yet; peak and total.
     first int32[R + 1], start, base int32[R], table int32[R, width]. rows: SHORT: those of at most ROWS // GROUP tokens
     that lead; else all R, of which the first `skip` are left out. scale, cap: times log2(e), as `turn` wants them.
-    ROWS: of a matrix product, queries times heads; STEP: keys of a turn.
+    NARROW: the store has fewer than 2**31 numbers. ROWS: of a matrix product, queries
+    times heads; STEP: keys of a turn.
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     QUERIES: tl.constexpr = ROWS // GROUP
@@ -161,12 +174,12 @@ def paged(
             for n in tl.range(low_key, middle_key, STEP):
                 acc, peak, total = turn(
                     loaded, acc, peak, total, line, keys, n, end, position, scale, cap,
-                    STEP, DIM, PAGE, KV_HEADS, WINDOW, CAPPED, KIND, False,
+                    STEP, DIM, PAGE, KV_HEADS, WINDOW, CAPPED, KIND, NARROW, False,
                 )  # fmt: skip
         for n in tl.range(middle_key, end, STEP):
             acc, peak, total = turn(
                 loaded, acc, peak, total, line, keys, n, end, position, scale, cap,
-                STEP, DIM, PAGE, KV_HEADS, WINDOW, CAPPED, KIND, True,
+                STEP, DIM, PAGE, KV_HEADS, WINDOW, CAPPED, KIND, NARROW, True,
             )  # fmt: skip
         if SCALED:
             acc = acc * tl.load(scales + KV_HEADS + head)

@@ -17,9 +17,10 @@ from kernels_cuda.paged import turn
 def scan(
     q, store, sums, stats, scales, token, heads, real, line, head, slot, slots, low, whole, end, scale, cap,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr,
+    CAPPED: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, NARROW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Queries (token, heads) [M] over the keys low .. end - 1 of a table; from `whole` on blocks may not be full."""
+    """Queries (token, heads) [M] over the keys low .. end - 1 of a table, low the begin of a page; from `whole` on
+    blocks may not be full."""
     M: tl.constexpr = token.shape[0]
     d = tl.arange(0, WIDE)
     stored = real[:, None] & (d < DIM)[None, :]
@@ -34,12 +35,12 @@ def scan(
     for n in tl.range(low, whole, STEP):
         acc, peak, total = turn(
             loaded, acc, peak, total, line, keys, n, end, position, scale, cap,
-            STEP, DIM, PAGE, KV_HEADS, 0, CAPPED, KIND, False,
+            STEP, DIM, PAGE, KV_HEADS, 0, CAPPED, KIND, NARROW, False,
         )  # fmt: skip
     for n in tl.range(whole, end, STEP):
         acc, peak, total = turn(
             loaded, acc, peak, total, line, keys, n, end, position, scale, cap,
-            STEP, DIM, PAGE, KV_HEADS, 0, CAPPED, KIND, True,
+            STEP, DIM, PAGE, KV_HEADS, 0, CAPPED, KIND, NARROW, True,
         )  # fmt: skip
     if SCALED:
         acc = acc * tl.load(scales + KV_HEADS + head)
@@ -59,7 +60,7 @@ def tree(
     q, store, sums, stats, first, start, table, tiles, covered, used, scales,
     count, width, slots, parts, scale, cap,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr,
+    CAPPED: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, NARROW: tl.constexpr,
     ROWS: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid KV_HEADS * (count + R * parts): tiles come first, then `parts` parts of each row.
@@ -67,8 +68,8 @@ def tree(
     q [T, Q_HEADS, DIM]; store [entries, 2, KV_HEADS, DIM]; sums float32[R, slots + parts, Q_HEADS, DIM] and
     stats float32[R, slots + parts, Q_HEADS, 2]: by token. first int32[R + 1], start int32[R], table int32[R, width];
     tiles int32[count, 5], covered and used int32[R]: of kernels_cuda.cascade.Tiles. scale, cap: as
-    kernels_cuda.paged.turn wants them. ROWS, OWN: of the products of a tile and of a part, queries times heads; STEP:
-    keys of a turn.
+    kernels_cuda.paged.turn wants them. NARROW: as there. ROWS, OWN: of the products of a tile and of a part, queries
+    times heads; STEP: keys of a turn.
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
@@ -87,7 +88,7 @@ def tree(
                 q, store, sums, stats, scales, token, head * GROUP + m % GROUP, real,
                 table + r.to(tl.int64) * width, head, tl.load(tile + 4), slots + parts,
                 low, low + (end - low) // STEP * STEP, end, scale, cap,
-                Q_HEADS, KV_HEADS, DIM, WIDE, PAGE, CAPPED, SCALED, KIND, STEP,
+                Q_HEADS, KV_HEADS, DIM, WIDE, PAGE, CAPPED, SCALED, KIND, NARROW, STEP,
             )  # fmt: skip
     else:
         r = (item - count) // parts
@@ -105,7 +106,7 @@ def tree(
                 scan(
                     q, store, sums, stats, scales, token, head * GROUP + m % GROUP, m < GROUP,
                     table + r.to(tl.int64) * width, head, slots + part, slots + parts, low, low, end, scale, cap,
-                    Q_HEADS, KV_HEADS, DIM, WIDE, PAGE, CAPPED, SCALED, KIND, STEP,
+                    Q_HEADS, KV_HEADS, DIM, WIDE, PAGE, CAPPED, SCALED, KIND, NARROW, STEP,
                 )  # fmt: skip
 
 

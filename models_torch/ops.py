@@ -89,9 +89,9 @@ def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
     if isinstance(w, Packed):
         y = w.multiply(x)
         return y if bias is None else y.add_(bias)
-    rows = kernel("rows", x.device.type)
-    if rows is not None and not rows.supports(x, w):
-        y = rows.rows_times(x, w)
+    row = kernel("row", x.device.type)
+    if row is not None and not row.supports(x, w):
+        y = row.row_times(x, w)
         return y if bias is None else y.add_(bias)
     return F.linear(x, w, bias)
 
@@ -249,9 +249,9 @@ def unembed(x: Array, w: Matrix, out: Array | None = None) -> Array:
     if isinstance(w, Packed) or x.device.type != "cuda" or x.dtype != w.dtype or x.dtype == torch.float32:
         y = linear(x, w, None).float()
         return y if out is None else out.copy_(y)
-    rows = kernel("rows", x.device.type)
-    if rows is not None and not rows.supports(x, w):
-        return rows.rows_times(x, w, torch.float32, out)  # type: ignore[no-any-return]
+    row = kernel("row", x.device.type)
+    if row is not None and not row.supports(x, w):
+        return row.row_times(x, w, torch.float32, out)  # type: ignore[no-any-return]
     if torch.version.hip:
         y = linear(x, w, None).float()
         return y if out is None else out.copy_(y)

@@ -239,7 +239,8 @@ def tell(batch: Batch, table: Array, g: int, before: Array, limits: Limits) -> t
         return rows, plan(batch.shape, limits.max_len, sms)
     bunches = batch.order.bunches
     lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
-    return rows, gpu.plan(lens, max(b.reach[g] for b in bunches) * limits.groups[g].page, sms=sms)
+    made = gpu.plan(lens, max(b.reach[g] for b in bunches) * limits.groups[g].page, sms=sms)
+    return rows, made if made.few == 1 else replace(made, few=gpu.FEW)  # one kernel for all short rows of several
 
 
 def plan(shape: Shape, reach: int, sms: int) -> gpu.Plan:

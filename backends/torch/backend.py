@@ -19,7 +19,7 @@ from backends.api.limits import Limits, choosing
 from backends.api.protocol import Member, Status
 from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import F32, I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
-from backends.torch import attend, caches, joined, mesh, params, step
+from backends.torch import attend, caches, joined, mesh, params, step, warmup
 from backends.torch.branches import Layout, layout, pays
 from backends.torch.buckets import Shape, ladder
 from backends.torch.choosing import Scores, seat, send_masks, wishes
@@ -32,7 +32,7 @@ from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
 from engine.model.weights import WeightSource
 from engine.resolve import graph_bytes
-from kernels_cuda.cascade import EACH, FIXED
+from kernels_cuda.cascade import COST
 from models_torch.ops import over
 
 
@@ -88,7 +88,7 @@ class TorchBackend:
         self.rank = 0 if member is None else member.rank
         self.comm = None if member is None else Comm(config.mesh, member, self.device)
         self.layout = self._layout()
-        sharing = None if self.layout is None else (0, 0) if config.cascade == "on" else (FIXED, EACH)
+        sharing = None if self.layout is None else (0, 0, 100) if config.cascade == "on" else COST
         self.limits = Limits.of(spec, config, taps=True, sharing=sharing, **choosing(config))
         self.weights: dict[str, Any] = {}
         self.version, self.ready, self.closed = 0, False, False
@@ -127,6 +127,9 @@ class TorchBackend:
                 host.run([(text, host.row(text, tokens, **drawn))])
             with self._device():
                 self._empty()
+                if not self.config.deterministic:
+                    dtype = params.DTYPES[self.config.dtype]
+                    warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
             if self.config.graphs and self.graphs is None:
                 self.capture(Graph())
         self.late.listen(self.device)

@@ -61,6 +61,9 @@ class Graph:
 
 
 def _used() -> int:
+    """Bytes of the device that are in use; what torch keeps for later is given back first."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     free, whole = torch.cuda.mem_get_info()
     return whole - free
 

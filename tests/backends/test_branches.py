@@ -194,7 +194,7 @@ def test_decisions() -> None:
     assert decide(GPU, deterministic=True)[0] == "off"
     with pytest.raises(ConfigError, match=r"backend\.torch\.cascade.*deterministic"):
         decide(GPU, deterministic=True, torch__cascade="on")
-    assert TorchBackend(SPEC, config("torch", cascade="on")).limits.sharing == (0, 0)
+    assert TorchBackend(SPEC, config("torch", cascade="on")).limits.sharing == (0, 0, 100)
     assert TorchBackend(SPEC, config("torch", cascade="auto")).limits.sharing is None, "no kernel on a CPU"
     assert layout(SPEC, config("torch", cascade="auto"), 132, True) is not None
     assert branches.FEWEST > 1

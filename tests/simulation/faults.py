@@ -138,7 +138,7 @@ FAULTS = [
         ),
         ("between two rows, what only one has with those between", "min(self._same[a + 1 : b + 1])", "self._same[b]"),
         ("what remains is not compared", "self._same[at]\n        self._meet(at)\n", "self._same[at]\n"),
-        ("a level that doesn't pay is told", "if end > begin and len(cuts) *", "if end > begin or len(cuts) *"),
+        ("a level that doesn't pay is told", "if end > begin and saves", "if end > begin or saves"),
     ),
     *faults(
         "engine.sched.seating",

@@ -45,7 +45,7 @@ class Stage:
             max_copies=keys.pop("max_copies", 8),
             max_history=keys.pop("max_history", 0),
             max_logprobs=3,
-            sharing=keys.pop("sharing", (0, 0)),
+            sharing=keys.pop("sharing", (0, 0, 100)),
         )
         self.scheduler = Scheduler(limits, **keys)
         self.toy = Toy(limits, 0, lambda slot, length: [], lambda out: self.turn == self.broken)
@@ -162,14 +162,16 @@ def what_costs_more_than_it_saves_is_left_out() -> None:
     root, branch = prompt(rng, 16), prompt(rng, 8)
     for sharing, want in (
         (None, []),
-        ((0, 0), [(0, 3, 0, 15), (0, 1, 16, 23)]),
-        ((7, 0), [(0, 3, 0, 15), (0, 1, 16, 23)]),
-        ((8, 0), [(0, 3, 0, 15)]),
-        ((0, 4), [(0, 3, 0, 15)]),
-        ((31, 0), [(0, 3, 0, 15)]),
-        ((32, 0), []),
-        ((0, 8), [(0, 1, 0, 23)]),
-        ((0, 12), []),
+        ((0, 0, 100), [(0, 3, 0, 15), (0, 1, 16, 23)]),
+        ((7, 0, 100), [(0, 3, 0, 15), (0, 1, 16, 23)]),
+        ((8, 0, 100), [(0, 3, 0, 15)]),
+        ((0, 4, 100), [(0, 3, 0, 15)]),
+        ((31, 0, 100), [(0, 3, 0, 15)]),
+        ((32, 0, 100), []),
+        ((0, 8, 100), [(0, 1, 0, 23)]),
+        ((0, 12, 100), []),
+        ((15, 0, 75), [(0, 3, 0, 15)]),
+        ((20, 0, 75), []),
     ):
         stage = Stage(sharing=sharing)
         for i in range(4):
