@@ -32,6 +32,7 @@ EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
 WEIGHTS = ("checkpoint", "dummy")
 GRAPHS = ("auto", "off")
+CASCADES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class Resolved:
     mesh: devices along each axis; devices: CPU devices that jax makes, where it runs on a CPU.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none. bundle:
     folder of a bundle of them to start from, "" = none. ready_early: ready with the smallest steps, larger ones follow.
+    cascade: "auto", "on" or "off": whether torch reads once what rows share.
     log: file that the sizes of steps are written to, "" = none. graphs: torch captures small steps on a GPU.
     """
 
@@ -86,6 +88,7 @@ class Resolved:
     stack: str = "list"
     programs: str = ""
     bundle: str = ""
+    cascade: str = "off"
     ready_early: bool = False
     log: str = ""
     graphs: bool = False
@@ -275,9 +278,12 @@ class Jax:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torch:
-    """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed; "off" runs every step call by call."""
+    """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed; "off" runs every step call by call.
+    cascade: rows whose prompts begin alike read what they share once for all: "auto" on a GPU where it pays, "on"
+    whatever it costs and on a CPU too, "off" never."""
 
     graphs: str = _key(_one_of(GRAPHS), "auto")
+    cascade: str = _key(_one_of(CASCADES), "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         ),
         _early(config, device),
         _graphs(config, spec, device, mesh),
+        _cascade(config, spec, device),
         Decision(field="log", value=config.sched.log or "", why="sched.log" if config.sched.log else "auto: none"),
     ]
     return Resolved(**{d.field: d.value for d in made}), made
@@ -517,6 +518,32 @@ def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> 
     if any(isinstance(layer.feed, Experts) for layer in spec.layers):
         return no("auto: the host waits for the router of experts")
     return Decision(field="graphs", value=True, why="auto: steps of few tokens are captured at warm-up and replayed")
+
+
+def _cascade(config: Config, spec: ModelSpec, device: Device) -> Decision:
+    """Whether torch reads once, for all rows of a group, what their prompts have in common."""
+    asked = config.backend.torch.cascade
+
+    def no(why: str) -> Decision:
+        if asked == "on":
+            raise ConfigError(f'backend.torch.cascade: can\'t be "on": {why}', field="backend.torch.cascade")
+        return Decision(field="cascade", value="off", why=f"auto: {why}")
+
+    mixers = [layer.mixer for layer in spec.layers if layer.mixer.window is None]
+    full = {mixer.q_heads // mixer.kv_heads for mixer in mixers}
+    if device.backend != "torch":
+        return Decision(field="cascade", value="off", why="only torch reads shared prefixes once for several rows")
+    if asked == "off":
+        return Decision(field="cascade", value="off", why="backend.torch.cascade")
+    if config.backend.deterministic:
+        return no("deterministic attention reduces over each row's own blocks")
+    if len(full) != 1:
+        return no(f"{len(full)} kinds of layers see all of a prompt; it must be one")
+    if asked == "on":
+        return Decision(field="cascade", value="on", why="backend.torch.cascade")
+    if device.platform != "gpu":
+        return no("a CPU gains nothing by it")
+    return Decision(field="cascade", value="auto", why="auto: where a step's rows share so much that it pays")
 
 
 def _stack(config: Config, device: Device, dtype: str, quantise: str) -> Decision:
