@@ -39,6 +39,9 @@ class Case:
     estimated. least: it is the shortest of the loops that multiply, not the longest. trips: of a loop inside of it that
     multiplies too, if there is one.
 
+    nest: for a kernel that is a grid instead: turns of the grid, and inside of each over columns and down the summed
+    dimension; and of a loop that keeps rows of what was multiplied. What is 1 is no loop. All loops count then.
+
     moved, flops: bytes and operations that the work needs, whoever does it.
     """
 
@@ -47,6 +50,7 @@ class Case:
     turns: int = 0
     least: bool = False
     trips: int = 0
+    nest: tuple[int, ...] = ()
     moved: float = 0
     flops: float = 0
 
@@ -67,8 +71,10 @@ def loops(text: str) -> list[Loop]:
     """The loops of a final schedule as the compiler prints it."""
     out: list[Loop] = []
     stack = [[0, 0, 0, 0]]
+    ended: dict[int, list[int]] = {}
 
     def close() -> None:
+        ended[len(stack) - 1] = stack[-1]
         depth, (bundles, products, copies, spills) = len(stack) - 1, stack.pop()
         out.append(Loop(depth=depth, bundles=bundles, products=products, copies=copies, spills=spills))
 
@@ -81,8 +87,15 @@ def loops(text: str) -> list[Loop]:
             close()
         if label == "LB" and depth and len(stack) - 1 == depth and stack[-1][0]:
             close()
+        if label != "LB" and len(stack) == depth and depth in ended:
+            # a bundle of a loop that holds work of the loop around it is printed as the latter's
+            while out.pop().depth != depth:
+                pass
+            stack.append(ended[depth])
         while len(stack) - 1 < depth:
             stack.append([0, 0, 0, 0])
+        for deeper in [k for k in ended if k > depth]:
+            del ended[deeper]
         stack[-1][0] += 1
         stack[-1][1] += len(re.findall(r"= vmatmul|vmatpush|vmatprep", bundle))
         stack[-1][2] += len(re.findall(r"dma\.\w+_to", bundle))
@@ -125,6 +138,12 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     text = max(folder.glob("*[0-9]-final_bundles.txt"), key=lambda f: f.stat().st_size).read_text()
     found = [loop for loop in loops(text) if loop.depth]
     row["bundles"] = sum(1 for line in text.splitlines() if re.match(r"\s*0x", line))
+    row["spills"] = len(re.findall(r"vst[^;]*_spill", text))
+    if case.nest:
+        row["schedule_cycles"] = scheduled(found, case.nest)
+        row["roofline_cycles"] = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
+        row["estimated_cycles"] = max(row["schedule_cycles"], row["roofline_cycles"])
+        return row
     multiply = [loop for loop in found if loop.products]
     if not multiply:
         return row
@@ -141,6 +160,28 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
         row["roofline_cycles"] = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
         row["estimated_cycles"] = max(row["schedule_cycles"], row["roofline_cycles"])
     return row
+
+
+def scheduled(found: list[Loop], nest: tuple[int, ...]) -> int:
+    """Cycles of all turns of a grid's loops. nest: as a Case has it.
+
+    The grid's own loop is the longest of depth 1. Of the others, one that multiplies runs in every turn of those that
+    nest has, and one that holds such a loop in every turn but of the innermost; one that does neither keeps rows, or is
+    too short to be (loops that issue copies are of 1 to 30 instructions).
+    """
+    steps, across, down, keeps = nest
+    grid = max((loop for loop in found if loop.depth == 1), key=lambda loop: loop.bundles)
+    inside = [loop for loop in found if loop.depth > 1]
+    deepest = max((loop.depth for loop in inside if loop.products), default=0)
+    cycles = grid.bundles
+    for loop in inside:
+        if loop.products and loop.depth == deepest:
+            cycles += across * down * loop.bundles
+        elif loop.depth < deepest:
+            cycles += across * loop.bundles
+        else:
+            cycles += across * keeps * loop.bundles
+    return steps * cycles
 
 
 def peer(folder: Path) -> ModuleType | None:
