@@ -66,7 +66,8 @@ def begin(form: Form, r: Refs, half: Array, size: int) -> None:
         r.query[j, :many, :] = jnp.concatenate(blocks, axis=1).astype(r.query.dtype)
         r.top[j, :many, :] = top
     lane = jax.lax.broadcasted_iota(jnp.int32, (form.products, many, LANES), 2)
-    r.sum[:, :many, :] = jnp.where(lane == 0, 1.0, 0.0)
+    # sums of large tiles are over lanes, at the end
+    r.sum[:, :many, :] = jnp.where(lane == 0, 1.0, 0.0) if form.large(size) else jnp.ones(lane.shape, jnp.float32)
     r.acc[:, :many, :] = jnp.zeros((form.products, many, r.acc.shape[2]), jnp.float32)
     if form.large(size):
         shape = form.many(size), LANES
@@ -124,7 +125,7 @@ def _small(form: Form, r: Refs, i: Array, b: Array, half: Array, part: Part) -> 
     peak = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
     p, fade = jnp.exp2(s - _wide(peak, keys)), jnp.exp2(top - peak)
     r.top[part.rows] = peak
-    r.sum[part.rows] = r.sum[part.rows] * fade + _fold(jnp.add, p)
+    r.sum[part.rows] = r.sum[part.rows] * fade + jnp.sum(p, axis=1, keepdims=True)
     o = _values(form, r, half, part, p, 0)
     r.acc[*part.rows, : o.shape[1]] = r.acc[*part.rows, : o.shape[1]] * _wide(fade, o.shape[1]) + o
 
@@ -244,7 +245,8 @@ def finish(form: Form, r: Refs, half: Array, size: int) -> None:
     many = size * rows
     head = jax.lax.broadcasted_iota(jnp.int32, (many, wide), 0) % rows // form.group
     for j in range(form.products):
-        total = jnp.sum(r.sum[j, :many, :], axis=1, keepdims=True)
+        total = r.sum[j, :many, :]
+        total = jnp.sum(total, axis=1, keepdims=True) if form.large(size) else _wide(total, wide)
         if form.unfolds(size):
             o = (r.acc[j, :many, :wide] / total).reshape(form.fold, size // form.fold, SUBLANES, wide)
             o = jnp.concatenate([o[k] for k in range(form.fold)], axis=1).reshape(many, wide)
