@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 from backends.api.ties import first_difference, near_tie
 from backends.probe import probe
 from engine.config import load
-from engine.errors import ConfigError
 from engine.model import quant
 from engine.model.checkpoint import Checkpoint
 from engine.model.params import params
@@ -34,7 +33,12 @@ from tests.tiny import SHAPES, Tiny, prompt, tiny
 
 MADE = 24
 SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))
-CASES = (("llama-grouped", "int8"), ("qwen3_moe-some-dense", "fp8"), ("mixtral-window", "int8"))
+CASES = (
+    ("llama-grouped", "int8"),
+    ("qwen3_moe-some-dense", "fp8"),
+    ("mixtral-window", "int8"),
+    ("llama-grouped", "fp8-row"),
+)
 Judge = Callable[[str, str], tuple[Tiny, Reading]]
 
 
@@ -77,7 +81,7 @@ def verdict_of(judged: tuple[Tiny, Reading], backend: str, **more: Any) -> Verdi
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES)
-@pytest.mark.parametrize("backend", ["jax", "reference"])
+@pytest.mark.parametrize("backend", ["jax", "torch", "reference"])
 def test_is_transformers_with_what_the_numbers_stand_for(judge: Judge, backend: str, shape: str, kind: str) -> None:
     """Layer by layer, then greedy tokens. Mixtral is scanned on jax: the form that TPUs run."""
     scan = {"backend.jax.stack": "scan"} if (backend, shape) == ("jax", "mixtral-window") else {}
@@ -104,23 +108,20 @@ def test_a_wrong_scale_shows(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> N
     assert verdict.first == "layers.0.attention"
 
 
-def test_memory_counts_it_and_torch_refuses(judge: Judge) -> None:
+def test_memory_counts_it(judge: Judge) -> None:
     model, _ = judge("llama-grouped", "int8")
     spec, sizes = spec_of(model), {}
-    for backend, kind in (("jax", "none"), ("jax", "int8"), ("reference", "int8"), ("torch", "int8")):
+    cases = (("jax", "none"), ("jax", "int8"), ("torch", "int8"), ("torch", "fp8"), ("reference", "int8"))
+    for backend, kind in cases:
         config = load(None, {"model": str(model.path), "backend": backend, "model.quantise": kind})
-        device = probe(backend, "cpu")
-        if backend == "torch":
-            with pytest.raises(ConfigError, match=r"model\.quantise: not built in the torch backend yet"):
-                resolve(config, spec, device)
-            continue
-        resolved, decisions = resolve(config, spec, device)
+        resolved, decisions = resolve(config, spec, probe(backend, "cpu"))
         sizes[backend, kind] = plan_memory(spec, resolved).weights
         assert next(d for d in decisions if d.field == "quantise").why.startswith("model.quantise")
         with opened(model, backend, **{"model.quantise": kind}) as opened_backend:
-            if backend == "jax":
+            if backend != "reference":
                 assert opened_backend.status().memory["weights"] == sizes[backend, kind]
     assert sizes["reference", "int8"] == sizes["jax", "none"] > 1.5 * sizes["jax", "int8"]
+    assert sizes["torch", "int8"] == sizes["jax", "int8"]
 
 
 @pytest.mark.parametrize(
