@@ -11,20 +11,18 @@ from engine.config import Resolved
 from engine.mesh import share
 from engine.model.spec import ModelSpec
 from kernels_cuda import build, cases
-from kernels_cuda.attention import PART, PARTS, supports
+from kernels_cuda.attention import FEW, PART, splits, supports
 
 
 def kernels(spec: ModelSpec, config: Resolved, arch: str) -> list[cases.Case]:
-    """Of every kind of layer: rows of one token and tiles of prompts, with the keys in every number of parts that a
-    step may have; each once. Empty where no kernel is for the model: it runs in plain torch."""
+    """Of every kind of layer: rows of one token or a few and tiles of prompts, with the keys in every number of parts
+    that a step may have; each once. Empty where no kernel is for the model: it runs in plain torch."""
     dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
-    parts, found = 1, dict[Any, cases.Case]()
-    counts = [1]
-    while parts < PARTS and parts * PART < config.max_len:
-        parts *= 2
-        counts.append(parts)
+    lengths = (PART << i for i in range(((config.max_len - 1) // PART).bit_length() + 1))
+    parts = sorted({splits(1, length, 1 << 20) for length in lengths})  # of a device with no end of processors
+    found = dict[Any, cases.Case]()
     for layer in kinds(spec, config):
-        for case in cases.attention(layer, dtype, store, arch, (1, 0), tuple(counts)):
+        for case in cases.attention(layer, dtype, store, arch, (1, FEW, 0), tuple(parts)):
             found.setdefault(case.key, case)
     return list(found.values())
 
