@@ -31,6 +31,7 @@ POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
 WEIGHTS = ("checkpoint", "dummy")
+GRAPHS = ("auto", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ class Resolved:
     mesh: devices along each axis; devices: CPU devices that jax makes, where it runs on a CPU.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none. bundle:
     folder of a bundle of them to start from, "" = none. ready_early: ready with the smallest steps, larger ones follow.
-    log: file that the sizes of steps are written to, "" = none.
+    log: file that the sizes of steps are written to, "" = none. graphs: torch captures small steps on a GPU.
     """
 
     backend: str
@@ -87,6 +88,7 @@ class Resolved:
     bundle: str = ""
     ready_early: bool = False
     log: str = ""
+    graphs: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -273,7 +275,9 @@ class Jax:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torch:
-    """The torch backend has no keys of its own yet."""
+    """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed; "off" runs every step call by call."""
+
+    graphs: str = _key(_one_of(GRAPHS), "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

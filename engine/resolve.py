@@ -14,7 +14,7 @@ from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
 from engine.model.narrow import stored_as
 from engine.model.params import params
 from engine.model.quant import BY, local_bytes
-from engine.model.spec import EIGHT, ModelSpec, eight
+from engine.model.spec import EIGHT, Experts, ModelSpec, eight
 
 GIB = 1 << 30
 SHARE = {"cpu": 0.25, "gpu": 0.85, "tpu": 0.85}
@@ -33,6 +33,8 @@ STEP = {
 """Platform -> slots, tokens of a step, and the sizes below it that steps are padded to. Each size is a program that jax
 compiles before it is ready: some 5 s of a CPU's time each."""
 
+CAPTURED = (512, 256 << 20, 16 << 20)
+"""Tokens of the largest step that is captured; bytes that captures take of their own, in all and for each layer."""
 COPIED = ("TPU7x",)
 """Kinds of TPUs that copy stacked bfloat16 weights (docs/decisions/0017-compiled-without-the-chip.md)."""
 
@@ -65,15 +67,17 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on one device: weights, the cache of each group, and the counts of penalties."""
+    """Bytes on one device: weights, the cache of each group, the counts of penalties, and what captured steps take at
+    most."""
 
     weights: int
     cache: tuple[int, ...]
     counts: int
+    graphs: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + sum(self.cache) + self.counts
+        return self.weights + sum(self.cache) + self.counts + self.graphs
 
 
 def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, list[Decision]]:
@@ -125,6 +129,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
             why="backend.jax.bundle" if config.backend.jax.bundle else "auto: programs are compiled",
         ),
         _early(config, device),
+        _graphs(config, spec, device, mesh),
         Decision(field="log", value=config.sched.log or "", why="sched.log" if config.sched.log else "auto: none"),
     ]
     return Resolved(**{d.field: d.value for d in made}), made
@@ -155,7 +160,22 @@ def plan_memory(spec: ModelSpec, resolved: Resolved) -> Memory:
         weights=weight_bytes(eight(spec, resolved.cache_dtype), resolved.dtype, resolved.mesh, quantise),
         cache=tuple(n * g.page_bytes(resolved.cache_dtype) for n, g in zip(resolved.pages, groups, strict=True)),
         counts=count_bytes(spec, resolved.penalties, resolved.slots),
+        graphs=graph_bytes(spec, resolved),
     )
+
+
+def graph_bytes(spec: ModelSpec, resolved: Resolved) -> int:
+    """What captured steps may take of a device: logits twice, what stands between the operations of the largest, and
+    each capture's own. Capturing stops there."""
+    if not resolved.graphs:
+        return 0
+    tokens = max(CAPTURED[0], resolved.max_rows)
+    width = max(
+        6 * spec.hidden + layer.mixer.head_dim * (layer.mixer.q_heads + 2 * layer.mixer.kv_heads) + 3 * layer.feed.size
+        for layer in spec.layers
+    )
+    between = 4 * tokens * width * ITEMSIZE[resolved.dtype]
+    return 8 * resolved.max_rows * spec.vocab + between + CAPTURED[1] + CAPTURED[2] * len(spec.layers)
 
 
 def check_mesh(mesh: MeshSpec, spec: ModelSpec, device: Device) -> None:
@@ -461,6 +481,25 @@ def _early(config: Config, device: Device) -> Decision:
     if asked and device.backend != "jax":
         return Decision(field="ready_early", value=False, why=f"{device.backend} compiles no programs ahead")
     return Decision(field="ready_early", value=asked, why="sched.ready_early")
+
+
+def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> Decision:
+    """Whether torch captures small steps."""
+
+    def no(why: str) -> Decision:
+        return Decision(field="graphs", value=False, why=why)
+
+    if (device.backend, device.platform) != ("torch", "gpu"):
+        return no("only torch on a GPU has graphs to capture")
+    if config.backend.torch.graphs == "off":
+        return no("backend.torch.graphs")
+    if config.backend.deterministic:
+        return no("auto: deterministic steps choose row by row, call by call")
+    if mesh.size > 1:
+        return no("auto: steps over several devices are run call by call")
+    if any(isinstance(layer.feed, Experts) for layer in spec.layers):
+        return no("auto: the host waits for the router of experts")
+    return Decision(field="graphs", value=True, why="auto: steps of few tokens are captured at warm-up and replayed")
 
 
 def _stack(config: Config, device: Device, dtype: str, quantise: str) -> Decision:

@@ -11,7 +11,5 @@ from models_jax import ops
 
 def mlp(m: Mlp, p: Mapping[str, Any], x: ops.Array) -> ops.Array:
     """x [T, hidden] -> [T, hidden]."""
-    act = ops.silu if m.act == "silu" else ops.gelu_tanh
-    h = act(ops.linear(x, p["gate"], p.get("gate_bias"))) * ops.linear(x, p["up"], p.get("up_bias"))
-    y = ops.psum(ops.linear(h, p["down"], None), "ffn")
+    y = ops.psum(ops.linear(ops.gated(x, p, m.act), p["down"], None), "ffn")
     return y + p["down_bias"] if m.bias else y

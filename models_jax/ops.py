@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -20,6 +21,8 @@ from models_jax.turned import Turned
 Array: TypeAlias = jax.Array
 Matrix: TypeAlias = jax.Array | Turned | Quantised
 """A weight that is multiplied with."""
+Stream: TypeAlias = jax.Array
+"""What runs through the layers."""
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
@@ -75,6 +78,23 @@ def merge(o: Array, w: Matrix) -> Array:
     if isinstance(w, Quantised):
         return contract(o.reshape(o.shape[0], -1), w)
     return contract(o.reshape(o.shape[0], -1), w.reshape(w.shape[0], -1))
+
+
+def qkv(x: Array, p: Mapping[str, Any], head_dim: int) -> tuple[Array, Array, Array]:
+    """x [T, hidden] -> q, k, v [T, heads, head_dim] each, by the matrices and biases of those names in p."""
+    q, k, v = (heads(x, p[name], p.get(f"{name}_bias")) for name in ("q", "k", "v"))
+    return q, k, v
+
+
+def gated(x: Array, p: Mapping[str, Any], act: str) -> Array:
+    """act(gate(x)) * up(x), by the matrices and biases of those names in p: x [T, hidden] -> [T, ffn]."""
+    turn = silu if act == "silu" else gelu_tanh
+    return turn(linear(x, p["gate"], p.get("gate_bias"))) * linear(x, p["up"], p.get("up_bias"))
+
+
+def add(x: Stream, y: Array) -> Stream:
+    """x + y, both [T, hidden]."""
+    return x + y
 
 
 def rms_norm(x: Array, w: Array, eps: float, kind: Norm = "plain") -> Array:

@@ -1,4 +1,4 @@
-"""The attention mixer: projections and rope here, the cache and the softmax behind `attend`."""
+"""The attention mixer: projections here; rope, the cache and the softmax behind `attend`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ Angles: TypeAlias = Mapping[Rope, tuple[ops.Array, ops.Array]]
 
 
 class Attend(Protocol):
-    """Writes k and v of this step to the cache and attends over it.
+    """Rotates q and k (`ops.rotate`), writes k and v of this step to the cache and attends over it.
 
     q [T, q_heads, head_dim], k and v [T, kv_heads, head_dim], local heads -> ([T, q_heads, head_dim], cache).
     sinks [q_heads]: where the layer has them. scales: where the cache has 8 bits, what keys and values that are read of
-    it are multiplied by, float32[2, kv_heads], and the inverses of that, for what is written.
+    it are multiplied by, float32[2, kv_heads], and the inverses of that, for what is written. turn: what rotates, as
+    `ops.angles` gives it; None: nothing does.
     """
 
     def __call__(
@@ -29,6 +30,7 @@ class Attend(Protocol):
         place: stack.Place,
         sinks: ops.Array | None = None,
         scales: tuple[ops.Array, ops.Array] | None = None,
+        turn: tuple[ops.Array, ops.Array] | None = None,
     ) -> tuple[ops.Array, Any]: ...
 
 
@@ -43,16 +45,12 @@ def attention(
     place: stack.Place,
 ) -> tuple[ops.Array, Any]:
     """x [T, hidden] -> ([T, hidden], cache). norm: the model's RMSNorm, of x by a weight."""
-    q = ops.heads(x, p["q"], p.get("q_bias"))
-    k = ops.heads(x, p["k"], p.get("k_bias"))
-    v = ops.heads(x, p["v"], p.get("v_bias"))
+    q, k, v = ops.qkv(x, p, a.head_dim)
     if a.qk_norm:
         q = norm(q, p["q_norm"])
         k = norm(k, p["k_norm"])
-    if a.rope is not None:
-        q = ops.rotate(q, *angles[a.rope])
-        k = ops.rotate(k, *angles[a.rope])
     scales = (p["scales"], p["inverses"]) if a.scaled else None
-    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), scales=scales)
+    turn = None if a.rope is None else angles[a.rope]
+    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), scales=scales, turn=turn)
     y = ops.psum(ops.merge(o, p["out"]), "q_heads")
     return (y + p["out_bias"] if a.out_bias else y), cache

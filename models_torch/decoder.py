@@ -34,7 +34,7 @@ def forward(
     ropes = {layer.mixer.rope for layer in spec.layers} - {None}
     angles = {r: ops.angles(r.frequencies(), r.magnitude, positions, x.dtype) for r in ropes if r is not None}
 
-    def body(layer: Layer, p: Mapping[str, Any], x: ops.Array, cache: Any, place: stack.Place) -> stack.Step:
+    def body(layer: Layer, p: Mapping[str, Any], x: ops.Stream, cache: Any, place: stack.Place) -> stack.Step:
         return block(spec, layer, p, x, angles, attend, cache, place)
 
     x, cache, inner = stack.run(spec, params["layers"], x, cache, body, taps)
@@ -47,7 +47,7 @@ def block(
     spec: ModelSpec,
     layer: Layer,
     p: Mapping[str, Any],
-    x: ops.Array,
+    x: ops.Stream,
     angles: Angles,
     attend: Attend,
     cache: Any,
@@ -55,19 +55,19 @@ def block(
 ) -> stack.Step:
     """One pre-norm layer on x [T, hidden]. Returns the new stream, the cache and the layer's inner values."""
 
-    def norm(x: ops.Array, w: ops.Array) -> ops.Array:
+    def norm(x: ops.Stream, w: ops.Array) -> ops.Array:
         return ops.rms_norm(x, w, spec.norm_eps, spec.norm)
 
     h = norm(x, p["attention_norm"])
     mixed, cache = attention(layer.mixer, norm, p["attention"], h, angles, attend, cache, place)
-    x = x + (norm(mixed, p["attention_out_norm"]) if layer.sandwich else mixed)
+    x = ops.add(x, norm(mixed, p["attention_out_norm"]) if layer.sandwich else mixed)
     h = norm(x, p["mlp_norm"])
     inner = {".attention": mixed}
     if isinstance(layer.feed, Experts):
         fed, inner[".routing"] = moe(layer.feed, p["moe"], h)
     else:
         fed = mlp(layer.feed, p["mlp"], h)
-    x = x + (norm(fed, p["mlp_out_norm"]) if layer.sandwich else fed)
+    x = ops.add(x, norm(fed, p["mlp_out_norm"]) if layer.sandwich else fed)
     return x, cache, inner | {".mlp": fed, "": x}
 
 

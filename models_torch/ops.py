@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +24,40 @@ from models_torch.quantised import Quantised
 Array: TypeAlias = torch.Tensor
 Matrix: TypeAlias = torch.Tensor | Packed | Quantised
 """A weight that is multiplied with."""
+
+
+@dataclass(slots=True)
+class Sum:
+    """x + y, both [T, hidden], that is made by the norm that reads it next, in one pass. value: once it is made."""
+
+    x: Array
+    y: Array
+    value: Array | None = None
+
+
+Stream: TypeAlias = torch.Tensor | Sum
+"""What runs through the layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """Matrices of one input, one below the other [sum(sizes), in], multiplied at once. bias [sum(sizes)] or None."""
+
+    body: Array | Quantised
+    sizes: tuple[int, ...]
+    bias: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.body.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@cache
+def kernel(name: str, device: str) -> Any:
+    """The module of kernels_cuda on a kind of device, None where plain torch computes: on CPUs, and without triton."""
+    if device != "cuda" or find_spec("triton") is None:
+        return None
+    return import_module(f"kernels_cuda.{name}")
 
 
 class Comm(Protocol):
@@ -53,7 +90,34 @@ def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
     if isinstance(w, Packed | Quantised):
         y = w.multiply(x)
         return y if bias is None else y.add_(bias)
+    row = kernel("row", x.device.type)
+    if row is not None and not row.supports(x, w):
+        y = row.row_times(x, w)
+        return y if bias is None else y.add_(bias)
     return F.linear(x, w, bias)
+
+
+def qkv(x: Array, p: Mapping[str, Any], head_dim: int) -> tuple[Array, Array, Array]:
+    """x [T, hidden] -> q, k, v [T, heads, head_dim] each, by the matrices and biases of those names in p. Joined ones
+    are one product, whose parts keep their distances."""
+    joined = p.get("qkv")
+    if joined is None:
+        return tuple(heads(x, p[name], p.get(f"{name}_bias")) for name in ("q", "k", "v"))  # type: ignore[return-value]
+    parts = linear(x, joined.body, joined.bias).split(joined.sizes, 1)
+    return tuple(part.unflatten(1, (-1, head_dim)) for part in parts)  # type: ignore[return-value]
+
+
+def gated(x: Array, p: Mapping[str, Any], act: str) -> Array:
+    """act(gate(x)) * up(x), by the matrices and biases of those names in p: x [T, hidden] -> [T, ffn]."""
+    joined = p.get("gate_up")
+    if joined is None:
+        gate, up = linear(x, p["gate"], p.get("gate_bias")), linear(x, p["up"], p.get("up_bias"))
+    else:
+        gate, up = linear(x, joined.body, joined.bias).split(joined.sizes, 1)
+    fused = kernel("gated", x.device.type)
+    if fused is not None and not fused.supports(gate, up, act):
+        return fused.gated(gate, up, act)  # type: ignore[no-any-return]
+    return (silu if act == "silu" else gelu_tanh)(gate) * up
 
 
 def heads(x: Array, w: Matrix, bias: Array | None) -> Array:
@@ -73,11 +137,34 @@ def _number(value: float, device: torch.device) -> Array:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def rms_norm(x: Array, w: Array, eps: float, kind: Norm = "plain") -> Array:
+def add(x: Stream, y: Array) -> Stream:
+    """x + y, both [T, hidden]. Where a kernel adds and norms in one pass, this waits for the norm."""
+    first = whole(x)
+    fused = kernel("norm", y.device.type)
+    return first + y if fused is None or fused.supports(first, y) else Sum(first, y)
+
+
+def whole(x: Stream) -> Array:
+    """The stream as an array."""
+    if not isinstance(x, Sum):
+        return x
+    if x.value is None:
+        x.value = x.x + x.y
+    return x.value
+
+
+def rms_norm(x: Stream, w: Array, eps: float, kind: Norm = "plain") -> Array:
     """Over the last dimension, in float32.
 
     In fewer operations than torch's own, which on a CPU takes three times as long for one row.
     """
+    if isinstance(x, Sum) and x.value is None:
+        x.value, normed = kernel("norm", x.x.device.type).add_norm(x.x, x.y, w, eps, kind)
+        return normed  # type: ignore[no-any-return]
+    x = whole(x)
+    fused = kernel("norm", x.device.type)
+    if fused is not None and not fused.supports(x):
+        return fused.add_norm(x, None, w, eps, kind)[1]  # type: ignore[no-any-return]
     h = x.float()
     size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     scale = torch.addcmul(_number(eps, x.device), size, size, value=1 / x.shape[-1]).rsqrt_()
@@ -157,9 +244,24 @@ def _look_up(tokens: Array, w: torch.Tensor | Packed) -> Array:
     return w.look_up(tokens) if isinstance(w, Packed) else F.embedding(tokens, w)
 
 
-def unembed(x: Array, w: Matrix) -> Array:
-    """x [R, hidden], w [vocab, hidden] -> float32[R, vocab]."""
-    return linear(x, w, None).float()
+def unembed(x: Array, w: Matrix, out: Array | None = None) -> Array:
+    """x [R, hidden], w [vocab, hidden] -> float32[R, vocab]; put into `out` where one is given."""
+    y: Array
+    if isinstance(w, Packed) or x.device.type != "cuda" or x.dtype != w.dtype or x.dtype == torch.float32:
+        y = linear(x, w, None).float()
+        return y if out is None else out.copy_(y)
+    row = kernel("row", x.device.type)
+    if row is not None and not row.supports(x, w):
+        return row.row_times(x, w, torch.float32, out)  # type: ignore[no-any-return]
+    if torch.version.hip:
+        y = linear(x, w, None).float()
+        return y if out is None else out.copy_(y)
+    # as it is summed: not rounded, and not read once more
+    return (
+        torch.mm(x, w.t(), out_dtype=torch.float32)
+        if out is None
+        else torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
+    )
 
 
 def psum(x: Array, axis: str) -> Array:

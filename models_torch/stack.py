@@ -9,13 +9,14 @@ import torch
 
 from engine.model.groups import Place, places
 from engine.model.spec import Layer, ModelSpec
+from models_torch.ops import Stream, whole
 
-Step: TypeAlias = tuple[torch.Tensor, Any, dict[str, torch.Tensor]]
-Body: TypeAlias = Callable[[Layer, Mapping[str, Any], torch.Tensor, Any, Place], Step]
+Step: TypeAlias = tuple[Stream, Any, dict[str, Any]]
+Body: TypeAlias = Callable[[Layer, Mapping[str, Any], Stream, Any, Place], Step]
 
 
 def run(
-    spec: ModelSpec, layers: Sequence[Mapping[str, Any]], x: torch.Tensor, cache: Any, body: Body, taps: Sequence[str]
+    spec: ModelSpec, layers: Sequence[Mapping[str, Any]], x: Stream, cache: Any, body: Body, taps: Sequence[str]
 ) -> Step:
     """All layers, in order."""
     at = places(spec)
@@ -23,5 +24,5 @@ def run(
     for i, p in enumerate(layers):
         x, cache, inner = body(spec.layers[i], p, x, cache, at[i])
         if taps:
-            found |= {f"layers.{i}{k}": v for k, v in inner.items() if f"layers.{i}{k}" in taps}
+            found |= {f"layers.{i}{k}": whole(v) for k, v in inner.items() if f"layers.{i}{k}" in taps}
     return x, cache, found

@@ -27,7 +27,7 @@ from engine.model.spec import Attention
 from kernels_pallas import attention, kv_write
 from kernels_pallas import blocks as sizes
 from kernels_pallas.chip import Chip, chip
-from models_jax.ops import precision
+from models_jax.ops import precision, rotate
 
 BLOCK = 128
 """Positions of the cache that one turn of a loop reads."""
@@ -155,9 +155,12 @@ class Attend:
         place: Place,
         sinks: Array | None = None,
         scales: Scales = None,
+        turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         g = place.group
         kernel, _ = choose(a, self.config)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
         o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view, scales)
         return o, (*cache[:g], one, *cache[g + 1 :])
 

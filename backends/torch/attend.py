@@ -1,20 +1,29 @@
-"""Paged attention in plain torch: gather what a bunch of rows may see, then one dense attention over it."""
+"""Attention of a step: kernels over pages on a GPU, or plain torch: gather what a bunch of rows may see, then one dense
+attention over it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional as F
 
 from backends.api.limits import Limits
+from backends.torch.buckets import Shape
+from backends.torch.caches import DTYPES as HELD
 from backends.torch.caches import Caches, narrow, put, take, widen
 from backends.torch.inputs import Batch
+from backends.torch.params import DTYPES
 from engine.config import Resolved
 from engine.model.groups import Place
 from engine.model.spec import Attention
+from kernels_cuda import attention as gpu
+from models_torch import ops
 
 Array: TypeAlias = torch.Tensor
 Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | None], Array]
@@ -22,17 +31,39 @@ Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | Non
 [B, Q, q_heads, D]."""
 
 
-def choose(a: Attention, config: Resolved) -> tuple[Kernel, str]:
-    """The kernel for a layer, and why."""
-    what = f"head {a.head_dim}, {config.cache_dtype} cache"
+@lru_cache(maxsize=1)
+def machine() -> tuple[str, str, bool]:
+    """cuda or hip, the architecture of its device, and whether Triton is installed."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return "hip" if torch.version.hip else "cuda", gpu.arch_of(device), find_spec("triton") is not None
+
+
+def choose(a: Attention, config: Resolved) -> tuple[str, str]:
+    """The kernel for a layer, and why: "triton", or a name of KERNELS."""
+    why, what = "no GPU", f"head {a.head_dim}, {config.cache_dtype} cache"
+    if config.platform == "gpu":
+        platform, arch, installed = machine()
+        dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
+        group = a.q_heads // a.kv_heads
+        name, why = gpu.choose(
+            platform=platform,
+            arch=arch,
+            triton=installed,
+            head_dim=a.head_dim,
+            group=group,
+            dtype=dtype,
+            store=store,
+        )
+        if name == "triton":
+            return name, why
     if a.cap is not None or a.sinks:
         odd = "a soft cap" if a.cap is not None else "sinks"
-        return explicit, f"matmul and softmax over gathered pages, {what}: fused kernels have no {odd}"
+        return "explicit", f"matmul and softmax over gathered pages, {what}: fused kernels have no {odd}"
     if config.platform == "cpu":
-        return fused, f"torch's fused CPU attention over gathered pages, {what}"
+        return "fused", f"torch's fused CPU attention over gathered pages, {what}"
     if config.dtype == "float32":
-        return explicit, f"matmul and softmax over gathered pages, {what}: fused kernels round float32 on this device"
-    return spread, f"torch's fused attention over gathered pages, {what}: no paged kernel is built for torch yet"
+        return "explicit", f"matmul and softmax over gathered pages, {what}: {why}; fused kernels round float32 here"
+    return "spread", f"torch's fused attention over gathered pages, {what}: {why}"
 
 
 def fused(a: Attention, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None) -> Array:
@@ -70,6 +101,10 @@ def spread(a: Attention, q: Array, k: Array, v: Array, mask: Array, sinks: Array
     return fused(a, q, k, v, mask, sinks)
 
 
+KERNELS: Mapping[str, Kernel] = {"fused": fused, "explicit": explicit, "spread": spread}
+"""Of gathered pages, by name."""
+
+
 class Sight(NamedTuple):
     """What a bunch of rows sees of a cache group. read int64[B*L]: entries of the cache; mask [B, 1, Q, L]."""
 
@@ -77,47 +112,75 @@ class Sight(NamedTuple):
     mask: Array
 
 
-class View(NamedTuple):
-    """A cache group as a step sees it. write int64[T]: entries that the new keys and values go to."""
+def write(
+    q: Array,
+    k: Array,
+    v: Array,
+    turn: tuple[Array, Array] | None,
+    to: Array,
+    store: Array,
+    inverses: Array | None = None,
+    padded: bool = False,
+) -> Array:
+    """q [T, q_heads, head_dim] rotated by `turn`, side by side; k, rotated too, and v [T, kv_heads, head_dim] go to
+    entries `to` of the store. inverses: of the scales of a store of 8 bits. padded: some entries may be -1, none."""
+    fused = ops.kernel("rope_write", q.device.type)
+    if fused is not None and not fused.supports(q, k, v, store, 0 if turn is None else turn[0].shape[-1]):
+        return fused.rope_write(q, k, v, turn, to, store)  # type: ignore[no-any-return]
+    if turn is not None:
+        q, k = ops.rotate(q, *turn), ops.rotate(k, *turn)
+    kv = torch.stack((k, v), 1)
+    if padded:  # the last entry stays zero: what has no entry is written there as nothing
+        kv.masked_fill_((to < 0)[:, None, None, None], 0)
+        to = torch.where(to < 0, store.shape[0] - 1, to)
+    put(store, to, narrow(kv, store.dtype, inverses))
+    return q.contiguous()
 
-    write: Array
-    sights: tuple[Sight, ...]
+
+def aim(batch: Batch, table: Array, g: int, positions: Array, page: int) -> Array:
+    """int64[T]: entries that the new keys and values of cache group g go to, -1 of padding. table [R, width]: of the
+    step's rows."""
+    at, width = positions - batch.base[g][batch.row], table.shape[1]
+    entry = batch.row * width + (at // page).clamp_(0, width - 1)
+    to = table.view(-1)[entry] * page + at % page
+    return to if batch.shape is None else torch.where(batch.offset >= 0, to, -1)
 
 
-def locate(
-    batch: Batch, caches: Caches, before: Array, positions: Array, limits: Limits, dtype: torch.dtype
-) -> list[View]:
-    """The cache groups as this step sees them. before int64[R]: lengths before the step; positions int64[T]."""
-    out = []
-    for g, (group, width) in enumerate(zip(limits.groups, limits.max_row_pages, strict=True)):
-        page, base = group.page, batch.base[g]
-        table = caches.tables[g].index_select(0, batch.slots)
-        place = positions - base[batch.row]
-        entry = batch.row * width + (place // page).clamp_(0, width - 1)
-        write = table.view(-1)[entry] * page + place % page
-        void, step = caches.groups[g].shape[1] - 1, torch.arange(page, device=base.device)
-        sights = []
-        for bunch in batch.order.bunches:
-            rows, length = bunch.rows, bunch.reach[g] * page
-            cell = (table[rows, : bunch.reach[g], None] * page + step).view(-1, length)
-            at = base[rows, None] + torch.arange(length, device=base.device)
-            start, query = before[rows, None], positions[bunch.tokens].view(-1, bunch.queries, 1)
-            written, seen = at < start + bunch.queries, at[:, None] <= query
-            if group.window:
-                written &= at > start - group.window
-                seen &= at[:, None] > query - group.window
-            read = torch.where(written, cell, void).view(-1)
-            mask = torch.where(seen, 0.0, -math.inf).to(dtype)
-            sights.append(Sight(read, mask[:, None]))
-        out.append(View(write, tuple(sights)))
-    return out
+def look(
+    batch: Batch, table: Array, g: int, before: Array, positions: Array, limits: Limits, void: int, dtype: torch.dtype
+) -> tuple[Sight, ...]:
+    """Cache group g as each bunch sees it. void: the entry that is read for what is not seen."""
+    group, base = limits.groups[g], batch.base[g]
+    page, out = group.page, []
+    step = torch.arange(page, device=base.device)
+    for bunch in batch.order.bunches:
+        rows, length = bunch.rows, bunch.reach[g] * page
+        cell = (table[rows, : bunch.reach[g], None] * page + step).view(-1, length)
+        at = base[rows, None] + torch.arange(length, device=base.device)
+        start, query = before[rows, None], positions[bunch.tokens].view(-1, bunch.queries, 1)
+        written, seen = at < start + bunch.queries, at[:, None] <= query
+        if group.window:
+            written &= at > start - group.window
+            seen &= at[:, None] > query - group.window
+        read = torch.where(written, cell, void).view(-1)
+        mask = torch.where(seen, 0.0, -math.inf).to(dtype)
+        out.append(Sight(read, mask[:, None]))
+    return tuple(out)
 
 
 class Attend:
-    """The `attend` of models_torch: the caches are changed in place."""
+    """The `attend` of models_torch: the caches are changed in place. before int64[R]: lengths before the step;
+    positions int64[T]. What a cache group is to a kind of kernel is found when a layer first asks."""
 
-    def __init__(self, config: Resolved, batch: Batch, views: list[View]) -> None:
-        self.config, self.bunches, self.views = config, batch.order.bunches, views
+    def __init__(
+        self, config: Resolved, batch: Batch, caches: Caches, before: Array, positions: Array, limits: Limits
+    ) -> None:
+        self.config, self.batch, self.limits = config, batch, limits
+        self.before, self.positions = before, positions
+        self.tables = [table.index_select(0, batch.slots) for table in caches.tables]
+        self.write = [aim(batch, table, g, positions, limits.groups[g].page) for g, table in enumerate(self.tables)]
+        self.sights: dict[int, tuple[Sight, ...]] = {}
+        self.rows: dict[int, tuple[gpu.Rows, gpu.Plan]] = {}
 
     def __call__(
         self,
@@ -129,15 +192,65 @@ class Attend:
         place: Place,
         sinks: Array | None = None,
         scales: tuple[Array, Array] | None = None,
+        turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
-        kernel, _ = choose(a, self.config)
-        store, view = cache.groups[place.group][place.rank], self.views[place.group]
+        name, _ = choose(a, self.config)
+        store = cache.groups[place.group][place.rank]
         by, written = scales or (None, None)
-        put(store, view.write, narrow(torch.stack((k, v), 1), store.dtype, written))
+        q = write(q, k, v, turn, self.write[place.group], store, written, self.batch.shape is not None)
+        if name == "triton":
+            return self._paged(a, q, store, place.group, sinks, by), cache
+        return self._gathered(KERNELS[name], a, q, store, place.group, sinks, by), cache
+
+    def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None) -> Array:
+        group = self.limits.groups[g]
+        if g not in self.rows:
+            self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
+        rows, plan = self.rows[g]
+        plain = group.window is None and a.cap is None and sinks is None
+        if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
+            return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
+        return gpu.attention(
+            q, store, rows, plan, page=group.page, scale=a.scale, window=group.window, cap=a.cap, sinks=sinks, scales=by
+        )
+
+    def _gathered(
+        self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None
+    ) -> Array:
+        if g not in self.sights:
+            dtype = DTYPES[self.config.dtype]
+            self.sights[g] = look(
+                self.batch, self.tables[g], g, self.before, self.positions, self.limits, len(store) - 1, dtype
+            )
         parts = []
-        for bunch, sight in zip(self.bunches, view.sights, strict=True):
+        for bunch, sight in zip(self.batch.order.bunches, self.sights[g], strict=True):
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
             kv = widen(take(store, sight.read).view(query.shape[0], -1, *store.shape[1:]), q.dtype, by)
             o = kernel(a, query, kv[:, :, 0], kv[:, :, 1], sight.mask, sinks)
             parts.append(o.reshape(-1, *q.shape[1:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts), cache
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def tell(batch: Batch, table: Array, g: int, before: Array, limits: Limits) -> tuple[gpu.Rows, gpu.Plan]:
+    """Cache group g as kernels over pages want it. table [R, width]: of the step's rows."""
+    rows = gpu.Rows(batch.first.int(), before.int(), batch.base[g].int(), table.int())
+    sms = processors(before.device)
+    if batch.shape is not None:  # a plan for every step of the shape
+        return rows, plan(batch.shape, limits.max_len, sms)
+    bunches = batch.order.bunches
+    lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
+    reach = max(b.reach[g] for b in bunches) * limits.groups[g].page
+    made = gpu.plan(lens, reach, sms=sms, fresh=batch.order.fresh)
+    return rows, made if made.few == 1 else replace(made, few=gpu.FEW)  # one kernel for all short rows of several
+
+
+def plan(shape: Shape, reach: int, sms: int) -> gpu.Plan:
+    """Of every step that is padded to a shape: rows of one token, or of any. What padding gets is not looked at."""
+    short = shape.rows if shape.even else 0
+    return replace(gpu.plan((), reach, sms=sms, rows=shape.rows, tokens=shape.tokens), short=short, padded=False)
+
+
+@lru_cache(maxsize=8)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 of a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

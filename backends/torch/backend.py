@@ -1,12 +1,12 @@
-"""The torch backend: eager steps on a CPU, or on an NVIDIA or AMD GPU."""
+"""The torch backend: steps on a CPU, or on an NVIDIA or AMD GPU, where small ones are replayed (graphs.py)."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,16 +18,20 @@ from backends.api.check import check_masks, check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Member, Status
 from backends.api.seats import Asks, Scored, Seats, deal, scored
-from backends.api.step import F32, I32, NONFINITE, OK, U32, Logprobs, ScheduleStep, StepResult, Ticket
-from backends.torch import caches, mesh, params, step
-from backends.torch.choosing import Scores, send_masks
+from backends.api.step import F32, I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
+from backends.torch import caches, joined, mesh, params, step, warmup
+from backends.torch.buckets import Shape, ladder
+from backends.torch.choosing import Scores, seat, send_masks, wishes
 from backends.torch.comm import Comm
-from backends.torch.inputs import Order, pack
+from backends.torch.graphs import Graph, Graphs, Recorder
+from backends.torch.inputs import Batch, Order, pack
+from backends.torch.late import Late
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.scales import calibrated
 from engine.model.spec import ModelSpec, eight
 from engine.model.weights import WeightSource
+from engine.resolve import graph_bytes
 from models_torch.ops import over
 
 
@@ -60,6 +64,8 @@ class Waiting:
     asked: Scored | None
     version: int
     started: Any
+    order: Order
+    shape: Shape | None = None
 
 
 class TorchBackend:
@@ -83,6 +89,8 @@ class TorchBackend:
         self.limits = Limits.of(spec, config, taps=True, **choosing(config))
         self.weights: dict[str, Any] = {}
         self.version, self.ready, self.closed = 0, False, False
+        self.graphs: Graphs | None = None
+        self.late = Late()
         self.caches: Any = None
         self.seats = Seats(self.limits.slots)
         self.waiting: Waiting | None = None
@@ -94,13 +102,21 @@ class TorchBackend:
         that a ModelError (which names the tensor) changes nothing."""
         with self._device():
             weights = calibrated(weights, self.spec, self.config.scales, self.config.cache_dtype)
-            self.weights = params.upload(self.spec, self.config, weights, self.device, self.rank)
+            tree = params.upload(self.spec, self.config, weights, self.device, self.rank)
             if self.device.type != "cpu":
+                joined.join(tree)
+            if self.graphs is None:
+                self.weights = tree
+            else:  # in order with the steps, whose captures read this memory
+                joined.renew(self.weights, tree)
+            if self.device.type != "cpu":
+                del tree
                 torch.cuda.empty_cache()  # what other streams made is not theirs to use again while steps read it
         self.version = version
 
     def warmup(self) -> None:
-        """Nothing is compiled; on a GPU a large step and a small one make its libraries load and reserve memory."""
+        """On a GPU a large step and a small one make its libraries load and reserve memory; then small steps are
+        captured. On a CPU there is nothing to do."""
         self._open()
         if self.device.type != "cpu" and self.weights and not self.flights:
             host, limits = Host(self), self.limits
@@ -111,7 +127,27 @@ class TorchBackend:
                 host.run([(text, host.row(text, tokens, **drawn))])
             with self._device():
                 self._empty()
+                if not self.config.deterministic:
+                    warmup.attend(self.spec, self.config, self.caches, params.DTYPES[self.config.dtype])
+            if self.config.graphs and self.graphs is None:
+                self.capture(Graph())
+        self.late.listen(self.device)
         self.ready = True
+
+    def capture(self, recorder: Recorder, shapes: Sequence[Shape] | None = None) -> None:
+        """Capture steps of these shapes, those of the ladder where none are given; no step may be out."""
+        spec, config, limits = self.spec, self.config, self.limits
+
+        def forward(batch: Batch, out: torch.Tensor) -> step.Fed:
+            return step.forward(spec, config, limits, self.weights, self.caches, batch, (), out=out)
+
+        def sample(fed: step.Fed) -> torch.Tensor:
+            return step.sample(fed, config, self.caches)[0]
+
+        graphs = Graphs(limits, self.device, forward, sample, graph_bytes(spec, config))
+        with self._device():
+            graphs.record(recorder, ladder(limits) if shapes is None else shapes)
+        self.graphs = graphs
 
     def forward(self, step_: ScheduleStep) -> Ticket:
         """Enqueue the model; never waits for the device."""
@@ -122,15 +158,36 @@ class TorchBackend:
         before = self.seats.before(step_, asks)
         asked = scored(step_, before)
         most = 0 if asked is None else int(asked.asked.max())
-        with self._device():
+        shape = self._shape(step_, asks, asked)
+        with self._device(), self.late.inside(self.ready):
             started = self._mark()
-            batch = pack(step_, self.limits, self.device, asks, asked)
             if len(step_.copies):
                 self.caches.copy(self.limits, step_.copies)
-            fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, step_.taps, most)
+            if shape is not None and self.graphs is not None:
+                fed, order = self.graphs.start(step_, shape, self.caches)
+                if asks.any:
+                    more = wishes(step_, asks, order.rows, self.limits.vocab, self.device)
+                    seat(self.caches.counts, more)
+                    fed = replace(fed, batch=replace(fed.batch, wishes=more))
+            else:
+                batch = pack(step_, self.limits, self.device, asks, asked)
+                order = batch.order
+                taps = step_.taps
+                fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, taps, most)
         self.seats.take(step_, before, asks)
-        self.waiting = Waiting(step=step_, fed=fed, asked=asked, version=self.version, started=started)
+        self.waiting = Waiting(
+            step=step_, fed=fed, asked=asked, version=self.version, started=started, order=order, shape=shape
+        )
         return step_.step
+
+    def _shape(self, step_: ScheduleStep, asks: Asks, asked: Scored | None) -> Shape | None:
+        """What a step is padded to, to be replayed; None where it must be run call by call: it is large, returns inner
+        values or scores of prompts, or asks for more where a row returns no token."""
+        if self.graphs is None or step_.taps or (asked is not None and len(asked.at)):
+            return None
+        if asks.any and not (step_.output & TOKEN).all():
+            return None
+        return self.graphs.fit(len(step_.lens), len(step_.tokens))
 
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
         """Choose tokens, and send them on their way to the host."""
@@ -141,15 +198,19 @@ class TorchBackend:
         check_masks(masks, now.step, self.limits)
         self.waiting = None
         most = int(now.step.sampling.logprobs.max(initial=0))
-        with self._device():
+        with self._device(), self.late.inside(self.ready):
             sent = None if masks is None else send_masks(masks, self.device)
-            made, scores = step.sample(now.fed, self.config, self.caches, sent, most)
+            scores = None
+            if now.shape is not None and now.fed.batch.wishes is None and self.graphs is not None:
+                made = self.graphs.choose(now.shape, bool((now.step.sampling.temperature > 0).any()))
+            else:
+                made, scores = step.sample(now.fed, self.config, self.caches, sent, most)
             made = self._bring(made)
             taps = {name: self._bring(value) for name, value in now.fed.taps.items()}
             self.flights[ticket] = Flight(
                 version=now.version,
                 asked=now.step.sampling.logprobs.copy(),
-                order=now.fed.batch.order,
+                order=now.order,
                 started=now.started,
                 made=made,
                 taps=taps,
@@ -173,22 +234,24 @@ class TorchBackend:
         return _result(ticket, flight, micros)
 
     def status(self) -> Status:
-        """How the backend stands. Eager torch has no programs."""
+        """How the backend stands. Programs are the pieces of steps that were captured."""
         cache = 0 if self.closed else sum(c.nbytes for c in self.caches.groups)
+        graphs = self.graphs
         return Status(
             ready=self.ready and bool(self.weights) and not self.closed,
             version=self.version,
-            programs=0,
-            compiles_after_ready=0,
+            programs=0 if graphs is None else graphs.programs,
+            compiles_after_ready=self.late.count,
             device=mesh.name(self.device),
-            memory={"weights": params.held(self.weights), "cache": cache},
+            memory={"weights": params.held(self.weights), "cache": cache}
+            | ({} if graphs is None else {"graphs": graphs.taken}),
         )
 
     def close(self) -> None:
         """Free the device. Every later call raises BackendLost."""
         self.closed, self.weights, self.waiting = True, {}, None
         self.flights.clear()
-        self.caches = None
+        self.caches = self.graphs = None
         if self.comm is not None:
             self.comm.close()
             self.comm = None
@@ -213,6 +276,9 @@ class TorchBackend:
         self.waiting = None
         self.flights.clear()
         self.seats.clear()
+        if self.graphs is not None:
+            self.caches.clear()
+            return
         self.caches = None  # the old ones must not stand beside the new
         self.caches = caches.make(self.limits, self.config.cache_dtype, self.device, self.config.mesh)
 
@@ -246,7 +312,7 @@ class TorchBackend:
     def _bring(self, value: torch.Tensor) -> torch.Tensor:
         """Start a copy to the host."""
         if self.device.type == "cpu":
-            return value
+            return value.clone() if self.graphs is not None else value
         return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
 
     def _bring_scores(self, scores: Scores | None) -> Scores | None:
@@ -273,6 +339,8 @@ def _micros(started: Any, done: Any) -> int:
 def _result(ticket: Ticket, flight: Flight, micros: int) -> StepResult:
     """A step's result in the order of its rows and tokens. A row with non-finite logits has no token."""
     order, (made, finite) = flight.order, flight.made.numpy()
+    if order.padded:
+        made, finite = made[order.chosen], finite[order.chosen]
     rows = order.rows[order.chosen]
     count = len(flight.asked)
     tokens, counts, status = np.full((count, 1), -1, np.int32), np.zeros(count, np.int32), np.full(count, OK, np.uint8)

@@ -62,7 +62,8 @@ class Caches:
     groups: of each cache group [layers, pages*page + 1, 2, kv_heads, head_dim], 2 = key and value; token t of page p
     lies at p*page + t. The last entry is zero and never written: what a row must not see is read there, so that
     whatever stands in unused parts of the cache, NaN too, reaches nobody.
-    length [slots]: cached positions. last [slots]: last accepted token. tables: of each group [slots, max_row_pages].
+    length [slots + 1]: cached positions. last [slots + 1]: last accepted token. tables: of each group [slots + 1,
+    max_row_pages]. The last slot is that of padding.
     counts int32[slots, V]: what penalties look at, as backends.api.seats.tally has it; [0, V] where there are none.
     """
 
@@ -83,10 +84,15 @@ class Caches:
             page, store = limits.groups[g].page, self.groups[g]
             store[:, target * page : (target + 1) * page] = store[:, source * page : (source + 1) * page]
 
+    def clear(self) -> None:
+        """Empty, in the same memory, which steps that were captured know."""
+        for each in (*self.groups, self.length, self.last, *self.tables, self.counts):
+            each.zero_()
+
 
 def make(limits: Limits, dtype: str, device: torch.device, mesh: MeshSpec) -> Caches:
     """Empty caches, with the heads that a device of the mesh holds. dtype: of keys and values."""
-    slot = lambda *shape: torch.zeros((limits.slots, *shape), dtype=torch.int64, device=device)  # noqa: E731
+    slot = lambda *shape: torch.zeros((limits.slots + 1, *shape), dtype=torch.int64, device=device)  # noqa: E731
     return Caches(
         groups=tuple(
             torch.zeros(

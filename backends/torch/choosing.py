@@ -106,6 +106,22 @@ def read(parts: Sequence[Array]) -> Wishes:
     )
 
 
+def wishes(step: ScheduleStep, asks: Asks, rows: I64, vocab: int, device: torch.device) -> Wishes:
+    """What a step asks whose rows all return a token, and none of whose prompts are scored; rows int64[R]: row of the
+    step at each place. Doesn't wait."""
+    parts = lay_out(step, asks, rows, np.zeros(0, np.int64), vocab, None)
+    assert parts is not None
+    return read(send(parts, device))
+
+
+def send(parts: Sequence[NDArray[Any]], device: torch.device) -> tuple[Array, ...]:
+    """Integer arrays as int64 views of one device buffer. torch keeps pinned memory until it is copied."""
+    sizes = [len(p) for p in parts]
+    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    np.concatenate(parts, out=host.numpy(), casting="same_kind")
+    return host.to(device, non_blocking=True).split(sizes)
+
+
 def seat(counts: Array, w: Wishes) -> None:
     """Counts int32[slots, V] of slots that are seated."""
     if len(w.cleared):

@@ -14,7 +14,8 @@ import torch
 
 from backends.api.limits import Limits
 from backends.torch import choosing, sampler
-from backends.torch.caches import Caches, narrow, put, take, widen
+from backends.torch.attend import write
+from backends.torch.caches import Caches, take, widen
 from backends.torch.choosing import Scores
 from backends.torch.inputs import Batch, Draws
 from engine.model.groups import Place
@@ -80,10 +81,11 @@ class Attend:
         place: Place,
         sinks: Array | None = None,
         scales: tuple[Array, Array] | None = None,
+        turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
         by, written = scales or (None, None)
-        put(store, view.write, narrow(torch.stack((k, v), 1), store.dtype, written))
+        q = write(q, k, v, turn, view.write, store, written)
         tokens, kv_heads, size = k.shape
         grouped = q.reshape(tokens, kv_heads, -1, size).float()
         top = grouped.new_full((*grouped.shape[:3], 1), FAR)

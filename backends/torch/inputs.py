@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from backends.api.limits import Limits
 from backends.api.seats import Asks, Scored
 from backends.api.step import TOKEN, PageTable, Sampling, ScheduleStep
-from backends.torch.choosing import Wishes, lay_out, read
+from backends.torch.buckets import Shape, parts
+from backends.torch.choosing import Wishes, lay_out, read, send
 
 I64: TypeAlias = NDArray[np.int64]
+ONE = np.float64(1).view(np.int64)
 SLACK = 128
 """Positions of padding that cost less than another call."""
 
@@ -35,15 +37,18 @@ class Bunch(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """How a step is ordered for the device. rows, tokens: place there -> index in the step. chosen: places of the rows
-    that return a token. literal: no token is taken from the device. span: for each cache group, all positions that the
-    step reads lie in first .. last - 1."""
+    that return a token. literal: no token is taken from the device. fresh: nothing is cached of any row. span: for each
+    cache group, all positions that the step reads lie in first .. last - 1. padded: rows that a padded step has on the
+    device, all of which return a token; 0 = nothing is padded."""
 
     rows: I64
     tokens: I64
     bunches: tuple[Bunch, ...]
     chosen: I64
     literal: bool
+    fresh: bool
     span: tuple[tuple[int, int], ...]
+    padded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +56,8 @@ class Draws:
     """The rows, among the chosen, that are sampled with noise: device tensors with one entry a row, and host facts.
 
     at: index among the chosen. seed int64[N, 2]: high and low word. The rest float64, but top_k int64 (V = off).
-    widest: the largest top_k that is on, 0 = none. nucleus, floor: any row has a top_p, a min_p.
+    widest: the largest top_k that is on, 0 = none, -1 = not known. nucleus, floor: any row has a top_p, a min_p.
+    every: these are all rows in order, also those that are greedy, whose temperature is 0.
     """
 
     at: torch.Tensor
@@ -63,30 +69,35 @@ class Draws:
     widest: int
     nucleus: bool
     floor: bool
+    every: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A step on the device; int64, rows R and tokens T in `order`.
 
-    slots, starts, lens [R]; tokens, row, offset [T]: token, its row, its place in it. base [R] and edits (flat entry,
-    page) for each group. ends [O]: last token of each chosen row; chosen [O]: its row. draws: None = all are greedy.
-    wishes: None = no row asks for more.
+    slots, starts, lens [R]; first [R+1]: of each row's tokens; tokens, row, offset [T]: token, its row, its place in
+    it. base [R] and edits (flat entry, page) for each group. ends [O]: last token of each chosen row; chosen [O]: its
+    row; into [O]: the slot whose last token is made. draws: None = all are greedy. wishes: None = no row asks for more.
+    shape: of a padded step, whose tokens of padding have offset -1; None = nothing is padded.
     """
 
     order: Order
     slots: torch.Tensor
     starts: torch.Tensor
     lens: torch.Tensor
+    first: torch.Tensor
     tokens: torch.Tensor
     row: torch.Tensor
     offset: torch.Tensor
     ends: torch.Tensor
     chosen: torch.Tensor
+    into: torch.Tensor
     base: tuple[torch.Tensor, ...]
     edits: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     draws: Draws | None
     wishes: Wishes | None
+    shape: Shape | None = None
 
 
 def arrange(step: ScheduleStep, limits: Limits) -> Order:
@@ -106,6 +117,7 @@ def arrange(step: ScheduleStep, limits: Limits) -> Order:
         bunches=_bunch(n.tolist(), upper[rows].tolist(), reaches),
         chosen=np.flatnonzero(step.output[rows] & TOKEN),
         literal=bool((step.tokens >= 0).all()),
+        fresh=bool((step.starts == 0).all()),
         span=tuple((int(np.min(base)), int(upper.max())) for base in bases),
     )
 
@@ -131,20 +143,24 @@ def pack(
     order = arrange(step, limits)
     rows, n = order.rows, step.lens[order.rows]
     ends = np.cumsum(n)
-    parts: list[Any] = [step.slots[rows], step.starts[rows], n, step.tokens[order.tokens]]
-    parts += [np.repeat(np.arange(len(n)), n), np.arange(len(order.tokens)) - np.repeat(ends - n, n)]
-    parts += [(ends - 1)[order.chosen], order.chosen]
+    slots = step.slots[rows]
+    sent: list[Any] = [slots, step.starts[rows], n, np.concatenate([[0], ends]), step.tokens[order.tokens]]
+    sent += [np.repeat(np.arange(len(n)), n), np.arange(len(order.tokens)) - np.repeat(ends - n, n)]
+    sent += [(ends - 1)[order.chosen], order.chosen, slots[order.chosen]]
     for table, width in zip(step.tables, limits.max_row_pages, strict=True):
         assert isinstance(table, PageTable)
-        parts += [table.base[rows], table.edits[:, 0].astype(np.int64) * width + table.edits[:, 1], table.edits[:, 2]]
+        sent += [table.base[rows], table.edits[:, 0].astype(np.int64) * width + table.edits[:, 1], table.edits[:, 2]]
     sampling, picked = step.sampling, rows[order.chosen]
     drawn = np.flatnonzero(sampling.temperature[picked] > 0)
+    every = device.type == "cuda" and len(drawn) > 0  # whose kernel looks at each row
+    if every:
+        drawn = np.arange(len(picked))
     noisy = picked[drawn]
     if len(drawn):
-        parts += [drawn, *_choices(sampling, noisy, limits.vocab)]
+        sent += [drawn, *_choices(sampling, noisy, limits.vocab)]
     more = lay_out(step, asks or Asks.of(step), picked, order.tokens, limits.vocab, asked) or []
-    parts += more
-    slots, starts, lens, tokens, row, offset, last, chosen, *rest = _send(parts, device)
+    sent += more
+    slots, starts, lens, first, tokens, row, offset, last, chosen, into, *rest = send(sent, device)
     groups, rest = rest[: 3 * len(step.tables)], rest[3 * len(step.tables) :]
     rest, wishes = rest[: len(rest) - len(more)], rest[len(rest) - len(more) :]
     return Batch(
@@ -152,15 +168,106 @@ def pack(
         slots=slots,
         starts=starts,
         lens=lens,
+        first=first,
         tokens=tokens,
         row=row,
         offset=offset,
         ends=last,
         chosen=chosen,
+        into=into,
         base=tuple(groups[::3]),
         edits=tuple(zip(groups[1::3], groups[2::3], strict=True)),
-        draws=_draws(rest, sampling, noisy, limits.vocab) if len(drawn) else None,
+        draws=_draws(rest, sampling, noisy, limits.vocab, every) if len(drawn) else None,
         wishes=read(wishes) if more else None,
+    )
+
+
+def fill(step: ScheduleStep, limits: Limits, shape: Shape, buffer: I64) -> tuple[Order, list[I64]]:
+    """Write a step, padded to a shape, to a buffer; its order, and the edits that did not fit, [E, 2] of each group
+    (flat entry, page), which go ahead of it.
+
+    A row of padding has no tokens and a slot of its own, the last; a token of padding belongs to the last row that has
+    any, and stands at place -1 of it. All rows return a token; one that was not asked for goes to the last slot.
+    """
+    at, _ = parts(shape)
+    buffer.fill(0)
+    part = {name: buffer[where] for name, where in at.items()}
+    rows = np.arange(len(step.lens)) if shape.even else np.lexsort((step.upper, step.lens))
+    count, n, void = len(rows), step.lens[rows], limits.slots
+    ends = np.cumsum(n)
+    offset = np.repeat((np.cumsum(step.lens) - step.lens)[rows] - (ends - n), n)
+    tokens = offset + np.arange(len(offset))
+    asked = (step.output[rows] & TOKEN) > 0
+    slots = step.slots[rows]
+    for name, value in (("slots", void), ("into", void), ("row", count - 1), ("first", len(tokens)), ("offset", -1)):
+        part[name][:] = value
+    part["top_k"][:], part["top_p"][:] = limits.vocab, ONE
+    part["slots"][:count], part["starts"][:count], part["lens"][:count] = slots, step.starts[rows], n
+    part["ends"][:count], part["into"][:count] = ends - 1, np.where(asked, slots, void)
+    part["first"][0], part["first"][1 : count + 1] = 0, ends
+    part["tokens"][: len(tokens)], part["row"][: len(tokens)] = step.tokens[tokens], np.repeat(np.arange(count), n)
+    part["offset"][: len(tokens)] = np.arange(len(tokens)) - np.repeat(ends - n, n)
+    more = []
+    for g, (table, width) in enumerate(zip(step.tables, limits.max_row_pages, strict=True)):
+        assert isinstance(table, PageTable)
+        part[f"base{g}"][:count] = table.base[rows]
+        edits = np.stack([table.edits[:, 0].astype(np.int64) * width + table.edits[:, 1], table.edits[:, 2]], 1)
+        room = shape.edits[g]
+        last = edits[max(0, len(edits) - room) :]  # edits of one entry keep their order
+        part[f"entry{g}"][:] = void * width
+        part[f"entry{g}"][: len(last)], part[f"page{g}"][: len(last)] = last.T
+        more.append(edits[: max(0, len(edits) - room)])
+    high, low, *rest = _choices(step.sampling, rows, limits.vocab)
+    part["seed"][: 2 * count : 2], part["seed"][1 : 2 * count : 2] = high, low
+    for name, value in zip(("top_k", "temperature", "top_p", "min_p"), rest, strict=True):
+        part[name][:count] = value
+    order = Order(
+        rows=rows,
+        tokens=tokens,
+        bunches=(),
+        chosen=np.flatnonzero(asked),
+        literal=False,
+        fresh=False,
+        span=(),
+        padded=shape.rows,
+    )
+    return order, more
+
+
+def spread(buffer: torch.Tensor, limits: Limits, shape: Shape, numbers: torch.Tensor) -> Batch:
+    """The padded step in a device buffer, all of it views: whatever stands there when it is read. numbers
+    int64[R]: 0, 1, 2, ..."""
+    at, _ = parts(shape)
+    part = {name: buffer[where] for name, where in at.items()}
+    rows, groups = numbers[: shape.rows], range(len(limits.groups))
+    every = np.arange(shape.rows)
+    bunch = Bunch(slice(0, shape.rows), slice(0, shape.tokens), shape.tokens // shape.rows, limits.max_row_pages)
+    order = Order(
+        rows=every, tokens=np.arange(shape.tokens), bunches=(bunch,), chosen=every, literal=False, fresh=False, span=()
+    )
+    draws = Draws(
+        at=rows,
+        seed=part["seed"].view(-1, 2),
+        temperature=part["temperature"].view(torch.float64),
+        top_k=part["top_k"],
+        top_p=part["top_p"].view(torch.float64),
+        min_p=part["min_p"].view(torch.float64),
+        widest=-1,
+        nucleus=True,
+        floor=True,
+        every=True,
+    )
+    return Batch(
+        order=order,
+        **{
+            name: part[name] for name in ("slots", "starts", "lens", "first", "tokens", "row", "offset", "ends", "into")
+        },
+        chosen=rows,
+        base=tuple(part[f"base{g}"] for g in groups),
+        edits=tuple((part[f"entry{g}"], part[f"page{g}"]) for g in groups),
+        draws=draws,
+        wishes=None,
+        shape=shape,
     )
 
 
@@ -177,7 +284,7 @@ def _choices(s: Sampling, rows: I64, vocab: int) -> list[NDArray[Any]]:
     ]
 
 
-def _draws(sent: Sequence[torch.Tensor], s: Sampling, rows: I64, vocab: int) -> Draws:
+def _draws(sent: Sequence[torch.Tensor], s: Sampling, rows: I64, vocab: int, every: bool) -> Draws:
     at, high, low, top_k, *floats = sent
     temperature, top_p, min_p = (f.view(torch.float64) for f in floats)
     k = s.top_k[rows]
@@ -191,12 +298,5 @@ def _draws(sent: Sequence[torch.Tensor], s: Sampling, rows: I64, vocab: int) -> 
         widest=int(k[(k > 0) & (k < vocab)].max(initial=0)),
         nucleus=bool((s.top_p[rows] < 1).any()),
         floor=bool((s.min_p[rows] > 0).any()),
+        every=every,
     )
-
-
-def _send(parts: Sequence[NDArray[Any]], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Integer arrays as int64 views of one device buffer. torch keeps pinned memory until it is copied."""
-    sizes = [len(p) for p in parts]
-    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-    np.concatenate(parts, out=host.numpy(), casting="same_kind")
-    return host.to(device, non_blocking=True).split(sizes)

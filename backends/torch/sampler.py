@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from backends.api.random import PARITY, ROTATIONS, ROUNDS
 from backends.torch.inputs import Draws
+from models_torch import ops
 
 Array: TypeAlias = torch.Tensor
 INF = 0x7F800000
@@ -22,6 +23,9 @@ def choose(logits: Array, draws: Draws | None, position: Array, raw: Array | Non
 
     Returns int64[2, O]: tokens, and 1 where all logits are finite. Greedy rows cost an argmax and the check.
     """
+    fused = ops.kernel("sample", logits.device.type)
+    if fused is not None and not fused.supports(logits) and (draws is None or draws.every):
+        return _fused(fused, logits, draws, position, raw)
     low, high = (logits if raw is None else raw).aminmax(dim=-1)
     finite = low.isfinite() & high.isfinite()
     if raw is not None and draws is not None:
@@ -31,15 +35,36 @@ def choose(logits: Array, draws: Draws | None, position: Array, raw: Array | Non
         whole = len(draws.at) == len(logits)
         some = logits if whole else logits.index_select(0, draws.at)
         drawn = draw(some, high if whole else high[draws.at], draws, position[draws.at])
+        if draws.every:
+            drawn = torch.where(draws.temperature > 0, drawn, tokens)
         tokens = drawn if whole else tokens.index_copy_(0, draws.at, drawn)
     return torch.stack([tokens, finite.long()])
 
 
+def _fused(kernel: Any, logits: Array, draws: Draws | None, position: Array, raw: Array | None) -> Array:
+    """`choose` by the kernel of GPUs."""
+    filters = None
+    if draws is not None:
+        filters = kernel.Filters(draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.seed, position)
+    made: Array = kernel.sample(logits, filters)
+    if raw is not None:
+        low, high = raw.aminmax(dim=-1)
+        made[1] = low.isfinite() & high.isfinite()
+    return made
+
+
 def draw(logits: Array, highest: Array, draws: Draws, position: Array) -> Array:
     """Tokens int64[N] of rows with a temperature. highest float32[N]: the largest of each row."""
-    values = (logits - highest[:, None]).div_(draws.temperature.float()[:, None])
+    temperature = draws.temperature.float()
+    if draws.every:
+        temperature = torch.where(temperature > 0, temperature, 1)
+    values = (logits - highest[:, None]).div_(temperature[:, None])
     keep: Array | None = None
-    if draws.widest:
+    if draws.widest < 0:
+        distance = values.abs().view(torch.int32)
+        edge = within(torch.ones_like(values, dtype=torch.float64), distance, draws.top_k.double())
+        keep = (distance <= edge[:, None]) | (draws.top_k == logits.shape[1])[:, None]
+    elif draws.widest:
         top = values.topk(draws.widest, -1).values
         edge = top.gather(1, (draws.top_k.clamp(max=draws.widest) - 1)[:, None])
         keep = (values >= edge) | (draws.top_k == logits.shape[1])[:, None]
@@ -82,14 +107,19 @@ def nucleus(mass: Array, distance: Array, p: Array) -> Array:
     mass float64[N, V]; distance int32[N, V]: bits of a float32 >= 0, whose order is that of the floats. p float64[N]: 1
     or more keeps all.
     """
-    need, edge = (mass.sum(-1) * p)[:, None], torch.zeros_like(distance[:, :1])
+    return torch.where(p < 1, within(mass, distance, mass.sum(-1) * p), INF)
+
+
+def within(mass: Array, distance: Array, need: Array) -> Array:
+    """The smallest distance int32[N] within which lies a mass of at least need float64[N]."""
+    need, edge = need[:, None], torch.zeros_like(distance[:, :1])
     for shift, size in DIGITS:
         edge *= size
         # bucket 0 holds what is nearer than the digits found so far, the last one what is farther
         bucket = (distance >> shift).sub_(edge).clamp_(-1, size).add_(1).long()
         total = mass.new_zeros(len(mass), size + 2).scatter_add_(1, bucket, mass).cumsum_(-1)
         edge += ((total < need).sum(-1, keepdim=True) - 1).clamp_(0, size - 1)
-    return torch.where(p < 1, edge[:, 0], INF)
+    return edge[:, 0]
 
 
 def fold(seed: Array, position: Array) -> Array:

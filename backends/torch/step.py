@@ -10,11 +10,10 @@ import torch
 
 from backends.api.limits import Limits
 from backends.torch import fixed
-from backends.torch.attend import Attend, locate
+from backends.torch.attend import Attend
 from backends.torch.caches import Caches
 from backends.torch.choosing import Scores, adjust, count, score, score_prompts, seat
 from backends.torch.inputs import Batch
-from backends.torch.params import DTYPES
 from backends.torch.sampler import choose
 from engine.config import Resolved
 from engine.model.spec import ModelSpec
@@ -42,8 +41,10 @@ def forward(
     batch: Batch,
     taps: Sequence[str],
     alternatives: int = 0,
+    out: torch.Tensor | None = None,
 ) -> Fed:
-    """Run the model; nothing here waits for the device. Changes caches. alternatives: beside a prompt's token."""
+    """Run the model; nothing here waits for the device. Changes caches. alternatives: beside a prompt's token. out
+    float32[O, V]: where the logits are put."""
     for table, (entry, page) in zip(caches.tables, batch.edits, strict=True):
         if len(entry):
             table.view(-1).index_copy_(0, entry, page)
@@ -61,7 +62,7 @@ def forward(
     if config.deterministic:
         attend = fixed.Attend(fixed.locate(batch, caches, positions, limits))
     else:
-        attend = Attend(config, batch, locate(batch, caches, before, positions, limits, DTYPES[config.dtype]))
+        attend = Attend(config, batch, caches, before, positions, limits)
     hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps)
     logits = None
     if "logits" in taps or config.deterministic:  # the head too has one shape
@@ -69,7 +70,7 @@ def forward(
         logits = found["logits"][batch.ends]
     elif len(batch.ends):
         last = hidden if len(batch.ends) == len(hidden) else hidden.index_select(0, batch.ends)
-        logits = _logits(spec, weights, last)
+        logits = _logits(spec, weights, last, out)
     prompts = None
     if wishes is not None and len(wishes.at) and config.deterministic:
         prompts = fixed.score(found["logits"].index_select(0, wishes.at), wishes.token, alternatives)
@@ -79,9 +80,14 @@ def forward(
     return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner, prompts=prompts)
 
 
-def _logits(spec: ModelSpec, weights: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
-    """Normed hidden states [R, hidden] -> float32[R, V] on every device."""
-    return ops.gather(decoder.logits(spec, weights, x), "vocab", 1)[:, : spec.vocab]
+def _logits(
+    spec: ModelSpec, weights: Mapping[str, Any], x: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Normed hidden states [R, hidden] -> float32[R, V] on every device; put into `out` where one is given."""
+    if out is not None and spec.logit_cap is None and ops.parts("vocab") == 1:
+        return ops.unembed(x, weights["embed"] if spec.tied else weights["head"], out)
+    y = ops.gather(decoder.logits(spec, weights, x), "vocab", 1)[:, : spec.vocab]
+    return y if out is None else out.copy_(y)
 
 
 def sample(
@@ -105,5 +111,5 @@ def sample(
         if len(wishes.told):
             at, told = wishes.told, fixed.score if config.deterministic else score
             scores = told(raw.index_select(0, at), made[0].index_select(0, at), alternatives)
-    caches.last.index_copy_(0, fed.batch.slots[fed.batch.chosen], made[0])
+    caches.last.index_copy_(0, fed.batch.into, made[0])
     return made, scores

@@ -69,6 +69,7 @@ def explain(
     size = decided.resolved.mesh.size
     each = f" on each of {size} devices" if size > 1 else ""
     parts = f"weights {_size(memory.weights)}, cache {cache}, counts of penalties {_size(memory.counts)}"
+    parts += f", captured steps at most {_size(memory.graphs)}" if memory.graphs else ""
     console.print(f"memory{each}: {parts}, together {_size(memory.total)}")
     for first, last, kernel in layers:
         console.print(f"layers {first}-{last}: {kernel}" if last > first else f"layer {first}: {kernel}", markup=False)

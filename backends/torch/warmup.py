@@ -1,0 +1,46 @@
+"""Kernels of attention that no step of the warm-up happens to need, compiled ahead."""
+
+from __future__ import annotations
+
+import torch
+
+from backends.torch.attend import choose
+from backends.torch.caches import Caches
+from engine.config import Resolved
+from engine.mesh import share
+from engine.model.groups import places
+from engine.model.spec import ModelSpec
+from kernels_cuda import attention as gpu
+
+
+def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype) -> None:
+    """Run each kind of layer over an empty cache, with one row short, of several tokens and long, in all numbers of
+    parts that a plan may come to. Writes nothing."""
+    seen = set()
+    for layer, place in zip(spec.layers, places(spec), strict=True):
+        a, store = layer.mixer, caches.groups[place.group][place.rank]
+        if a in seen or choose(a, config)[0] != "triton":
+            continue
+        seen.add(a)
+        heads, kv_heads = share(a.q_heads, "q_heads", config.mesh), store.shape[2]
+        q = torch.zeros((1, heads, a.head_dim), dtype=dtype, device=store.device)
+        none = torch.zeros(1, dtype=torch.int32, device=store.device)
+        first = torch.arange(2, dtype=torch.int32, device=store.device)
+        rows = gpu.Rows(first, none, none, none[None])
+        sinks = torch.zeros(heads, dtype=dtype, device=store.device) if a.sinks else None
+        given = {"page": config.page, "scale": a.scale, "window": a.window, "cap": a.cap, "sinks": sinks}
+        if store.dtype in gpu.EIGHT:
+            given["scales"] = torch.ones((2, kv_heads), device=store.device)
+        for plan in plans(kv_heads):
+            gpu.attention(q, store, rows, plan, **given)
+
+
+def plans(kv_heads: int) -> list[gpu.Plan]:
+    """Of one row of one token, for every kernel that a plan may ask for."""
+    out, parts = [], 1
+    while parts <= gpu.PARTS:
+        sms, reach = max(1, parts * kv_heads // gpu.WAVES), parts * gpu.PART
+        out += [gpu.Plan(rows=1, tokens=1, short=1, few=few, reach=reach, sms=sms) for few in (1, gpu.FEW)]
+        out.append(gpu.Plan(rows=1, tokens=1, short=0, few=1, reach=reach, sms=parts * kv_heads))
+        parts *= 4
+    return out

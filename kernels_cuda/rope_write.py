@@ -1,0 +1,176 @@
+"""q and k rotated, and k and v written to the cache, in one pass over what the projections gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+HEADS = 8
+"""Heads of a program."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(q: Any, k: Any, v: Any, store: Any, dim: int) -> str:
+    """Why the kernel is not for q [T, q_heads, D], k and v [T, kv_heads, D] and a store [entries, 2, kv_heads, D], of
+    which `dim` dimensions are rotated; "" where it is."""
+    if any(x.dtype not in DTYPES or x.dtype != q.dtype for x in (q, k, v)):
+        return f"{q.dtype}, {k.dtype}, {v.dtype}"
+    if store.dtype not in DTYPES:
+        return f"a store of {store.dtype}"
+    if any(x.stride(2) != 1 or x.stride(1) != x.shape[2] for x in (q, k, v)) or not store.is_contiguous():
+        return "heads that do not lie side by side"
+    if dim % 2 or dim > q.shape[2]:
+        return f"{dim} of {q.shape[2]} dimensions rotated"
+    return ""
+
+
+def plain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    turn: tuple[torch.Tensor, torch.Tensor] | None,
+    write: torch.Tensor,
+    store: torch.Tensor,
+) -> torch.Tensor:
+    """What `rope_write` does, in torch."""
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        if turn is None:
+            return x.contiguous()
+        half = turn[0].shape[-1] // 2
+        part = x[..., : 2 * half]
+        return torch.cat([(part * turn[0]).addcmul_(part.roll(half, -1), turn[1]), x[..., 2 * half :]], -1)
+
+    real = write >= 0
+    store[write[real].long()] = torch.stack((turned(k), v), 1)[real].to(store.dtype)
+    return turned(q)
+
+
+def rope_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    turn: tuple[torch.Tensor, torch.Tensor] | None,
+    write: torch.Tensor,
+    store: torch.Tensor,
+) -> torch.Tensor:
+    """q [T, q_heads, D], k and v [T, kv_heads, D], tokens at any distances -> q rotated, side by side; k, rotated too,
+    and v go to the store [entries, 2, kv_heads, D].
+
+    turn: cos and sin [T, 1, dim] in q's dtype, as models_torch.ops.angles gives them (cos twice, sin once negative);
+    None rotates nothing. write int[T]: the entry of each token's key and value, -1 = none.
+    """
+    tokens, q_heads, size = q.shape
+    kv_heads = k.shape[1]
+    out = torch.empty((tokens, q_heads, size), dtype=q.dtype, device=q.device)
+    if not tokens:
+        return out
+    cos, sin = turn if turn is not None else (q, q)
+    dim = cos.shape[-1] if turn is not None else 0
+    groups = triton.cdiv(q_heads, HEADS)
+    _rope_write[(tokens, groups + triton.cdiv(kv_heads, HEADS))](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        write,
+        store,
+        out,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        size=size,
+        half=dim // 2,
+        HALF=triton.next_power_of_2(max(dim // 2, 1)),
+        REST=triton.next_power_of_2(max(size - dim, 1)),
+        SIZE=triton.next_power_of_2(size),
+        GROUPS=groups,
+        HEADS=HEADS,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _rope_write(
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    write,
+    store,
+    out,
+    q_stride,
+    k_stride,
+    v_stride,
+    q_heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    size: tl.constexpr,
+    half: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """A program: HEADS query heads of a token, or so many key and value heads."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    every = tl.full((HEADS, 1), 1, tl.int1)
+    if group < GROUPS:
+        head = (group * HEADS + tl.arange(0, HEADS))[:, None]
+        source = q + token * q_stride + head * size
+        to = out + (token * q_heads + head) * size
+        _move(source, to, cos, sin, token, head < q_heads, every, size, half, HALF, REST)
+    else:
+        head = ((group - GROUPS) * HEADS + tl.arange(0, HEADS))[:, None]
+        mine = head < kv_heads
+        entry = tl.load(write + token).to(tl.int64)
+        kept = every & (entry >= 0)
+        to = store + entry * (2 * kv_heads * size) + head * size
+        _move(k + token * k_stride + head * size, to, cos, sin, token, mine, kept, size, half, HALF, REST)
+        e = tl.arange(0, SIZE)[None, :]
+        value = tl.load(v + token * v_stride + head * size + e, mask=mine & (e < size), other=0.0)
+        tl.store(to + kv_heads * size + e, value.to(store.dtype.element_ty), mask=mine & kept & (e < size))
+
+
+@triton.jit
+def _move(
+    source,
+    to,
+    cos,
+    sin,
+    token,
+    mine,
+    kept,
+    size: tl.constexpr,
+    half: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Heads rotated from one place to another: rounded after each product, as plain torch does."""
+    if half > 0:
+        d = tl.arange(0, HALF)[None, :]
+        inside = mine & (d < half)
+        low = tl.load(source + d, mask=inside, other=0.0)
+        high = tl.load(source + half + d, mask=inside, other=0.0)
+        kind = low.dtype
+        line = token * (2 * half) + d
+        c = tl.load(cos + line, mask=d < half, other=0.0).to(tl.float32)
+        s = tl.load(sin + line + half, mask=d < half, other=0.0).to(tl.float32)
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        a = ((low * c).to(kind).to(tl.float32) - high * s).to(kind)
+        b = ((high * c).to(kind).to(tl.float32) + low * s).to(kind)
+        tl.store(to + d, a.to(to.dtype.element_ty), mask=inside & kept)
+        tl.store(to + half + d, b.to(to.dtype.element_ty), mask=inside & kept)
+    if size > 2 * half:
+        r = 2 * half + tl.arange(0, REST)[None, :]
+        rest = tl.load(source + r, mask=mine & (r < size), other=0.0)
+        tl.store(to + r, rest.to(to.dtype.element_ty), mask=mine & kept & (r < size))

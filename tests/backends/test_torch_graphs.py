@@ -1,0 +1,199 @@
+"""Steps that are captured: padded to a shape they give what they give as they are; what can't be captured is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from backends.api.build import Host
+from backends.api.conformance import CHECKS, Opener
+from backends.api.conformance.bench import ASKS, FULL, SPEC, Ask, Made, Weights, config, generate, prompt
+from backends.torch.backend import TorchBackend
+from backends.torch.buckets import fit, ladder
+from backends.torch.graphs import Play
+from backends.torch.joined import join
+from backends.torch.params import held
+from engine.config import load
+from engine.errors import DeviceFailed
+from engine.resolve import Device, plan_memory, resolve
+from models_torch.ops import Joined
+
+DRAWN = [
+    Ask(prompt=prompt(11), values={"temperature": 0.8, "seed": 3}),
+    Ask(prompt=prompt(5), make=9),
+    Ask(prompt=prompt(14), values={"temperature": 1.3, "seed": 2**40, "top_k": 7, "top_p": 0.8}),
+    Ask(prompt=prompt(3), make=9, values={"temperature": 1.0, "seed": 9, "top_p": 0.6, "min_p": 0.05}),
+]
+
+
+class Plain:
+    """A recorder without a device: a piece is played by calling it. played: how often."""
+
+    def __init__(self, most: int = 1 << 30) -> None:
+        self.played, self.made, self.most = 0, 0, most
+
+    @property
+    def taken(self) -> int:
+        return 0 if self.made < self.most else 1 << 40
+
+    def __call__(self, piece: Play) -> Play:
+        self.made += 1
+        piece()
+
+        def play() -> None:
+            self.played += 1
+            piece()
+
+        return play
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def opened(recorder: Plain | None = None, even: bool = True, **overrides: Any) -> Host:
+    """A loaded backend, with steps captured where a recorder is given."""
+    backend = TorchBackend(SPEC, config("torch", **overrides))
+    backend.load(Weights())
+    if recorder is not None:
+        backend.capture(recorder, [s for s in ladder(backend.limits) if s.even or not even])
+    return Host(backend)
+
+
+def tokens(made: list[Made]) -> list[list[int]]:
+    return [m.tokens for m in made]
+
+
+@pytest.mark.parametrize("asks", [ASKS, DRAWN, FULL], ids=["greedy", "drawn", "wishes"])
+def test_padded_steps_give_the_tokens_of_plain_ones(asks: list[Ask]) -> None:
+    recorder = Plain()
+    padded = opened(recorder)
+    assert tokens(generate(padded, asks)) == tokens(generate(opened(), asks))
+    assert recorder.played >= 8
+    assert not any(bool(group[:, -1].any()) for group in padded.backend.caches.groups), "padding wrote to the cache"
+
+
+def test_captured_steps_conform() -> None:
+    """The whole suite, where decode steps are replayed: seats, forks, masks, windows, what is refused."""
+
+    def make(spec: Any, given: Any) -> TorchBackend:
+        backend = TorchBackend(spec, given)
+        load = backend.load
+
+        def then(weights: Any, version: int = 0) -> None:
+            load(weights, version)
+            if backend.graphs is None:
+                backend.capture(recorder, [s for s in ladder(backend.limits) if s.even])
+
+        backend.load = then  # type: ignore[method-assign]
+        return backend
+
+    recorder, failed = Plain(), []
+    opener = Opener(make, config("torch"))
+    for name, check in CHECKS.items():
+        try:
+            check(opener)
+        except AssertionError as error:
+            failed.append((name, error))
+            opener.close()
+    opener.close()
+    assert not failed
+    assert recorder.played > 100
+
+
+def test_shapes_hold_what_they_are_for() -> None:
+    limits = TorchBackend(SPEC, config("torch", slots=100, max_rows=100, max_tokens=600)).limits
+    shapes = ladder(limits)
+    assert [s.rows for s in reversed(shapes) if s.even] == [1, 2, 4, 8, 16, 32, 64, 96, 100]
+    assert [s.tokens for s in reversed(shapes) if not s.even] == [64, 128, 256, 512]
+    for rows, tokens_, want in ((1, 1, 1), (3, 3, 4), (65, 65, 96), (1, 2, 64), (64, 70, 128), (9, 512, 512)):
+        shape = fit(shapes, rows, tokens_)
+        assert shape is not None
+        assert (shape.tokens, shape.even) == (want, rows == tokens_)
+    assert fit(shapes, 100, 513) is None
+    assert fit(shapes, 65, 66) is not None  # more rows than the smallest has tokens
+
+
+def test_a_long_list_of_edits_goes_ahead() -> None:
+    host, plain = opened(Plain(), slots=3), opened(slots=3)
+    made = []
+    for each in (host, plain):
+        source = each.open()
+        first = int(each.run([(source, each.row(source, prompt(13)))]).tokens[0, 0])
+        text = each.open(source, 12)  # three pages by edits, and one token
+        made.append([first, int(each.run([(text, each.row(text, prompt(13)[12:]))]).tokens[0, 0])])
+    assert made[0] == made[1]
+    assert made[0][0] == made[0][1]
+
+
+def test_new_weights_are_what_captured_steps_read() -> None:
+    recorder = Plain()
+    host, other = opened(recorder), Weights(seed=5)
+    held = host.backend.weights["layers"][0]["mlp"]["down"].data_ptr()
+    host.backend.load(other, 1)
+    plain = opened()
+    plain.backend.load(other, 1)
+    assert tokens(generate(host, ASKS)) == tokens(generate(plain, ASKS))
+    assert host.backend.weights["layers"][0]["mlp"]["down"].data_ptr() == held
+
+
+def test_after_a_failure_captured_steps_start_from_empty_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = opened(Plain())
+    held = [group.data_ptr() for group in host.backend.caches.groups]
+
+    def broken(step: Any, shape: Any, caches: Any) -> Any:
+        raise torch.OutOfMemoryError("planted")
+
+    text = host.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(host.backend.graphs, "start", broken)
+        with pytest.raises(DeviceFailed):
+            host.run([(text, host.row(text, [1]))])
+    host.close(text)
+    assert [group.data_ptr() for group in host.backend.caches.groups] == held
+    assert tokens(generate(host, ASKS)) == tokens(generate(opened(), ASKS))
+
+
+def test_memory_bounds_what_is_captured() -> None:
+    recorder = Plain(most=6)
+    host = opened(recorder)
+    assert recorder.made == 6  # two shapes, the largest
+    assert host.backend.status().programs == 6
+    assert host.backend.status().memory["graphs"] > 0
+    asks = [Ask(prompt=prompt(3), make=4)]  # rows for which nothing is captured
+    assert tokens(generate(host, asks)) == tokens(generate(opened(), asks))
+
+
+def test_matrices_are_joined_to_what_they_are_apart() -> None:
+    apart, joint = opened(), opened()
+    join(joint.backend.weights)
+    layer = joint.backend.weights["layers"][1]
+    assert isinstance(layer["attention"]["qkv"], Joined)
+    assert set(layer["mlp"]) == {"gate_up", "down"}
+    assert held(joint.backend.weights) == held(apart.backend.weights)
+    for asks in (ASKS, FULL):
+        assert tokens(generate(joint, asks)) == tokens(generate(apart, asks))
+
+
+@pytest.mark.parametrize(
+    ("why", "given"),
+    [
+        ("backend.torch.graphs", {"backend.torch.graphs": "off"}),
+        ("choose row by row", {"backend.deterministic": True}),
+        ("over several devices", {"mesh": "tp=2"}),
+        ("captured at warm-up", {}),
+    ],
+)
+def test_the_resolver_says_whether_steps_are_captured(why: str, given: dict[str, Any]) -> None:
+    device = Device(backend="torch", why="", platform="gpu", kind="a GPU", count=2, memory_bytes=40 << 30, bf16=True)
+    resolved, made = resolve(load(None, given), SPEC, device)
+    assert next(why in d.why for d in made if d.field == "graphs")
+    assert resolved.graphs == (not given)
+    assert (plan_memory(SPEC, resolved).graphs > 0) == (not given)
