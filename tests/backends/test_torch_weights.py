@@ -11,12 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from backends.torch import joined
 from backends.torch.quantising import draw, quantise
 from backends.torch.staging import Staging, as_tensor, pieces
 from engine.model import quant
 from engine.model.params import params
 from engine.model.weights import RandomWeights
-from models_torch import quantised
+from models_torch import ops, quantised
 from models_torch.quantised import Quantised
 from tests.test_config import model
 
@@ -110,3 +111,25 @@ def test_joined_matrices_are_one_product(kind: str, joins: bool) -> None:
     assert torch.equal(other.multiply(x), together.multiply(x))
     wide = Quantised(shape=(9, 200), body=made[0].body[:9], scale=made[0].scale, by=made[0].by, how="bits")
     assert quantised.join([made[0], wide]) is None
+
+
+def test_a_layer_is_joined_and_renewed() -> None:
+    """As on a GPU: q, k, v of quantised matrices are one, with their biases, and give what they gave apart."""
+    r, parts = np.random.default_rng(4), {}
+    for name, heads in (("q", 4), ("k", 2), ("v", 2)):
+        body, scale = quant.quantise(r.standard_normal((heads * 64, 96), np.float32), "fp8")
+        parts[name] = Quantised(shape=(heads, 64, 96), body=as_tensor(body), scale=as_tensor(scale), by="block")
+        parts[f"{name}_bias"] = torch.randn(heads, 64)
+    x = torch.randn(3, 96)
+    apart = ops.qkv(x, parts, 64)
+    tree = {"layers": [{"attention": dict(parts)}]}
+    joined.join(tree)
+    attention = tree["layers"][0]["attention"]
+    assert set(attention) == {"qkv"}
+    for a, b in zip(ops.qkv(x, attention, 64), apart, strict=True):
+        torch.testing.assert_close(a, b)
+    other = {"layers": [{"attention": dict(parts)}]}
+    joined.join(other)
+    attention["qkv"].body.body.zero_()
+    joined.renew(tree, other)
+    torch.testing.assert_close(ops.qkv(x, attention, 64)[1], apart[1])
