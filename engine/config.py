@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from engine.errors import ConfigError
 from engine.mesh import MeshSpec
+from engine.model.spec import EIGHT
 
 Check: TypeAlias = Callable[[str, Any], Any]
 """(key, value) -> the value as it is kept. Raises ConfigError naming the key."""
@@ -23,6 +24,7 @@ MOST_BUCKETS = 12
 BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
+CACHES = (*DTYPES, *EIGHT)
 QUANTISE = ("none", "int8", "fp8")
 POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
@@ -37,7 +39,8 @@ class Resolved:
     """What was decided. Backends and scheduler read this and nothing else; `resolve` makes it, with its decisions.
 
     backend: "jax", "torch" or "reference". platform: "cpu", "gpu" or "tpu". dtype: of weights and activations;
-    cache_dtype: of keys and values ("float32" or "bfloat16"). quantise: what the layers' matrices are
+    cache_dtype: of keys and values ("float32", "bfloat16", "int8" or "fp8"). scales: file of a calibration that a cache
+    of 8 bits has its scales from, "" = the checkpoint's. quantise: what the layers' matrices are
     kept in, "none", "int8" or "fp8" (engine.model.quant). page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
@@ -66,6 +69,7 @@ class Resolved:
     token_buckets: tuple[int, ...] = (1, 8, 32, 128, 512)
     depth: int = 2
     radix: bool = True
+    scales: str = ""
     eviction: str = "lru"
     events: str = ""
     replay: str = ""
@@ -187,7 +191,8 @@ class Mesh:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
     """tokens: positions that the pool of pages holds. fraction: share of the device's free memory that weights and
-    cache may take, where tokens is not given. page: tokens per page. dtype: of keys and values. radix: keep prefixes.
+    cache may take, where tokens is not given. page: tokens per page. dtype: of keys and values; "int8" and "fp8" have
+    scales: file of `radixmesh calibrate`, or "auto", the checkpoint's or 1 (engine.model.scales). radix: keep prefixes.
     eviction: what goes first when pages are short, in the order of: last use; uses, last use; used once, last use;
     priority of the requests, last use. events: ZeroMQ address where what is cached is told (engine.run.events), replay:
     where it can be had again; "auto" is none.
@@ -196,7 +201,8 @@ class Cache:
     tokens: int | None = _key(_or_auto(_whole(1)), None)
     fraction: float | None = _key(_or_auto(_share), None)
     page: int | None = _key(_or_auto(_whole(1, 128)), None)
-    dtype: str = _key(_one_of(DTYPES), "auto")
+    dtype: str = _key(_one_of(CACHES), "auto")
+    scales: str | None = _key(_or_auto(_text), None)
     radix: bool = _key(_flag, True)
     eviction: str = _key(_one_of(EVICTIONS), "lru")
     events: str | None = _key(_or_auto(_address), None)

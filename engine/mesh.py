@@ -17,8 +17,9 @@ RULES: Mapping[str, str | None] = {
     "vocab": "tp",
     "hidden": None,
     "head": None,
+    "pair": None,
 }
-"""Logical axis of a parameter -> mesh axis that splits it. None = replicated."""
+"""Logical axis of a parameter -> mesh axis that splits it. None = replicated. pair: keys, values."""
 REPEATED = ("kv_heads",)
 """Axes whose entries are repeated where they are fewer than the devices: a device holds the one that it needs."""
 PADDED = ("vocab",)

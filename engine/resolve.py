@@ -13,7 +13,7 @@ from engine.mesh import AXES, MeshSpec, shard_shape, share
 from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
 from engine.model.params import params
 from engine.model.quant import BY, local_bytes
-from engine.model.spec import Experts, ModelSpec
+from engine.model.spec import EIGHT, Experts, ModelSpec, eight
 
 GIB = 1 << 30
 SHARE = {"cpu": 0.25, "gpu": 0.85, "tpu": 0.85}
@@ -32,6 +32,8 @@ STEP = {
 """Platform -> slots, tokens of a step, and the sizes below it that steps are padded to. Each size is a program that jax
 compiles before it is ready: some 5 s of a CPU's time each."""
 
+LANES = 128
+"""Numbers of a line of a TPU's registers."""
 CAPTURED = (512, 256 << 20, 16 << 20)
 """Tokens of the largest step that is captured; bytes that captures take of their own, in all and for each layer."""
 COPIED = ("TPU7x",)
@@ -96,14 +98,16 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="mesh", value=mesh, why=_split(mesh, spec, device)),
         _devices(config, mesh, device),
         *_dtypes(config, spec, device),
-        _quantise(config, device),
+        _scales(config, device),
+        _unaligned(_quantise(config, device), spec, mesh, device),
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
     made.append(_page(config, spec, device, values["max_rows"]))
     values["page"] = made[-1].value
     groups = local_groups(spec, values["page"], mesh)
-    weights = weight_bytes(spec, values["dtype"], mesh, values["quantise"] if device.backend != "reference" else "none")
+    quantise = values["quantise"] if device.backend != "reference" else "none"
+    weights = weight_bytes(eight(spec, values["cache_dtype"]), values["dtype"], mesh, quantise)
     weights += count_bytes(spec, config.sched.penalties, values["slots"])
     made += _lengths(config, spec, device, groups, weights, values)
     made += [
@@ -153,7 +157,7 @@ def plan_memory(spec: ModelSpec, resolved: Resolved) -> Memory:
     groups = local_groups(spec, resolved.page, resolved.mesh)
     quantise = resolved.quantise if resolved.backend != "reference" else "none"
     return Memory(
-        weights=weight_bytes(spec, resolved.dtype, resolved.mesh, quantise),
+        weights=weight_bytes(eight(spec, resolved.cache_dtype), resolved.dtype, resolved.mesh, quantise),
         cache=tuple(n * g.page_bytes(resolved.cache_dtype) for n, g in zip(resolved.pages, groups, strict=True)),
         counts=count_bytes(spec, resolved.penalties, resolved.slots),
         graphs=graph_bytes(spec, resolved),
@@ -241,8 +245,31 @@ def _dtypes(config: Config, spec: ModelSpec, device: Device) -> list[Decision]:
         ]
     return [
         Decision(field="dtype", value=dtype, why=why),
-        Decision(field="cache_dtype", value=cache, why="cache.dtype"),
+        Decision(field="cache_dtype", value=cache, why="cache.dtype" + (": 1 byte a number" if cache in EIGHT else "")),
     ]
+
+
+def _scales(config: Config, device: Device) -> Decision:
+    """Where a cache of 8 bits has its scales from."""
+    asked, dtype = config.cache.scales, config.cache.dtype
+    if dtype not in EIGHT:
+        if asked is not None:
+            raise ConfigError(
+                f"cache.scales: a cache has scales in {' or '.join(EIGHT)}; set cache.dtype, or leave it out",
+                field="cache.scales",
+            )
+        return Decision(field="scales", value="", why="none: keys and values are kept as they are")
+    if asked is not None:
+        return Decision(field="scales", value=asked, why="cache.scales: the largest of each layer and head")
+    if config.model.weights == "dummy":
+        return Decision(field="scales", value="", why="auto: dummy weights have one that suits them")
+    if dtype == "int8":
+        raise ConfigError(
+            "cache.scales: int8 needs the largest key and value of each layer and head: radixmesh calibrate "
+            "--model DIR --out FILE, then cache.scales = FILE; or use fp8",
+            field="cache.scales",
+        )
+    return Decision(field="scales", value="", why="auto: the checkpoint's, 1 where it has none")
 
 
 def _quantise(config: Config, device: Device) -> Decision:
@@ -259,6 +286,21 @@ def _quantise(config: Config, device: Device) -> Decision:
     if device.backend == "reference":
         why += "; the reference computes with what they stand for, in float32"
     return Decision(field="quantise", value=asked, why=why)
+
+
+def _unaligned(made: Decision, spec: ModelSpec, mesh: MeshSpec, device: Device) -> Decision:
+    """The same, which says of experts that no kernel of a TPU reads: models_jax/experts.py leaves them to XLA."""
+    if device.backend != "jax" or device.platform != "tpu":
+        return made
+    experts = (p for p in params(spec).values() if p.axes[0] == "experts" and len(p.axes) == 3)
+    odd = sorted({n for p in experts if (n := shard_shape(p.shape, p.axes, mesh)[-1]) % LANES})
+    if not odd:
+        return made
+    why = (
+        f"; experts of {' and '.join(map(str, odd))} inputs on a device, no multiple of {LANES}, are multiplied by XLA"
+    )
+    cost = "" if made.value == "none" else ", which widens them all in each step: a smaller mesh or none may be faster"
+    return replace(made, why=made.why + why + cost)
 
 
 def _steps(config: Config, device: Device) -> list[Decision]:
@@ -301,8 +343,10 @@ def _page(config: Config, spec: ModelSpec, device: Device, rows: int) -> Decisio
     if device.platform != "tpu":
         return Decision(field="page", value=PAGES[0], why="auto: prefixes are shared in small pages")
     reach = min(config.model.max_len or spec.max_len, spec.max_len)
-    size = next((n for n in PAGES if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
+    sizes = [n for n in PAGES if n >= 32] if config.cache.dtype in EIGHT else PAGES  # as lines share a register
+    size = next((n for n in sizes if 4 * rows * -(-reach // n) <= TABLES), PAGES[-1])
     why = f"page tables of {rows} rows of {reach} tokens are kept in {TABLES >> 10} KiB of a TPU"
+    why += ", which moves 32 lines of 8 bits at once" if config.cache.dtype in EIGHT else ""
     return Decision(field="page", value=size, why=why)
 
 

@@ -29,6 +29,12 @@ PART = 128
 """Keys that a part should have at least."""
 PARTS = 64
 """Parts at most."""
+LARGE = ("sm_80", "sm_90", "sm_100", "sm_103")
+"""NVIDIA's processors with more than 160 KiB of shared memory; others have 99."""
+COPIED = ("sm_90", "sm_100", "sm_103", "sm_120")
+"""Those whose copy engine brings tiles of dense keys."""
+WHOLE = 1024
+"""Tokens of a step of fresh prompts from which laying its keys side by side pays."""
 FLOAT8 = torch.float8_e4m3fn
 READ = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT = (FLOAT8, torch.int8)
@@ -51,8 +57,8 @@ class Rows(NamedTuple):
 class Plan:
     """Numbers of a step that grids follow from. rows, tokens: of the tensors, padding included. short: rows that lead
     and have at most `few` tokens each, a power of two; the rest are long. reach: no row is longer after the step.
-    dense: tokens of each row of a step that holds only prompts of which nothing is cached, or (). padded: some tokens
-    may be no row's. sms: processors of the device."""
+    fresh: all rows are whole prompts or their beginnings, nothing is cached of them and each has more than FEW tokens.
+    padded: some tokens may be no row's. sms: processors of the device."""
 
     rows: int
     tokens: int
@@ -60,7 +66,7 @@ class Plan:
     few: int
     reach: int
     sms: int
-    dense: tuple[int, ...] = ()
+    fresh: bool = False
     padded: bool = False
 
 
@@ -91,7 +97,7 @@ def plan(
         few=_up(max(few, 1)),
         reach=_up(max(reach, PART)),
         sms=sms,
-        dense=tuple(lens) if fresh and rows == full and short == 0 else (),
+        fresh=fresh and rows == full and short == 0,
         padded=(rows, tokens) != (full, fed),
     )
 
@@ -111,20 +117,18 @@ class Tile:
     stages: int
 
 
-def tile(rows: int, head_dim: int, wide: int, small: bool = False) -> Tile:
-    """For products of `rows` rows at least, or 0 for tiles of prompts. wide: bytes of a number that is multiplied.
-    small: the device has 64 KiB of shared memory for a program (AMD)."""
-    size = max(_up(head_dim), 16)
+def tile(rows: int, head_dim: int, wide: int, arch: str) -> Tile:
+    """For products of `rows` rows at least, or 0 for tiles of prompts. wide: bytes of a number that is multiplied."""
+    size, hip = max(_up(head_dim), 16), arch.startswith("gfx")  # which has 64 KiB for a program
     if wide == 4:  # without tensor cores
         return Tile(rows=max(rows, LEAST) if rows else 32, keys=32 if size <= 128 else 16, warps=4, stages=1)
     if rows:
-        keys = 64 if size <= 128 else 32
-        return Tile(rows=max(rows, LEAST), keys=keys, warps=4, stages=1 if small else 3)
-    if small:
+        warps = 2 if rows <= LEAST and size <= 128 and not hip else 4
+        return Tile(rows=max(rows, LEAST), keys=64 if size <= 128 else 32, warps=warps, stages=1 if hip else 3)
+    if hip:
         return Tile(rows=128 if size <= 128 else 64, keys=32, warps=4, stages=1)
-    if size <= 128:
-        return Tile(rows=128, keys=64, warps=8, stages=3)
-    return Tile(rows=64, keys=32, warps=4, stages=2)
+    deep = size <= 128 and arch in LARGE
+    return Tile(rows=64, keys=64 if size <= 128 else 32, warps=4, stages=5 if deep else 3)
 
 
 def splits(programs: int, reach: int, sms: int) -> int:
@@ -191,6 +195,7 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@lru_cache(maxsize=256)
 def constants(
     *,
     arch: str,
@@ -210,8 +215,7 @@ def constants(
     """What is compiled into `paged`, and its tile. few: tokens of a short row, 0 for tiles of long rows. narrow: the
     store has fewer than 2**31 numbers."""
     group = q_heads // kv_heads
-    hip = arch.startswith("gfx")
-    shape = tile(_up(few * group) if few else 0, head_dim, dtype.itemsize, hip)
+    shape = tile(_up(few * group) if few else 0, head_dim, dtype.itemsize, arch)
     return {
         "Q_HEADS": q_heads,
         "KV_HEADS": kv_heads,
@@ -268,10 +272,35 @@ def attention(
         call(plan.short, 0, plan.few, parts, plan.short, min(plan.short * plan.few, plan.tokens))
     if plan.short < plan.rows:
         long, tokens = plan.rows - plan.short, plan.tokens - plan.short
-        queries = tile(0, q.shape[2], q.element_size(), arch_of(q.device).startswith("gfx")).rows // group
+        queries = tile(0, q.shape[2], q.element_size(), arch_of(q.device)).rows // group
         tiles = tokens // queries + long
         parts = splits(tiles * kv_heads * WAVES, reach, plan.sms)
         call(plan.rows, plan.short, 0, parts, tiles, tokens)
+    return out
+
+
+def whole(plan: Plan, arch: str, head_dim: int, dtype: torch.dtype, store: torch.dtype, *, plain: bool = True) -> bool:
+    """Whether `fresh` is there for a step, and pays. plain: no window, cap or sinks."""
+    fits = head_dim in (64, 128) and dtype in (torch.bfloat16, torch.float16) and store == dtype
+    return plan.fresh and plan.tokens >= WHOLE and plain and fits and arch in COPIED
+
+
+def fresh(q: Array, kv: Array, rows: Rows, plan: Plan, *, scale: float) -> Array:
+    """`attention` of a plan that is fresh, over the keys and values of its tokens kv [T, 2, kv_heads, D]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from kernels_cuda.dense import dense
+
+    (tokens, q_heads, dim), kv_heads = q.shape, kv.shape[2]
+    shape = Tile(rows=64, keys=64, warps=4, stages=3)
+    tiles = tokens // (shape.rows // (q_heads // kv_heads)) + plan.rows
+    keys, values = (TensorDescriptor.from_tensor(x, [shape.keys, 1, dim]) for x in kv.unbind(1))
+    out = torch.empty_like(q)
+    dense[(kv_heads * tiles,)](
+        q, keys, values, out, rows.first, plan.rows, scale * LOG2E,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, DIM=dim, ROWS=shape.rows, STEP=shape.keys,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
     return out
 
 

@@ -266,6 +266,7 @@ def plain(
     scale: float,
     cap: float | None = None,
     sinks: Array | None = None,
+    scales: Array | None = None,
 ) -> None:
     """What `attention` does, in plain torch, tile by tile; waits for the device."""
     first, start, table = rows.first.tolist(), rows.start.tolist(), rows.table.long()
@@ -275,7 +276,9 @@ def plain(
     def read(members: list[int], low: int, high: int) -> None:
         at = torch.arange(low, high, device=q.device)
         entry = table[members[0]][at // page] * page + at % page
-        k, v = store[entry].to(torch.float32).repeat_interleave(group, 2).unbind(1)
+        kv = (store.view(torch.uint8)[entry].view(store.dtype) if store.dtype in EIGHT else store[entry]).float()
+        kv = kv if scales is None else kv * scales[None, :, :, None]
+        k, v = kv.repeat_interleave(group, 2).unbind(1)
         s = torch.einsum("rhd,khd->rhk", q[[first[r] for r in members]].float(), k) * scale
         s = s if cap is None else torch.tanh(s / cap) * cap
         whole = s.logsumexp(-1)

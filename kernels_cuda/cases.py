@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from kernels_cuda import cascade
-from kernels_cuda.attention import EIGHT, FLOAT8, constants, supports
+from kernels_cuda.attention import EIGHT, FLOAT8, WHOLE, Plan, constants, supports, whole
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", FLOAT8: "fp8e4nv"}
 """Types of elements, as Triton names them."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 """What everything is compiled for."""
+FRESH = Plan(rows=1, tokens=WHOLE, short=0, few=1, reach=WHOLE, sms=1, fresh=True)
+"""A step of one prompt."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Layer:
     window: int | None = None
     capped: bool = False
     sinks: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Without window, cap or sinks."""
+        return not (self.window or self.capped or self.sinks)
 
     def __str__(self) -> str:
         more = [f"window {self.window}"] * bool(self.window) + ["cap"] * self.capped + ["sinks"] * self.sinks
@@ -95,6 +102,15 @@ def attention(
             what = f"rows of {tokens}" if tokens else "tiles"
             name = f"attention {layer}, {element} over {NAMES[store]}, {what}, {cut} parts"
             yield Case(name, "paged", "paged", types, fixed, {"num_warps": shape.warps, "num_stages": shape.stages})
+    if 0 in few and whole(FRESH, arch, layer.head_dim, dtype, store, plain=layer.plain):
+        descriptor = f"tensordesc<{element}[64, 1, {layer.head_dim}]>"
+        types = {"q": f"*{element}", "keys": descriptor, "values": descriptor, "out": f"*{element}"}
+        types |= {"first": "*i32", "rows": "i32", "scale": "fp32"}
+        given = {"Q_HEADS": layer.q_heads, "KV_HEADS": layer.kv_heads, "DIM": layer.head_dim, "ROWS": 64, "STEP": 64}
+        yield Case(
+            f"attention {layer}, {element}, fresh prompts", "dense", "dense", types, given,
+            {"num_warps": 4, "num_stages": 3},
+        )  # fmt: skip
     for cut in parts:
         if cut > 1:
             types = {

@@ -60,7 +60,7 @@ def sample(logits: torch.Tensor, filters: Filters | None = None) -> torch.Tensor
         return out
     edge = fresh(torch.int32, rows)
     given = (filters.temperature, filters.top_k, filters.top_p)
-    _edges[(rows,)](logits, stride, high, *given, edge, vocab=vocab, BLOCK=2 * BLOCK, num_warps=8)
+    _edges[(rows,)](logits, stride, high, *given, edge, vocab=vocab, BLOCK=BLOCK, num_warps=8)
     noisy = (filters.temperature, filters.min_p, filters.seed, filters.position)
     _noisy[(rows, parts)](logits, stride, high, edge, *noisy, peak, place, vocab=vocab, parts=parts, **wide)
     _join[(rows,)](peak, place, filters.temperature, high, out, rows, FIRST=False, num_warps=1, **size)

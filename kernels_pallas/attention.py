@@ -19,14 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.blocks import LEAST, Blocks, need, pick
+from kernels_pallas.cached import TYPES
 from kernels_pallas.chip import Chip, chip
-from kernels_pallas.ragged import FAR, LANES, Form, Refs, kernel
+from kernels_pallas.form import LANES, Form, Refs
+from kernels_pallas.ragged import kernel
+from kernels_pallas.softmax import FAR
 
 Array: TypeAlias = jax.Array
 SPARE = 16 << 10
 """Bytes of SMEM that tables leave to the compiler."""
-TYPES = {"float32": 4, "bfloat16": 2}
-"""Caches that can be read, and the bytes of a number."""
 
 
 class Tiles(NamedTuple):
@@ -92,10 +93,10 @@ def vmem(form: Form, size: int) -> int:
 def _bytes(form: Form, size: int) -> tuple[int, int]:
     """VMEM for each query of the largest tile: whatever its keys, and for each key (scores, weights of two products).
 
-    Counted for float32 queries where the cache is.
+    Counted for float32 queries where the cache is, or is of 8 bits.
     """
-    held, depth = form.products * form.rows, form.fold * form.lanes
-    return held * (4 * form.lanes * size + depth * (size + 4) + 2 * LANES * 4), 2 * form.rows * (4 + 4 + size)
+    held, depth, wide = form.products * form.rows, form.fold * form.lanes, 4 if size == 1 else size
+    return held * (4 * form.lanes * wide + depth * (wide + 4) + 2 * LANES * 4), 2 * form.rows * (4 + 4 + wide)
 
 
 def attention(
@@ -106,6 +107,7 @@ def attention(
     base: Array,
     at: Any,
     sinks: Array | None = None,
+    scales: Array | None = None,
     *,
     kv_heads: int,
     scale: float,
@@ -118,7 +120,8 @@ def attention(
 
     cache [pages, page, kv_heads * 2 * head_dim]: of a head first the key, then the value. table int32[R, E], base
     int32[R]: pages of a row, and the position of the first one's first token; at: what is added to pages (the first
-    page of a layer). sinks [q_heads]. -> [T, q_heads, head_dim]; tokens that are in no tile hold anything.
+    page of a layer). sinks [q_heads]. scales float32[2, kv_heads]: of keys and of values, what a number of the cache is
+    to be multiplied by. -> [T, q_heads, head_dim]; tokens that are in no tile hold anything.
     No tile holds more queries than the largest of blocks, by default what `blocks.tile` says for T tokens on this chip.
     Cached tokens that no query of a tile sees may hold anything, NaN too. Raises ValueError for what can't be compiled.
     """
@@ -131,6 +134,7 @@ def attention(
         scale=scale,
         window=window,
         cap=cap,
+        scaled=scales is not None,
     )
     why = supports(
         q_heads=form.q_heads,
@@ -146,10 +150,10 @@ def attention(
         raise ValueError(f"attention: {why}")
     blocks = blocks or choose(form, q.shape[0], cache.dtype.itemsize, chip())
     form = replace(form, blocks=blocks)
-    kind = jnp.promote_types(q.dtype, cache.dtype)
+    kind = q.dtype if cache.dtype.itemsize == 1 else jnp.promote_types(q.dtype, cache.dtype)
     spread = _spread(form, q)
     most, rows, depth = blocks.queries[-1], form.rows, form.fold * form.lanes
-    held = form.products * rows
+    held, large = form.products * rows, max([8, *(form.many(n) for n in blocks.queries if form.large(n))])
     stat = pltpu.VMEM((form.products, most * rows, LANES), jnp.float32)
     call = pl.pallas_call(
         lambda *refs: kernel(form, Refs(*refs)),
@@ -159,7 +163,7 @@ def attention(
             in_specs=[
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec((held, LANES), lambda *_: (0, 0)),
+                pl.BlockSpec((3, held, LANES), lambda *_: (0, 0, 0)),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
@@ -170,6 +174,8 @@ def attention(
                 stat,
                 stat,
                 pltpu.VMEM((form.products, most * rows, depth), jnp.float32),
+                pltpu.VMEM((2, large, blocks.keys), jnp.float32),
+                pltpu.VMEM((large, LANES), jnp.int32),
                 pltpu.SemaphoreType.DMA((3, 2)),
             ],
         ),
@@ -181,7 +187,7 @@ def attention(
     )
     numbers = [x.astype(jnp.int32) for x in (tiles.row, tiles.token, tiles.count, tiles.position)]
     total, first = (jnp.asarray(x, jnp.int32).reshape(1) for x in (tiles.total, at))
-    out = call(*numbers, total, first, table.reshape(-1), base, spread, cache, _sink(form, sinks))
+    out = call(*numbers, total, first, table.reshape(-1), base, spread, cache, _heads(form, sinks, scales))
     return _gather(form, out)
 
 
@@ -210,11 +216,14 @@ def _gather(form: Form, out: Array) -> Array:
     return out.reshape(out.shape[0], form.q_heads, form.head)
 
 
-def _sink(form: Form, sinks: Array | None) -> Array:
-    """Of each row of a query its sink as a score in bits, float32[products * rows, LANES]."""
-    if sinks is None:
-        flat = jnp.full((form.products, form.rows), FAR, jnp.float32)
-    else:
-        flat = sinks.astype(jnp.float32).reshape(form.products, -1) * log2(e)
-        flat = jnp.pad(flat, ((0, 0), (0, form.rows - flat.shape[1])))
-    return jnp.broadcast_to(flat.reshape(-1, 1), (flat.size, LANES))
+def _heads(form: Form, sinks: Array | None, scales: Array | None) -> Array:
+    """Of each row of a query its sink as a score in bits, and the scales of its keys and values: float32[3, products *
+    rows, LANES]."""
+    flat = jnp.stack(
+        [
+            jnp.full(form.q_heads, FAR, jnp.float32) if sinks is None else sinks.astype(jnp.float32) * log2(e),
+            *(jnp.ones((2, form.q_heads)) if scales is None else jnp.repeat(scales, form.group, axis=1)),
+        ]
+    ).reshape(3, form.products, -1)
+    flat = jnp.pad(flat, ((0, 0), (0, 0), (0, form.rows - flat.shape[2]))).reshape(3, -1, 1)
+    return jnp.broadcast_to(flat, (*flat.shape[:2], LANES))

@@ -1,8 +1,8 @@
 """Keys and values of a step into their pages: read, merged and written a page at a time.
 
 A page belongs to one row of a step, so pages are independent; several are on their way at once. A token is one line of
-a page, and lines of bfloat16 share registers by two: whole pages move, and the merge happens in float32, where lines
-can be turned by any number. Pages that a step fills whole are not read.
+a page, and lines of bfloat16 share registers by two, of 8 bits by four: whole pages move, and the merge happens in 32
+bits, where lines can be turned by any number. Pages that a step fills whole are not read.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.cached import TYPES, narrow, stored, widen
 from kernels_pallas.chip import Chip, chip
 
 Array: TypeAlias = jax.Array
 RING, AHEAD = 8, 4
 """Pages in VMEM, and how many of them are being read."""
 STEP = 16
-"""Copies of lines start at multiples of it."""
-TYPES = {"float32": 4, "bfloat16": 2}
+"""Copies of lines start at multiples of it, in caches of 16 or 32 bits a number."""
 
 
 class Spots(NamedTuple):
@@ -53,13 +53,18 @@ class Refs(NamedTuple):
     done: Any
 
 
+def step(dtype: str) -> int:
+    """Copies of lines start at multiples of it: lines of 8 bits share a register by four, of 16 bits by two."""
+    return 2 * STEP if TYPES[dtype] == 1 else STEP
+
+
 def supports(*, page: int, line: int, dtype: str, on: Chip | None = None) -> str:
     """Why the kernel can't be compiled; nothing where it can. line: numbers of one token."""
     on = on or chip()
     if dtype not in TYPES:
         return f"a {dtype} cache is not built"
-    if page % STEP or line % 128:
-        return f"pages of {page} lines of {line} are no multiple of {STEP} lines of 128"
+    if page % step(dtype) or line % 128:
+        return f"pages of {page} lines of {line} are no multiple of {step(dtype)} lines of 128"
     need = vmem(page, line, TYPES[dtype])
     if need > on.vmem // 2:
         return f"{RING} pages of {page} x {line} take {need} bytes, {on.name} has {on.vmem} of VMEM"
@@ -68,12 +73,15 @@ def supports(*, page: int, line: int, dtype: str, on: Chip | None = None) -> str
 
 def vmem(page: int, line: int, size: int) -> int:
     """Bytes of the buffers. size: of a number."""
-    return RING * (2 * page + STEP) * line * size
+    return RING * (2 * page + (2 if size == 1 else 1) * STEP) * line * size
 
 
-def write(lines: Array, cache: Array, spots: Spots, at: Any, *, interpret: Any = False) -> Array:
+def write(
+    lines: Array, cache: Array, spots: Spots, at: Any, scales: Array | None = None, *, interpret: Any = False
+) -> Array:
     """Put lines [T, L] into the cache [pages, page, L], in place where it is donated. at: added to pages.
 
+    scales float32[2, kv_heads]: lines are numbers to be stored over them (see `stored`); without, what is stored.
     Raises ValueError for what can't be compiled.
     """
     page, line = cache.shape[1:]
@@ -81,17 +89,19 @@ def write(lines: Array, cache: Array, spots: Spots, at: Any, *, interpret: Any =
     if why:
         raise ValueError(f"kv_write: {why}")
     # whatever place a page begins at, what is copied for it is there
-    lines = jnp.pad(lines.astype(cache.dtype), ((page, page + STEP + (-lines.shape[0]) % STEP), (0, 0)))
+    lines = lines.astype(cache.dtype) if scales is None else stored(lines, scales, cache.dtype)
+    unit = step(str(cache.dtype))
+    lines = jnp.pad(lines, ((page, page + unit + (-lines.shape[0]) % unit), (0, 0)))
     count, size = spots.page.shape[0], cache.dtype.itemsize
     call = pl.pallas_call(
-        lambda *refs: _kernel(page, Refs(*refs)),
+        lambda *refs: _kernel(page, unit, Refs(*refs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(1,),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
-                pltpu.VMEM((RING, page + STEP, line), cache.dtype),
+                pltpu.VMEM((RING, page + unit, line), cache.dtype),
                 pltpu.VMEM((RING, page, line), cache.dtype),
                 pltpu.SemaphoreType.DMA((3, RING)),
             ],
@@ -100,7 +110,7 @@ def write(lines: Array, cache: Array, spots: Spots, at: Any, *, interpret: Any =
         input_output_aliases={7: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=chip().vmem * 3 // 4),
         cost_estimate=pl.CostEstimate(
-            flops=0, transcendentals=0, bytes_accessed=count * (3 * page + STEP) * line * size
+            flops=0, transcendentals=0, bytes_accessed=count * (3 * page + unit) * line * size
         ),
         interpret=interpret,
         name="kv_write",
@@ -109,11 +119,11 @@ def write(lines: Array, cache: Array, spots: Spots, at: Any, *, interpret: Any =
     return call(*numbers, lines, cache)
 
 
-def _kernel(page: int, r: Refs) -> None:
+def _kernel(page: int, unit: int, r: Refs) -> None:
     total = r.total[0]
 
     def begin(i: Array, _: None) -> None:
-        _read(page, r, i, start=True)
+        _read(page, unit, r, i, start=True)
 
     jax.lax.fori_loop(0, jnp.minimum(AHEAD, total), begin, None)
 
@@ -126,10 +136,10 @@ def _kernel(page: int, r: Refs) -> None:
             def _() -> None:
                 _write(r, then - RING, start=False)
 
-            _read(page, r, then, start=True)
+            _read(page, unit, r, then, start=True)
 
-        _read(page, r, i, start=False)
-        _merge(page, r, i)
+        _read(page, unit, r, i, start=False)
+        _merge(page, unit, r, i)
         _write(r, i, start=True)
 
     jax.lax.fori_loop(0, total, one, None)
@@ -140,14 +150,14 @@ def _kernel(page: int, r: Refs) -> None:
     jax.lax.fori_loop(jnp.maximum(total - RING, 0), total, end, None)
 
 
-def _place(page: int, r: Refs, i: Array) -> tuple[Array, Array]:
+def _place(page: int, unit: int, r: Refs, i: Array) -> tuple[Array, Array]:
     """Where the copy of a page's lines starts, and how many lines after that the page does."""
     begin = r.token[i] + page
-    at = begin // STEP * STEP
-    return pl.multiple_of(at, STEP), begin - at
+    at = begin // unit * unit
+    return pl.multiple_of(at, unit), begin - at
 
 
-def _read(page: int, r: Refs, i: Array, *, start: bool) -> None:
+def _read(page: int, unit: int, r: Refs, i: Array, *, start: bool) -> None:
     """Start to copy the lines of page i, and what it holds unless all is new; or wait for them."""
     k = i % RING
 
@@ -156,26 +166,26 @@ def _read(page: int, r: Refs, i: Array, *, start: bool) -> None:
 
     @pl.when(r.page[i] >= 0)
     def _() -> None:
-        at, _ = _place(page, r, i)
-        move(pltpu.make_async_copy(r.lines.at[pl.ds(at, page + STEP)], r.fresh.at[k], r.done.at[0, k]))
+        at, _ = _place(page, unit, r, i)
+        move(pltpu.make_async_copy(r.lines.at[pl.ds(at, page + unit)], r.fresh.at[k], r.done.at[0, k]))
 
         @pl.when(r.last[i] - r.first[i] < page)
         def _() -> None:
             move(pltpu.make_async_copy(r.cache.at[r.page[i] + r.at[0]], r.held.at[k], r.done.at[1, k]))
 
 
-def _merge(page: int, r: Refs, i: Array) -> None:
+def _merge(page: int, unit: int, r: Refs, i: Array) -> None:
     k = i % RING
 
     @pl.when(r.page[i] >= 0)
     def _() -> None:
-        _, shift = _place(page, r, i)
-        fresh = r.fresh[k].astype(jnp.float32)
-        fresh = pltpu.roll(fresh, (page + STEP - shift) % (page + STEP), 0)[:page]
+        _, shift = _place(page, unit, r, i)
+        kind = r.held.dtype
+        fresh, held = (widen(x[k]) for x in (r.fresh, r.held))
+        fresh = pltpu.roll(fresh, (page + unit - shift) % (page + unit), 0)[:page]
         place = jax.lax.broadcasted_iota(jnp.int32, fresh.shape, 0)
-        held = r.held[k].astype(jnp.float32)
         merged = jnp.where((place >= r.first[i]) & (place < r.last[i]), fresh, held)
-        r.held[k] = merged.astype(r.held.dtype)
+        r.held[k] = narrow(merged, kind)
 
 
 def _write(r: Refs, i: Array, *, start: bool) -> None:

@@ -15,7 +15,9 @@ class Attend(Protocol):
     """Rotates q and k (`ops.rotate`), writes k and v of this step to the cache and attends over it.
 
     q [T, q_heads, head_dim], k and v [T, kv_heads, head_dim], local heads -> ([T, q_heads, head_dim], cache).
-    sinks [q_heads]: where the layer has them. turn: what rotates, as `ops.angles` gives it; None: nothing does.
+    sinks [q_heads]: where the layer has them. scales: where the cache has 8 bits, what keys and values that are read of
+    it are multiplied by, float32[2, kv_heads], and the inverses of that, for what is written. turn: what rotates, as
+    `ops.angles` gives it; None: nothing does.
     """
 
     def __call__(
@@ -27,6 +29,7 @@ class Attend(Protocol):
         cache: Any,
         place: stack.Place,
         sinks: ops.Array | None = None,
+        scales: tuple[ops.Array, ops.Array] | None = None,
         turn: tuple[ops.Array, ops.Array] | None = None,
     ) -> tuple[ops.Array, Any]: ...
 
@@ -46,7 +49,8 @@ def attention(
     if a.qk_norm:
         q = norm(q, p["q_norm"])
         k = norm(k, p["k_norm"])
+    scales = (p["scales"], p["inverses"]) if a.scaled else None
     turn = None if a.rope is None else angles[a.rope]
-    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), turn)
+    o, cache = attend(a, q, k, v, cache, place, p.get("sinks"), scales=scales, turn=turn)
     y = ops.psum(ops.merge(o, p["out"]), "q_heads")
     return (y + p["out_bias"] if a.out_bias else y), cache

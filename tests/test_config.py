@@ -18,7 +18,7 @@ from backends.probe import probe
 from engine.config import Config, dotted, keys, load, show
 from engine.errors import ConfigError
 from engine.model.groups import cache_groups
-from engine.model.spec import Attention, Layer, Mlp, ModelSpec, Rope
+from engine.model.spec import Attention, Experts, Layer, Mlp, ModelSpec, Rope
 from engine.resolve import Device, plan_memory, resolve
 from engine.sched.admission import capacity
 
@@ -93,6 +93,8 @@ def test_toml_then_flags(tmp_path: Path) -> None:
         ("[cahce]\npage = 1", "cahce", "did you mean [cache]"),
         ("[sched]\npage = 1", "sched.page", "did you mean cache.page"),
         ("[model]\ndtype = 'bf16'", "model.dtype", "must be one of auto, float32, bfloat16"),
+        ("[cache]\ndtype = 'fp4'", "cache.dtype", "must be one of auto, float32, bfloat16, int8, fp8, not 'fp4'"),
+        ("[cache]\nscales = 1", "cache.scales", "must be a string"),
         ("[cache]\npage = 0", "cache.page", "between 1 and 128, not 0"),
         ("[cache]\npage = 129", "cache.page", "between 1 and 128, not 129"),
         ("[cache]\neviction = 'rlu'", "cache.eviction", "did you mean lru"),
@@ -149,6 +151,19 @@ def test_nothing_is_mutated(tmp_path: Path) -> None:
         config.cache.page = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(("size", "kind", "says"), [(256, "int8", ""), (192, "int8", "192"), (192, "none", "192")])
+def test_experts_that_no_kernel_reads_are_told(size: int, kind: str, says: str) -> None:
+    spec = model()
+    feed = Experts(count=4, top_k=2, size=size, renormalised=True)
+    spec = dataclasses.replace(spec, layers=tuple(dataclasses.replace(layer, feed=feed) for layer in spec.layers))
+    for platform in ("cpu", "tpu"):
+        _, decisions = resolve(load(None, {"model.quantise": kind}), spec, device(platform))
+        why = next(d for d in decisions if d.field == "quantise").why
+        told = platform == "tpu" and bool(says)
+        assert (f"experts of {size} inputs on a device, no multiple of 128, are multiplied by XLA" in why) == told
+        assert ("which widens them all in each step" in why) == (told and kind != "none")
+
+
 def test_every_decision_has_a_reason_and_is_what_was_resolved() -> None:
     for platform in ("cpu", "gpu", "tpu"):
         resolved, decisions = resolve(load(), model(), device(platform))
@@ -169,11 +184,41 @@ def test_every_decision_has_a_reason_and_is_what_was_resolved() -> None:
         ({}, "float16", "gpu", True, "bfloat16", "bfloat16"),
         ({"dtype": "bfloat16"}, "float32", "cpu", False, "bfloat16", "bfloat16"),
         ({"cache.dtype": "bfloat16"}, "float32", "cpu", False, "float32", "bfloat16"),
+        ({"cache.dtype": "fp8"}, "bfloat16", "gpu", True, "bfloat16", "fp8"),
+        ({"cache.dtype": "int8", "cache.scales": "f"}, "bfloat16", "tpu", True, "bfloat16", "int8"),
     ],
 )
 def test_dtypes(asked: dict[str, Any], checkpoint: str, platform: str, bf16: bool, dtype: str, cache: str) -> None:
     resolved, _ = resolve(load(None, asked), model(dtype=checkpoint), device(platform, bf16=bf16))
     assert (resolved.dtype, resolved.cache_dtype) == (dtype, cache)
+
+
+def test_a_cache_of_8_bits_needs_scales_and_half_the_memory() -> None:
+    spec = model()
+    for asked, says in (
+        ({"cache.dtype": "int8"}, "radixmesh calibrate --model DIR --out FILE"),
+        ({"cache.dtype": "bfloat16", "cache.scales": "f"}, "set cache.dtype, or leave it out"),
+        ({"cache.scales": "f"}, "set cache.dtype, or leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=says) as caught:
+            resolve(load(None, asked), spec, device())
+        assert caught.value.field == "cache.scales"
+    size = {}
+    for dtype in ("bfloat16", "fp8", "int8"):
+        given = {"cache.dtype": dtype, "cache.tokens": 4096} | ({"cache.scales": "f"} if dtype == "int8" else {})
+        resolved, _ = resolve(load(None, given), spec, device("gpu"))
+        size[dtype] = plan_memory(spec, resolved)
+    assert size["fp8"].cache == size["int8"].cache
+    assert [2 * n for n in size["fp8"].cache] == list(size["bfloat16"].cache)
+    assert size["fp8"].weights == size["bfloat16"].weights + 2 * 2 * 2 * 2 * 4  # scales and inverses of 2 layers
+    tight = replace(device("gpu"), memory_bytes=64 << 20)
+    wide, narrow = (
+        resolve(load(None, {"cache.dtype": d, "slots": 8, "max_tokens": 64}), spec, tight)[0].pages[0]
+        for d in ("bfloat16", "fp8")
+    )
+    assert 2 * wide <= narrow <= 2 * wide + 1
+    assert resolve(load(None, {"cache.dtype": "fp8"}), spec, device("tpu"))[0].page == 32
+    assert resolve(load(None, {"cache.dtype": "int8", "model.weights": "dummy"}), spec, device())[0].scales == ""
 
 
 def test_stack_follows_the_device_unless_asked() -> None:

@@ -12,6 +12,9 @@ from backends.api.limits import Limits
 from backends.api.protocol import Backend
 from backends.api.step import F32, I32, TOKEN, U32, PageTable, Sampling, ScheduleStep, StepResult, Ticket
 
+TOLERANCE = 2e-4
+"""Of logits in float32, times max(1, their standard deviation)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -114,9 +117,11 @@ Placed: TypeAlias = tuple[Text, Row]
 
 
 class Host:
-    """Drives a backend through its protocol: owns free slots and pages, numbers the steps. taps: of every step."""
+    """Drives a backend through its protocol: owns free slots and pages, numbers the steps. taps: of every step.
+    tolerance: of logits, times max(1, their standard deviation), where runs that should be alike are compared."""
 
-    def __init__(self, backend: Backend, taps: Sequence[str] = ()) -> None:
+    def __init__(self, backend: Backend, taps: Sequence[str] = (), tolerance: float = TOLERANCE) -> None:
+        self.tolerance = tolerance
         self.backend, self.limits, self.taps, self.number = backend, backend.limits, taps, 0
         self.slots = list(range(self.limits.slots))
         self.free = [list(range(pages)) for pages in self.limits.pages]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from backends.api.limits import Limits
 from backends.jax import attend_gpu
 from backends.jax.buckets import Shape
-from backends.jax.caches import State, columns, from_lines, to_lines
+from backends.jax.caches import HELD, State, columns, from_lines, to_lines
 from backends.jax.inputs import Batch
 from backends.jax.work import spots, unit
 from backends.jax.work import tiles as cut
@@ -69,8 +69,11 @@ class View(NamedTuple):
     work: attention.Tiles | None = None
 
 
+Scales: TypeAlias = tuple[Array, Array] | None
+"""Where the cache has 8 bits: what is read of it is multiplied by the first, what is written by the second, float32[2,
+kv_heads] each, keys and values."""
 Kernel: TypeAlias = Callable[
-    [Attention, Array, Array, Array, Array | None, Array, Any, Pages, View], tuple[Array, Array]
+    [Attention, Array, Array, Array, Array | None, Array, Any, Pages, View, Scales], tuple[Array, Array]
 ]
 
 
@@ -82,7 +85,7 @@ def choose(a: Attention, config: Resolved, on: Chip | None = None) -> tuple[Kern
         return (plain, f"plain XLA, {shape}: {why}") if why else (attend_gpu.paged, f"Pallas by way of Triton, {shape}")
     if config.platform != "tpu":
         return plain, f"plain XLA, {shape}: the Pallas kernels are for accelerators, not for a {config.platform}"
-    kv_heads = share(a.kv_heads, "kv_heads", config.mesh)
+    kv_heads, held = share(a.kv_heads, "kv_heads", config.mesh), HELD[config.cache_dtype].name
     why = attention.supports(
         q_heads=share(a.q_heads, "q_heads", config.mesh),
         kv_heads=kv_heads,
@@ -90,10 +93,10 @@ def choose(a: Attention, config: Resolved, on: Chip | None = None) -> tuple[Kern
         page=config.page,
         rows=config.max_rows,
         entries=-(-config.max_len // config.page),
-        dtype=config.cache_dtype,
+        dtype=held,
         tokens=config.max_tokens,
         on=on,
-    ) or kv_write.supports(page=unit(config.page), line=kv_heads * 2 * a.head_dim, dtype=config.cache_dtype, on=on)
+    ) or kv_write.supports(page=unit(config.page, held), line=kv_heads * 2 * a.head_dim, dtype=held, on=on)
     if why:
         return plain, f"plain XLA, {shape}: {why}"
     return paged, f"Pallas, {shape}: ragged pages, written and read in place"
@@ -128,7 +131,8 @@ def look(
     work = None
     if config.platform == "tpu":
         work = cut(batch, before, sizes.tile(shape.tokens, chip()))
-        groups = tuple(p._replace(spots=spots(batch, before, p.table, p.base, p.size)) for p in groups)
+        held = HELD[config.cache_dtype].name
+        groups = tuple(p._replace(spots=spots(batch, before, p.table, p.base, p.size, held)) for p in groups)
     group = GROUP if config.platform == "cpu" and shape.tile > 1 else shape.tiles
     spare = jnp.zeros((-shape.tiles % group, 3), jnp.int32)  # whole groups: a slice is never moved to fit
     tiles = jnp.concatenate([batch.tiles, spare])
@@ -150,13 +154,14 @@ class Attend:
         cache: tuple[Array, ...],
         place: Place,
         sinks: Array | None = None,
+        scales: Scales = None,
         turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         g = place.group
         kernel, _ = choose(a, self.config)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
-        o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view)
+        o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view, scales)
         return o, (*cache[:g], one, *cache[g + 1 :])
 
 
@@ -170,13 +175,14 @@ def paged(
     rank: Any,
     pages: Pages,
     view: View,
+    scales: Scales = None,
 ) -> tuple[Array, Array]:
     """As `plain`, by the kernels of `kernels_pallas`."""
     assert view.work is not None
     assert pages.spots is not None
     at = rank * pages.count
-    lines = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1)
-    size = unit(pages.size)
+    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales and scales[1]).reshape(k.shape[0], -1)
+    size = unit(pages.size, cache.dtype.name)
     parts = kv_write.write(lines, cache.reshape(-1, size, cache.shape[2]), pages.spots, at * (pages.size // size))
     cache = parts.reshape(cache.shape)
     o = attention.attention(
@@ -187,6 +193,7 @@ def paged(
         pages.base,
         at,
         sinks,
+        scales and scales[0],
         kv_heads=k.shape[1],
         scale=a.scale,
         window=a.window,
@@ -205,24 +212,26 @@ def plain(
     rank: Any,
     pages: Pages,
     view: View,
+    scales: Scales = None,
 ) -> tuple[Array, Array]:
     """Write k, v [T, kv_heads, head_dim] to the cache [layers * pages, page, kv_heads * 2 * head_dim] and attend.
 
-    rank: of the layer in its group. q [T, q_heads, head_dim] -> ([T, q_heads, head_dim], cache).
+    rank: of the layer in its group.
+    q [T, q_heads, head_dim] -> ([T, q_heads, head_dim], cache).
     """
     at = rank * pages.count
     where = jnp.where(pages.page >= 0, pages.page + at, cache.shape[0])  # past the end: dropped
-    lines = to_lines(jnp.stack([k, v], axis=2), cache).reshape(k.shape[0], -1)
+    lines = to_lines(jnp.stack([k, v], axis=2), cache, scales and scales[1]).reshape(k.shape[0], -1)
     cache = cache.at[where, pages.offset].set(lines, mode="drop", wrap_negative_indices=False)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     count, group = view.tiles.shape[0], view.group
     if count <= group:
-        out = tiles(a, grouped, sinks, jnp.zeros_like(grouped), view.tiles, cache, at, pages, view)
+        out = tiles(a, grouped, sinks, scales, jnp.zeros_like(grouped), view.tiles, cache, at, pages, view)
         return out.reshape(q.shape), cache
 
     def some(i: Array, out: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(view.tiles, i * group, group)
-        return tiles(a, grouped, sinks, out, part, cache, at, pages, view)
+        return tiles(a, grouped, sinks, scales, out, part, cache, at, pages, view)
 
     turns = (view.batch.tile_count + group - 1) // group
     return jax.lax.fori_loop(0, turns, some, jnp.zeros_like(grouped)).reshape(q.shape), cache
@@ -232,6 +241,7 @@ def tiles(
     a: Attention,
     q: Array,
     sinks: Array | None,
+    scales: Scales,
     out: Array,
     tiles: Array,
     cache: Array,
@@ -249,6 +259,7 @@ def tiles(
         a,
         q[jnp.minimum(token, q.shape[0] - 1)],
         sinks,
+        scales,
         jnp.where(mine, position, -1),
         pages.table[row],
         pages.base[row],
@@ -265,6 +276,7 @@ def blocks(
     a: Attention,
     q: Array,
     sinks: Array | None,
+    scales: Scales,
     position: Array,
     table: Array,
     base: Array,
@@ -276,13 +288,18 @@ def blocks(
 
     q [N, Q, kv_heads, G, head_dim]; sinks [kv_heads * G]; position int32[N, Q], -1 = sees nothing; table int32[N, P];
     base int32[N]; at: first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN
-    too.
+    too. Numbers of 8 bits are multiplied as they are, exact in every dtype, and the scores and sums of values by their
+    scales, in float32.
     """
     n, queries, kv_heads, group, head = q.shape
     entries = min(max(BLOCK // size, 1), table.shape[1])
     block, batch, many = entries * size, n * kv_heads, queries * group
     # a CPU, where the cache may hold bits, is slow at small products of bfloat16
-    kind = jnp.float32 if cache.dtype == jnp.uint16 else jnp.promote_types(q.dtype, cache.dtype)
+    bits = cache.dtype in (jnp.uint16, jnp.uint8)
+    kind = jnp.float32 if bits else q.dtype if scales is not None else jnp.promote_types(q.dtype, cache.dtype)
+    score, value = a.scale, 1
+    if scales is not None:
+        score, value = (jnp.tile(x, n)[:, None, None] for x in (a.scale * scales[0][0], scales[0][1]))
     exact = precision(kind)
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, many, head).astype(kind)
     low, high, seen = _bounds(a, position)
@@ -292,13 +309,13 @@ def blocks(
         key = j * block + jnp.arange(block)
         entry = (j * block - base[:, None]) // size + jnp.arange(entries)
         page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
-        kv = from_lines(cache[page + at]).reshape(n, block, -1)
+        kv = cache[page + at].reshape(n, block, -1)
         read = ((key > low[:, None]) & (key <= high[:, None]))[:, :, None]
-        kv = jnp.where(read, kv, 0).astype(kind).reshape(n, block, kv_heads, 2, head)
+        kv = from_lines(jnp.where(read, kv, 0)).astype(kind).reshape(n, block, kv_heads, 2, head)
         kv = kv.transpose(3, 0, 2, 1, 4).reshape(2, batch, block, head)
         bias = jnp.where(seen(key), jnp.float32(0), jnp.float32(FAR))[:, None, :, None]
         bias = jnp.broadcast_to(bias, (n, kv_heads, queries, group, block)).reshape(batch, many, block)
-        s = _product(q, kv[0], 2, exact) * a.scale
+        s = _product(q, kv[0], 2, exact) * score
         s = (s if a.cap is None else a.cap * jnp.tanh(s / a.cap)) + bias
         # where a query saw nothing yet, top is FAR and p is 1: the first real score fades that to nothing
         peak = jnp.maximum(top, s.max(-1, keepdims=True))
@@ -313,7 +330,7 @@ def blocks(
         top, total = jnp.broadcast_to(sink, (n, kv_heads, queries, group)).reshape(top.shape), total + 1
     empty = top, total, jnp.zeros((batch, many, head), jnp.float32)
     _, total, acc = jax.lax.fori_loop(first, high.max() // block + 1, one, empty)
-    o = acc / jnp.where(total == 0, 1, total)
+    o = acc / jnp.where(total == 0, 1, total) * value
     return o.reshape(n, kv_heads, queries, group, head).transpose(0, 2, 1, 3, 4)
 
 

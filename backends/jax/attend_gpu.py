@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from backends.jax.caches import HELD
 from backends.jax.params import DTYPES
 from engine.config import Resolved
 from engine.model.spec import Attention
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def refuses(a: Attention, config: Resolved) -> str:
     """Why the kernels are not for a layer; "" where they are."""
-    return kernel.supports(a.head_dim, a.q_heads // a.kv_heads, DTYPES[config.dtype], DTYPES[config.cache_dtype])
+    return kernel.supports(a.head_dim, a.q_heads // a.kv_heads, DTYPES[config.dtype], HELD[config.cache_dtype])
 
 
 def paged(
@@ -31,11 +32,13 @@ def paged(
     rank: Any,
     pages: Pages,
     view: View,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """backends.jax.attend.Kernel: each token by itself in a small bucket; in others rows of one token by themselves,
-    and longer ones in tiles."""
+    and longer ones in tiles. They read no cache of 8 bits."""
+    assert scales is None
     at = jnp.asarray(rank * pages.count, jnp.int32).reshape(1)
     cache = kernel.write(k, v, cache, pages.page, pages.offset, at, interpret=interpret)
     batch, count = view.batch, q.shape[0]

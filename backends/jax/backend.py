@@ -32,7 +32,8 @@ from backends.jax.step import Plan
 from backends.jax.warmup import COPY, COUNT, EDIT, EMPTY, Program, Programs, options, score
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
-from engine.model.spec import ModelSpec
+from engine.model.scales import calibrated
+from engine.model.spec import ModelSpec, eight
 from engine.model.weights import WeightSource
 
 
@@ -96,6 +97,8 @@ class JaxBackend:
         """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
         that a ModelError (which names the tensor) changes nothing."""
         self._open()
+        config = self.plan.config
+        weights = calibrated(weights, self.plan.spec, config.scales, config.cache_dtype)
         try:
             self.weights = params.upload(self.plan.leaves, self.plan.config, self.plan.mesh, weights)
         except jax.errors.JaxRuntimeError as error:  # no room for both
@@ -308,7 +311,7 @@ class JaxBackend:
 
 def make_plan(spec: ModelSpec, config: Resolved) -> Plan:
     """What the programs of a configuration are made from."""
-    limits = Limits.of(spec, config, taps=True, **choosing(config))
+    limits, spec = Limits.of(spec, config, taps=True, **choosing(config)), eight(spec, config.cache_dtype)
     return Plan(spec=spec, config=config, limits=limits, mesh=open_mesh(config))
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -13,6 +14,11 @@ from backends.api.limits import Limits
 from backends.jax.mesh import CACHE, laid, replicated
 from backends.jax.params import DTYPES
 from engine.config import Resolved
+
+HELD: dict[str, Any] = DTYPES | {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""What keys and values may be kept in."""
+BITS = {"bfloat16": np.dtype(np.uint16), "fp8": np.dtype(np.uint8)}
+"""What stands for their bits on a CPU."""
 
 
 class State(NamedTuple):
@@ -60,20 +66,34 @@ def cache_shapes(limits: Limits, config: Resolved, mesh: Mesh) -> tuple[jax.Shap
 
 def _held(config: Resolved) -> Any:
     """The dtype of the array. XLA for CPUs widens all of a bfloat16 array that it scatters to, at every layer: there
-    the cache holds the bits of bfloat16 (docs/decisions/0005-dtypes-on-cpu.md)."""
-    bits = config.platform == "cpu" and config.cache_dtype == "bfloat16"
-    return np.dtype(np.uint16) if bits else DTYPES[config.cache_dtype]
+    the cache holds the bits of bfloat16 (docs/decisions/0005-dtypes-on-cpu.md), and of fp8."""
+    held = HELD[config.cache_dtype]
+    return BITS.get(config.cache_dtype, held) if config.platform == "cpu" else held
 
 
-def to_lines(kv: jax.Array, cache: jax.Array) -> jax.Array:
-    """Keys and values in the form that the cache holds."""
+def to_lines(kv: jax.Array, cache: jax.Array, inverses: jax.Array | None = None) -> jax.Array:
+    """Keys and values [T, kv_heads, 2, head_dim] in the form that the cache holds.
+
+    inverses float32[2, kv_heads]: of the scales, where it has 8 bits; times these in float32, clamped, rounded to the
+    nearest, ties to even. NaN stays what it is in fp8, and becomes 0 in int8, which has none.
+    """
+    if inverses is not None:
+        kv = kv.astype(jnp.float32) * inverses.T[:, :, None]
+        most = 127 if cache.dtype == jnp.int8 else 448
+        kv = jnp.clip(kv, -most, most)
+        if cache.dtype == jnp.int8:
+            kv = jnp.rint(jnp.where(jnp.isnan(kv), 0, kv))
+    if cache.dtype == jnp.uint8:
+        return jax.lax.bitcast_convert_type(kv.astype(jnp.float8_e4m3fn), jnp.uint8)
     if cache.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(kv.astype(jnp.bfloat16), jnp.uint16)
     return kv.astype(cache.dtype)
 
 
 def from_lines(lines: jax.Array) -> jax.Array:
-    """Keys and values as numbers, of what was read from a cache."""
+    """Keys and values as numbers, of what was read from a cache; of one of 8 bits still to be scaled."""
+    if lines.dtype == jnp.uint8:
+        return jax.lax.bitcast_convert_type(lines, jnp.float8_e4m3fn)
     return jax.lax.bitcast_convert_type(lines, jnp.bfloat16) if lines.dtype == jnp.uint16 else lines
 
 

@@ -71,9 +71,9 @@ class Leaf:
         return (*axes[:-2], None, axes[-2]) if by_row else axes
 
     def dtype(self, wide: Any) -> Any:
-        """Of the array, where what is not quantised is `wide`."""
+        """Of the array, where what is neither quantised nor exact is `wide`."""
         if self.form is None:
-            return wide
+            return np.dtype(np.float32) if self.members[0].exact else wide
         return quant.DTYPES[self.form.kind] if self.part == "body" else np.dtype(np.float32)
 
     def turn(self, dims: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -160,10 +160,11 @@ def upload(leaves: Tree, config: Resolved, mesh: Mesh, source: WeightSource) -> 
 
     Always copies: on the CPU jax would otherwise keep the source's memory, a file that may change under it.
     """
-    dtype = DTYPES[config.dtype]
+    wide = DTYPES[config.dtype]
     made: dict[str, tuple[Any, Any]] = {}
 
     def fill(leaf: Leaf) -> Any:
+        dtype = leaf.dtype(wide)
         if leaf.form is not None:
             return leaf.hold(_fill_quantised(leaf, config.mesh, mesh, source, made))
         if isinstance(source, RandomWeights) and config.platform != "cpu" and mesh.size == 1 and not leaf.stacked:
@@ -211,8 +212,8 @@ def _fill_quantised(
 
 def draw(source: RandomWeights, p: Param, dtype: Any, mesh: Mesh) -> jax.Array:
     """A parameter of random weights, made on the device of a mesh of one: what `source.read` gives, to the bit."""
-    if p.name.endswith("norm"):
-        tape, start = np.full(1, source.norm, np.float32), 0
+    if (value := source.constant(p.name)) is not None:
+        tape, start = np.full(1, value, np.float32), 0
     else:
         tape, start = source.tape(p), source.start(p.name)
     return _windows(p.shape, dtype, replicated(mesh))(tape, np.uint32(start))

@@ -14,6 +14,8 @@ from backends.api.step import NONFINITE, OK
 Array: TypeAlias = jax.Array
 INF = 0x7F800000
 """Bits of float32 infinity: the largest distance there is."""
+ROWS = 16
+"""Rows that are looked through at once: two registers' worth of a TPU's lines."""
 
 
 class Wants(NamedTuple):
@@ -36,8 +38,25 @@ class Wants(NamedTuple):
 def sample(logits: Array, rows: Wants) -> tuple[Array, Array]:
     """Choose a token for each row of logits float32[R, V].
 
-    Returns tokens int32[R] and status int32[R]. A batch of greedy rows costs an argmax and the check of the logits.
+    Returns tokens int32[R] and status int32[R]. Rows are looked through some at a time, so that no more than theirs
+    stand in memory again; those that are all greedy cost an argmax and the check of the logits.
     """
+    total = logits.shape[0]
+    turns = -(-total // ROWS)
+    if turns == 1:
+        return _some((logits, rows))
+    each = -(-total // turns)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, turns * each - total), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(turns, each, *x.shape[1:])
+
+    tokens, status = jax.lax.map(_some, jax.tree.map(cut, (logits, rows)))
+    return tokens.reshape(-1)[:total], status.reshape(-1)[:total]
+
+
+def _some(given: tuple[Array, Wants]) -> tuple[Array, Array]:
+    logits, rows = given
     # the barriers and the argmax outside of the branch keep XLA's TPU compiler from fusing head, noise and argmax: with
     # a vocabulary of 128k it would take more than a minute
     logits = jax.lax.optimization_barrier(logits)

@@ -28,7 +28,7 @@ from backends.jax.params import shapes
 from backends.jax.step import Plan
 from backends.jax.warmup import Program, Programs, options
 from engine.config import Resolved
-from engine.model.spec import ModelSpec
+from engine.model.spec import ModelSpec, eight
 
 REFUSED = (NotImplementedError, ValueError)
 """What a kernel raises of shapes that it can't be made for."""
@@ -42,7 +42,8 @@ def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:
         mesh = make_mesh(config.mesh, topologies.get_topology_desc(topology, "tpu").devices)
     else:
         mesh = open_mesh(config)
-    return Plan(spec=spec, config=config, limits=Limits.of(spec, config, taps=True, **choosing(config)), mesh=mesh)
+    limits = Limits.of(spec, config, taps=True, **choosing(config))
+    return Plan(spec=eight(spec, config.cache_dtype), config=config, limits=limits, mesh=mesh)
 
 
 def examine(spec: ModelSpec, config: Resolved, topology: str, only: str, folder: str = "") -> Iterator[dict[str, Any]]:

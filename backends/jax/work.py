@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from backends.jax.inputs import Batch
 from kernels_pallas.attention import Tiles
-from kernels_pallas.kv_write import STEP, Spots
+from kernels_pallas.kv_write import Spots, step
 
 
 def tiles(batch: Batch, before: jax.Array, size: int) -> Tiles:
@@ -26,17 +26,18 @@ def tiles(batch: Batch, before: jax.Array, size: int) -> Tiles:
     )
 
 
-def unit(page: int) -> int:
-    """Tokens of a page that are written together: all of a small one."""
-    return STEP if page % STEP == 0 else page
+def unit(page: int, dtype: str) -> int:
+    """Tokens of a page that are written together: all of a small one. dtype: of the cache."""
+    least = step(dtype)
+    return least if page % least == 0 else page
 
 
-def spots(batch: Batch, before: jax.Array, table: jax.Array, base: jax.Array, page: int) -> Spots:
+def spots(batch: Batch, before: jax.Array, table: jax.Array, base: jax.Array, page: int, dtype: str) -> Spots:
     """The parts of a group's pages that the step writes; of page p they are p * n to p * n + n - 1.
 
-    table int32[R, P], base int32[R]; page: tokens of one.
+    table int32[R, P], base int32[R]; page: tokens of one; dtype: of the cache.
     """
-    tokens, rows, size = batch.tokens.shape[0], batch.slot.shape[0], unit(page)
+    tokens, rows, size = batch.tokens.shape[0], batch.slot.shape[0], unit(page, dtype)
     begin, end = before // size, (before + batch.length + size - 1) // size
     most = min(tokens, 2 * rows + tokens // size)
     row, number, total = _expand(jnp.where(batch.length > 0, end - begin, 0), most)

@@ -23,12 +23,14 @@ from backends.reference.caches import Caches, Row
 from backends.reference.model import forward, logits
 from backends.reference.sampler import Counts, sample
 from engine.config import Resolved
-from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError, StepRefused
+from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
+from engine.mesh import MeshSpec
 from engine.model.groups import Place, places
 from engine.model.params import params
 from engine.model.quant import Dequantised
-from engine.model.spec import Attention, ModelSpec
-from engine.model.weights import WeightSource
+from engine.model.scales import calibrated
+from engine.model.spec import EIGHT, Attention, ModelSpec, eight
+from engine.model.weights import WeightSource, read_part
 
 UNKNOWN = -1
 
@@ -61,7 +63,9 @@ class ReferenceBackend:
             raise ConfigError(f"mesh: reference runs on one device, not {config.mesh}", field="mesh")
         for name in sorted(set(config.options) - {"max_draft"}):
             raise ConfigError(f"options.{name}: unknown to the reference backend; it knows max_draft", field=name)
-        self.spec, self.config, self.places = spec, config, places(spec)
+        if config.cache_dtype not in ("float32", "float64", "bfloat16", *EIGHT):
+            raise ConfigError(f"cache_dtype: reference has no cache of {config.cache_dtype}", field="cache_dtype")
+        self.spec, self.config, self.places = eight(spec, config.cache_dtype), config, places(spec)
         self.fails: Callable[[ScheduleStep], bool] = lambda step: False
         self.weights: dict[str, NDArray[Any]] = {}
         self.version, self.closed = 0, False
@@ -92,10 +96,9 @@ class ReferenceBackend:
         loaded = {}
         if self.config.quantise != "none":
             weights = Dequantised(weights, self.spec, self.config.quantise)
+        weights = calibrated(weights, self.spec, self.config.scales, self.config.cache_dtype)
         for name, p in params(self.spec).items():
-            value = np.asarray(weights.read(name, tuple(slice(0, n) for n in p.shape)))
-            if value.shape != p.shape:
-                raise ModelError(f"{name}: has shape {list(value.shape)}, not {list(p.shape)}", field=name)
+            value = np.asarray(read_part(weights, p, MeshSpec(), {}))
             loaded[name] = value.astype(self.config.dtype)
         self.weights, self.version = loaded, version
 
@@ -194,8 +197,8 @@ class ReferenceBackend:
             self.length[row.slot] = row.end
             self.last[row.slot] = UNKNOWN
 
-        def attend(place: Place, a: Attention, q: Any, k: Any, v: Any, sinks: Any) -> Any:
-            return self.caches.attend(place, a, rows, cells, q, k, v, sinks)
+        def attend(place: Place, a: Attention, q: Any, k: Any, v: Any, sinks: Any, scales: Any) -> Any:
+            return self.caches.attend(place, a, rows, cells, q, k, v, sinks, scales)
 
         positions = np.concatenate([np.arange(row.start, row.end) for row in rows])
         taps: dict[str, NDArray[Any]] = {}

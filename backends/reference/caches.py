@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (makes "bfloat16" a dtype that numpy knows)
+import ml_dtypes  # and "bfloat16" is a dtype that numpy knows
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +17,22 @@ from engine.model.groups import CacheGroup, Place
 from engine.model.spec import Attention
 
 UNSET = -1
+HELD: dict[str, tuple[Any, float]] = {"int8": (np.int8, 127.0), "fp8": (ml_dtypes.float8_e4m3fn, 448.0)}
+"""Caches of 8 bits: the type of a number, and the largest."""
+
+
+def narrow(x: NDArray[Any], inverses: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """x [..., kv_heads, d] as a cache of 8 bits holds it: times the inverses [kv_heads] of its scales, in float32,
+    clamped, rounded to the nearest, ties to even. NaN stays what it is in fp8, and becomes 0 in int8, which has none.
+    """
+    kind, most = HELD[dtype]
+    ratio = np.clip(np.asarray(x, np.float32) * np.asarray(inverses, np.float32)[:, None], -most, most)
+    return np.rint(np.nan_to_num(ratio, nan=0.0)).astype(kind) if dtype == "int8" else ratio.astype(kind)
+
+
+def widen(held: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
+    """The numbers that a cache of 8 bits stands for, in the dtype of the scales [kv_heads]."""
+    return held.astype(scales.dtype) * scales[:, None]
 
 
 class Row(NamedTuple):
@@ -41,12 +57,14 @@ class Cells(NamedTuple):
 
 
 class Paged:
-    """Keys and values of one cache group: [layers, 2, pages * page, kv_heads, head_dim], NaN until written."""
+    """Keys and values of one cache group: [layers, 2, pages * page, kv_heads, head_dim], NaN until written (int8: -128,
+    which is never written)."""
 
     def __init__(self, group: CacheGroup, pages: int, width: int, slots: int, dtype: str) -> None:
         self.group = group
         shape = (len(group.layers), 2, pages * group.page, group.kv_heads, group.head_dim)
-        self.memory = np.full(shape, np.nan, np.dtype(dtype))
+        self.dtype = dtype
+        self.memory = np.full(shape, -128 if dtype == "int8" else np.nan, HELD[dtype][0] if dtype in HELD else dtype)
         self.table = np.full((slots, width), UNSET, np.int32)
 
     def edited(self, edits: I32, seated: I32) -> I32:
@@ -98,6 +116,11 @@ class Caches:
             self.groups[group].copy(source, target)
         return found
 
+    def largest(self) -> list[NDArray[np.float32]]:
+        """Of each group the largest magnitudes that its cache, which has not 8 bits, holds: float32[layers, 2,
+        kv_heads]."""
+        return [np.nanmax(np.abs(paged.memory), axis=(2, 4)).astype(np.float32) for paged in self.groups]
+
     def attend(
         self,
         place: Place,
@@ -108,15 +131,31 @@ class Caches:
         k: Any,
         v: Any,
         sinks: Any = None,
+        scales: Any = None,
     ) -> Any:
-        """Write k and v [T, kv_heads, d] of one layer, then attend with q [T, q_heads, d] -> [T, q_heads, d]."""
+        """Write k and v [T, kv_heads, d] of one layer, then attend with q [T, q_heads, d] -> [T, q_heads, d]. scales:
+        of the layer's keys and values and their inverses, [2, kv_heads] each, where the cache has 8 bits."""
+        self.write(place, rows, cells, k, v, scales)
         memory, out = self.groups[place.group].memory[place.rank], np.empty_like(q)
         for row, cell in zip(rows, cells[place.group], strict=True):
-            memory[0, cell.new], memory[1, cell.new] = k[row.at], v[row.at]
-        for row, cell in zip(rows, cells[place.group], strict=True):
-            keys, values = memory[:, cell.seen].astype(q.dtype)
+            keys, values = memory[:, cell.seen]
+            if scales is None:
+                keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+            else:
+                keys, values = widen(keys, scales[0][0]), widen(values, scales[0][1])
             out[row.at] = attend(a, q[row.at], keys, values, row.start, cell.first, sinks)
         return out
+
+    def write(
+        self, place: Place, rows: Sequence[Row], cells: Sequence[Sequence[Cells]], k: Any, v: Any, scales: Any
+    ) -> None:
+        """The first half of `attend`."""
+        paged = self.groups[place.group]
+        memory = paged.memory[place.rank]
+        if scales is not None:
+            k, v = (narrow(x, one, paged.dtype) for x, one in zip((k, v), scales[1], strict=True))
+        for row, cell in zip(rows, cells[place.group], strict=True):
+            memory[0, cell.new], memory[1, cell.new] = k[row.at], v[row.at]
 
 
 def _check_shared(shared: I32, rows: Sequence[Row], cells: Sequence[Cells]) -> None:

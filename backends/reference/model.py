@@ -13,9 +13,9 @@ from engine.model.groups import Place, places
 from engine.model.spec import Attention, Experts, Layer, Mlp, ModelSpec, Rope
 
 Array: TypeAlias = NDArray[Any]
-Attend: TypeAlias = Callable[[Place, Attention, Array, Array, Array, Array | None], Array]
-"""(place, a, q [T, q_heads, d], k, v [T, kv_heads, d], sinks [q_heads]) -> [T, q_heads, d]: writes the cache and
-attends over it."""
+Attend: TypeAlias = Callable[[Place, Attention, Array, Array, Array, Array | None, tuple[Array, Array] | None], Array]
+"""(place, a, q [T, q_heads, d], k, v [T, kv_heads, d], sinks [q_heads], scales and their inverses [2, kv_heads]) ->
+[T, q_heads, d]: writes the cache and attends over it."""
 
 
 def forward(
@@ -73,7 +73,9 @@ def attention(
         q, k = rms_norm(spec, q, p["attention.q_norm"]), rms_norm(spec, k, p["attention.k_norm"])
     if a.rope is not None:
         q, k = rotate(a.rope, q, positions), rotate(a.rope, k, positions)
-    mixed = attend(place, a, q, k, v, p["attention.sinks"] if a.sinks else None)
+    sinks = p["attention.sinks"] if a.sinks else None
+    scales = (p["attention.scales"], p["attention.inverses"]) if a.scaled else None
+    mixed = attend(place, a, q, k, v, sinks, scales)
     y = np.tensordot(mixed, p["attention.out"], ((1, 2), (1, 2)))
     return y + p["attention.out_bias"] if a.out_bias else y
 

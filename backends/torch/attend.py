@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from backends.api.limits import Limits
 from backends.torch.branches import Branches
 from backends.torch.buckets import Shape
-from backends.torch.caches import Caches
+from backends.torch.caches import DTYPES as HELD
+from backends.torch.caches import Caches, narrow, put, take, widen
 from backends.torch.inputs import Batch
 from backends.torch.params import DTYPES
 from engine.config import Resolved
@@ -44,7 +45,7 @@ def choose(a: Attention, config: Resolved) -> tuple[str, str]:
     why, what = "no GPU", f"head {a.head_dim}, {config.cache_dtype} cache"
     if config.platform == "gpu":
         platform, arch, installed = machine()
-        dtype, store = DTYPES[config.dtype], DTYPES[config.cache_dtype]
+        dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
         group = a.q_heads // a.kv_heads
         name, why = gpu.choose(
             platform=platform,
@@ -115,10 +116,17 @@ class Sight(NamedTuple):
 
 
 def write(
-    q: Array, k: Array, v: Array, turn: tuple[Array, Array] | None, to: Array, store: Array, padded: bool = False
+    q: Array,
+    k: Array,
+    v: Array,
+    turn: tuple[Array, Array] | None,
+    to: Array,
+    store: Array,
+    inverses: Array | None = None,
+    padded: bool = False,
 ) -> Array:
     """q [T, q_heads, head_dim] rotated by `turn`, side by side; k, rotated too, and v [T, kv_heads, head_dim] go to
-    entries `to` of the store. padded: some of these may be -1, none."""
+    entries `to` of the store. inverses: of the scales of a store of 8 bits. padded: some entries may be -1, none."""
     fused = ops.kernel("rope_write", q.device.type)
     if fused is not None and not fused.supports(q, k, v, store, 0 if turn is None else turn[0].shape[-1]):
         return fused.rope_write(q, k, v, turn, to, store)  # type: ignore[no-any-return]
@@ -128,7 +136,7 @@ def write(
     if padded:  # the last entry stays zero: what has no entry is written there as nothing
         kv.masked_fill_((to < 0)[:, None, None, None], 0)
         to = torch.where(to < 0, store.shape[0] - 1, to)
-    store.index_copy_(0, to, kv.to(store.dtype))
+    put(store, to, narrow(kv, store.dtype, inverses))
     return q.contiguous()
 
 
@@ -189,19 +197,24 @@ class Attend:
         cache: Caches,
         place: Place,
         sinks: Array | None = None,
+        scales: tuple[Array, Array] | None = None,
         turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         name, _ = choose(a, self.config)
         store = cache.groups[place.group][place.rank]
-        q = write(q, k, v, turn, self.write[place.group], store, self.batch.shape is not None)
+        by, written = scales or (None, None)
+        q = write(q, k, v, turn, self.write[place.group], store, written, self.batch.shape is not None)
         if name == "triton":
-            return self._paged(a, q, store, place.group, sinks), cache
-        return self._gathered(KERNELS[name], a, q, store, place.group, sinks), cache
+            return self._paged(a, q, store, place.group, sinks, by), cache
+        return self._gathered(KERNELS[name], a, q, store, place.group, sinks, by), cache
 
-    def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None) -> Array:
+    def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None) -> Array:
         group = self.limits.groups[g]
         rows, plan = self._rows(g)
-        how = {"page": group.page, "scale": a.scale, "window": group.window, "cap": a.cap, "sinks": sinks}
+        plain = group.window is None and a.cap is None and sinks is None
+        if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
+            return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
+        how = {"page": group.page, "scale": a.scale, "window": group.window, "cap": a.cap, "sinks": sinks, "scales": by}
         return gpu.attention(q, store, rows, plan, **how, shared=None if group.window else self.branches)
 
     def _rows(self, g: int) -> tuple[gpu.Rows, gpu.Plan]:
@@ -209,7 +222,9 @@ class Attend:
             self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
         return self.rows[g]
 
-    def _gathered(self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None) -> Array:
+    def _gathered(
+        self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None
+    ) -> Array:
         if g not in self.sights:
             dtype = DTYPES[self.config.dtype]
             self.sights[g] = look(
@@ -218,14 +233,14 @@ class Attend:
         parts, told = [], None if self.limits.groups[g].window else self.branches
         if told is not None:  # rows of one token, which lead
             made, page = torch.zeros_like(q[: told.shape.rows]), self.limits.groups[g].page
-            how = {"page": page, "scale": a.scale, "cap": a.cap, "sinks": sinks}
+            how = {"page": page, "scale": a.scale, "cap": a.cap, "sinks": sinks, "scales": by}
             cascade.plain(q, store, made, self._rows(g)[0], told.tiles, told.shape, **how)
             parts.append(made)
         for bunch, sight in zip(self.batch.order.bunches, self.sights[g], strict=True):
             if told is not None and bunch.queries == 1:
                 continue
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
-            kv = store.index_select(0, sight.read).view(query.shape[0], -1, *store.shape[1:]).to(q.dtype)
+            kv = widen(take(store, sight.read).view(query.shape[0], -1, *store.shape[1:]), q.dtype, by)
             o = kernel(a, query, kv[:, :, 0], kv[:, :, 1], sight.mask, sinks)
             parts.append(o.reshape(-1, *q.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -239,7 +254,8 @@ def tell(batch: Batch, table: Array, g: int, before: Array, limits: Limits) -> t
         return rows, plan(batch.shape, limits.max_len, sms)
     bunches = batch.order.bunches
     lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
-    made = gpu.plan(lens, max(b.reach[g] for b in bunches) * limits.groups[g].page, sms=sms)
+    reach = max(b.reach[g] for b in bunches) * limits.groups[g].page
+    made = gpu.plan(lens, reach, sms=sms, fresh=batch.order.fresh)
     return rows, made if made.few == 1 else replace(made, few=gpu.FEW)  # one kernel for all short rows of several
 
 

@@ -29,7 +29,8 @@ from backends.torch.inputs import Batch, Order, pack
 from backends.torch.late import Late
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
-from engine.model.spec import ModelSpec
+from engine.model.scales import calibrated
+from engine.model.spec import ModelSpec, eight
 from engine.model.weights import WeightSource
 from engine.resolve import graph_bytes
 from kernels_cuda.cascade import COST
@@ -79,11 +80,11 @@ class TorchBackend:
     def __init__(self, spec: ModelSpec, config: Resolved, member: Member | None = None) -> None:
         for key in config.options:
             raise ConfigError(f"backend.torch.{key}: unknown key; torch has none", field=f"backend.torch.{key}")
-        for field in ("dtype", "cache_dtype"):
-            if getattr(config, field) not in params.DTYPES:
-                names = ", ".join(params.DTYPES)
+        for field, known in (("dtype", params.DTYPES), ("cache_dtype", caches.DTYPES)):
+            if getattr(config, field) not in known:
+                names = ", ".join(known)
                 raise ConfigError(f"{field}: torch knows {names}, not {getattr(config, field)}", field=field)
-        self.spec, self.config = spec, config
+        self.spec, self.config = eight(spec, config.cache_dtype), config
         self.device = mesh.open_device(config, member)
         self.rank = 0 if member is None else member.rank
         self.comm = None if member is None else Comm(config.mesh, member, self.device)
@@ -105,6 +106,7 @@ class TorchBackend:
         that a ModelError (which names the tensor) changes nothing."""
         with self._device():
             dtype = params.DTYPES[self.config.dtype]
+            weights = calibrated(weights, self.spec, self.config.scales, self.config.cache_dtype)
             tree = params.upload(self.spec, weights, dtype, self.device, self.config.mesh, self.rank)
             if self.device.type != "cpu":
                 joined.join(tree)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from backends.api.step import ScheduleStep
+from backends.torch.caches import DTYPES as HELD
 from backends.torch.params import DTYPES
 from engine.config import Resolved
 from engine.mesh import share
@@ -56,7 +57,7 @@ def layout(spec: ModelSpec, config: Resolved, sms: int, kernel: bool) -> Layout 
     mixer = next(layer.mixer for layer in spec.layers if layer.mixer.window is None)
     kv_heads, dtype = share(mixer.kv_heads, "kv_heads", config.mesh), DTYPES[config.dtype]
     group = mixer.q_heads // mixer.kv_heads
-    entry = 2 * kv_heads * mixer.head_dim * DTYPES[config.cache_dtype].itemsize
+    entry = 2 * kv_heads * mixer.head_dim * HELD[config.cache_dtype].itemsize
     heads = cascade.tuning(group, mixer.head_dim, dtype.itemsize, torch.version.hip is not None).heads
     least = 0 if config.cascade == "on" else cascade.LEAST_BYTES // entry
     return Layout(group=group, kv_heads=kv_heads, heads=heads, sms=sms, least=least)

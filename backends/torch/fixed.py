@@ -15,7 +15,7 @@ import torch
 from backends.api.limits import Limits
 from backends.torch import choosing, sampler
 from backends.torch.attend import write
-from backends.torch.caches import Caches
+from backends.torch.caches import Caches, take, widen
 from backends.torch.choosing import Scores
 from backends.torch.inputs import Batch, Draws
 from engine.model.groups import Place
@@ -80,10 +80,12 @@ class Attend:
         cache: Caches,
         place: Place,
         sinks: Array | None = None,
+        scales: tuple[Array, Array] | None = None,
         turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Caches]:
         store, view = cache.groups[place.group][place.rank], self.views[place.group]
-        q = write(q, k, v, turn, view.write, store)
+        by, written = scales or (None, None)
+        q = write(q, k, v, turn, view.write, store, written)
         tokens, kv_heads, size = k.shape
         grouped = q.reshape(tokens, kv_heads, -1, size).float()
         top = grouped.new_full((*grouped.shape[:3], 1), FAR)
@@ -91,7 +93,7 @@ class Attend:
         if sinks is not None:  # seen before any key, with a value of nothing
             top, total = sinks.float().view(kv_heads, -1, 1).expand_as(top), total + 1
         for read, seen in view.blocks:
-            kv = store.index_select(0, read).view(tokens, BLOCK, 2, kv_heads, size).float()
+            kv = widen(take(store, read).view(tokens, BLOCK, 2, kv_heads, size), torch.float32, by)
             s = torch.matmul(grouped, kv[:, :, 0].permute(0, 2, 3, 1)) * a.scale
             s = (s if a.cap is None else torch.tanh(s / a.cap) * a.cap).masked_fill_(~seen, FAR)
             peak = torch.maximum(top, s.amax(-1, keepdim=True))

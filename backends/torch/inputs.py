@@ -40,15 +40,16 @@ class Bunch(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """How a step is ordered for the device. rows, tokens: place there -> index in the step. chosen: places of the rows
-    that return a token. literal: no token is taken from the device. span: for each cache group, all positions that the
-    step reads lie in first .. last - 1. padded: rows that a padded step has on the device, all of which return a token;
-    0 = nothing is padded."""
+    that return a token. literal: no token is taken from the device. fresh: nothing is cached of any row. span: for each
+    cache group, all positions that the step reads lie in first .. last - 1. padded: rows that a padded step has on the
+    device, all of which return a token; 0 = nothing is padded."""
 
     rows: I64
     tokens: I64
     bunches: tuple[Bunch, ...]
     chosen: I64
     literal: bool
+    fresh: bool
     span: tuple[tuple[int, int], ...]
     padded: int = 0
 
@@ -122,6 +123,7 @@ def arrange(step: ScheduleStep, limits: Limits, together: bool = False) -> Order
         bunches=_bunch(n.tolist(), upper[rows].tolist(), reaches),
         chosen=np.flatnonzero(step.output[rows] & TOKEN),
         literal=bool((step.tokens >= 0).all()),
+        fresh=bool((step.starts == 0).all()),
         span=tuple((int(np.min(base)), int(upper.max())) for base in bases),
     )
 
@@ -239,7 +241,14 @@ def fill(
     for name, value in zip(("top_k", "temperature", "top_p", "min_p"), rest, strict=True):
         part[name][:count] = value
     order = Order(
-        rows=rows, tokens=tokens, bunches=(), chosen=np.flatnonzero(asked), literal=False, span=(), padded=shape.rows
+        rows=rows,
+        tokens=tokens,
+        bunches=(),
+        chosen=np.flatnonzero(asked),
+        literal=False,
+        fresh=False,
+        span=(),
+        padded=shape.rows,
     )
     return order, more
 
@@ -252,7 +261,9 @@ def spread(buffer: torch.Tensor, limits: Limits, shape: Shape, numbers: torch.Te
     rows, groups = numbers[: shape.rows], range(len(limits.groups))
     every = np.arange(shape.rows)
     bunch = Bunch(slice(0, shape.rows), slice(0, shape.tokens), shape.tokens // shape.rows, limits.max_row_pages)
-    order = Order(rows=every, tokens=np.arange(shape.tokens), bunches=(bunch,), chosen=every, literal=False, span=())
+    order = Order(
+        rows=every, tokens=np.arange(shape.tokens), bunches=(bunch,), chosen=every, literal=False, fresh=False, span=()
+    )
     draws = Draws(
         at=rows,
         seed=part["seed"].view(-1, 2),

@@ -36,7 +36,9 @@ def upload(
         at: Any = tree
         for part in path:
             at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
-        if p.axes[0] == "experts" and inner and device.type == "cpu":
+        if p.exact:
+            at[leaf] = _placed(value, None, torch.float32, device)
+        elif p.axes[0] == "experts" and inner and device.type == "cpu":
             at[leaf] = [_placed(one, inner, dtype, device) for one in value]
         else:
             at[leaf] = _placed(value, inner, dtype, device, name == "embed")

@@ -30,17 +30,16 @@ def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype
         first = torch.arange(2, dtype=torch.int32, device=store.device)
         rows = gpu.Rows(first, none, none, none[None])
         sinks = torch.zeros(heads, dtype=dtype, device=store.device) if a.sinks else None
+        given = {"page": config.page, "scale": a.scale, "window": a.window, "cap": a.cap, "sinks": sinks}
+        if store.dtype in gpu.EIGHT:
+            given["scales"] = torch.ones((2, kv_heads), device=store.device)
         if layout is not None and a.window is None:
             tiles = cascade.Tiles(none.new_zeros((1, 5)), none, none)
             shape = cascade.Shape(tiles=1, rows=1, wide=1, slots=1, parts=1)
             plan = gpu.Plan(rows=1, tokens=1, short=1, few=1, reach=gpu.PART, sms=1)
-            gpu.attention(
-                q, store, rows, plan, page=config.page, scale=a.scale, cap=a.cap, sinks=sinks, shared=(tiles, shape)
-            )
+            gpu.attention(q, store, rows, plan, **given, shared=(tiles, shape))
         for plan in plans(kv_heads):
-            gpu.attention(
-                q, store, rows, plan, page=config.page, scale=a.scale, window=a.window, cap=a.cap, sinks=sinks
-            )
+            gpu.attention(q, store, rows, plan, **given)
 
 
 def plans(kv_heads: int) -> list[gpu.Plan]:

@@ -16,7 +16,10 @@ from engine.model.rules import Origin, origins
 from engine.model.shards import DTYPES, Tensor
 from engine.model.spec import ModelSpec
 from engine.model.stores import equal, map_file, open_tensors
+from engine.model.weights import SCALES, check_scales
 
+STORED = ("model.layers.{i}.self_attn.{side}_scale", "model.layers.{i}.self_attn.{side}_proj.output_scale")
+"""Scales of a layer's cache, in checkpoints for caches of 8 bits: those of compressed-tensors, and older ones."""
 BLOCK = 1 << 26
 """Bytes compared at once where a tied head stands beside its embedding."""
 
@@ -38,6 +41,7 @@ class Checkpoint:
             for i in layers:
                 found.pop(pattern.replace("{i}", str(i)), None)
         wanted = origins(family.RULES, len(layers), self._params)
+        self._scales = _take_scales(found, len(layers))
         if spec.tied:
             head, embed = (next(n for n, r in family.RULES.items() if r == name) for name in ("head", "embed"))
             if head in found and embed in found:
@@ -56,12 +60,23 @@ class Checkpoint:
     def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
         """The slice `part` of a parameter, as a read-only view of the file where its bytes are aligned and in one
         tensor, or a copy."""
+        if name.endswith(SCALES):
+            return self._read_scales(int(name.split(".")[1]))[part]
         parts = self._parts.get(name)
         if parts is None:
             raise ModelError(f"no parameter is called {name!r}", field=name)
         if parts[0][1].expert is None:
             return np.require(self._whole(name, parts[0])[part], requirements="A")
         return np.stack([self._whole(name, one)[part[1:]] for one in parts[part[0]]])
+
+    def _read_scales(self, layer: int) -> NDArray[np.float32]:
+        """A layer's scales of a cache, float32[2, kv_heads]: the checkpoint's, one number a side, or ones."""
+        heads = self._params[f"layers.{layer}.attention.k"].shape[0]
+        out = np.ones((2, heads), np.float32)
+        for side, tensor in enumerate(self._scales.get(layer, ())):
+            number = np.array(tensor.view(self._files[tensor.file]), np.float32).reshape(1)
+            out[side] = check_scales(number, f"{tensor.file}: tensor {tensor.name!r}")
+        return out
 
     def _whole(self, name: str, part: tuple[Tensor, Origin]) -> NDArray[Any]:
         """A view of what one tensor holds of a parameter."""
@@ -75,6 +90,30 @@ class Checkpoint:
         if not same or a is None or b is None or not equal(a, b, BLOCK):
             what = f"tie_word_embeddings is true, but tensor {head.name!r} differs from {embed.name!r}"
             raise ModelError(f"{head.file}: {what}; set it to false or remove the tensor", field=head.name)
+
+
+def _take_scales(found: dict[str, Tensor], layers: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer -> the scales of its keys and values, which are taken out of the tensors found. They say how a cache of 8
+    bits would hold what the weights make; a wider one needs none. Raises ModelError naming one that stands alone, or
+    is no single number."""
+    out = {}
+    for i in range(layers):
+        for pattern in STORED:
+            names = [pattern.format(i=i, side=side) for side in "kv"]
+            sides = [found.pop(name, None) for name in names]
+            if sides == [None, None]:
+                continue
+            for tensor, name in zip(sides, names, strict=True):
+                if tensor is None:
+                    raise ModelError(f"tensor {name!r} is missing beside the other scale of layer {i}", field=name)
+                if tensor.shape not in ((), (1,)) or tensor.dtype not in DTYPES:
+                    what = f"{tensor.dtype} {list(tensor.shape)}, must be one float"
+                    raise ModelError(f"{tensor.file}: tensor {name!r}, a scale of the cache, is {what}", field=name)
+            key, value = sides
+            assert key is not None
+            assert value is not None
+            out[i] = key, value
+    return out
 
 
 def _check_names(folder: Path, found: Collection[str], wanted: Collection[str]) -> None:

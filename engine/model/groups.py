@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from engine.model.spec import ModelSpec
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,13 @@ from engine.model.spec import Attention, Experts, Mlp, ModelSpec
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Param:
     """One parameter. axes: one logical axis (engine.mesh.RULES) a dimension. Matrices stand output first, as in
-    Hugging Face, with heads told apart: q is [q_heads, head, hidden], so that most tensors load as a view."""
+    Hugging Face, with heads told apart: q is [q_heads, head, hidden], so that most tensors load as a view. exact: is
+    float32, whatever the others become."""
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    exact: bool = False
 
 
 def params(spec: ModelSpec) -> dict[str, Param]:
@@ -63,6 +65,9 @@ def _attention(at: str, hidden: int, a: Attention) -> Iterator[Param]:
     yield _param(at + "out", hidden=hidden, q_heads=a.q_heads, head=a.head_dim)
     if a.out_bias:
         yield _param(at + "out_bias", hidden=hidden)
+    if a.scaled:
+        for name in ("scales", "inverses"):
+            yield Param(name=at + name, shape=(2, a.kv_heads), axes=("pair", "kv_heads"), exact=True)
 
 
 def _mlp(at: str, hidden: int, m: Mlp) -> Iterator[Param]:

@@ -113,7 +113,7 @@ def local_bytes(param: Param, kind: str, mesh: MeshSpec, itemsize: int) -> int:
     """Bytes of a parameter on one device, with its scales. itemsize: of one that is not quantised."""
     made = form(param, kind)
     if made is None:
-        return prod(shard_shape(param.shape, param.axes, mesh)) * itemsize
+        return prod(shard_shape(param.shape, param.axes, mesh)) * (4 if param.exact else itemsize)
     return prod(made.body_shape(mesh)) + 4 * prod(made.scale_shape(mesh))
 
 

@@ -12,6 +12,10 @@ Norm: TypeAlias = Literal["plain", "wide", "offset"]
 (GPT-OSS); "offset": times 1 + weight, then rounded (Gemma). In float32 the first two are one."""
 
 
+EIGHT = ("int8", "fp8")
+"""Types of a cache of 8 bits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Softmax attention over a paged cache; query head h reads key-value head h * kv_heads // q_heads.
@@ -19,7 +23,8 @@ class Attention:
     bias: on q, k, v. out_bias: on the output projection. qk_norm: RMSNorm over each head of q and k, before rope.
     window: how many positions back a query sees, itself included; None = all. scale: multiplies the scores.
     cap: a scaled score s becomes cap * tanh(s / cap). sinks: each query head has a score of its own, learnt, that takes
-    part in the softmax and has no value.
+    part in the softmax and has no value. scaled: keys and values are kept in 8 bits, with a scale for
+    each head (`eight`); inverses of scales are parameters too, since devices multiply alike and divide each its way.
     """
 
     q_heads: int
@@ -33,6 +38,7 @@ class Attention:
     window: int | None = None
     cap: float | None = None
     sinks: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +107,13 @@ class ModelSpec:
         return next(
             p for p in range(1, n + 1) if n % p == 0 and all(self.layers[i] == self.layers[i - p] for i in range(p, n))
         )
+
+
+def eight(spec: ModelSpec, cache_dtype: str) -> ModelSpec:
+    """The description as a backend runs it whose cache has `cache_dtype`: in 8 bits, layers have scales for it."""
+    if cache_dtype not in EIGHT:
+        return spec
+    return replace(spec, layers=tuple(replace(x, mixer=replace(x.mixer, scaled=True)) for x in spec.layers))
 
 
 def fit(spec: ModelSpec, reach: int) -> ModelSpec:

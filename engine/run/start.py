@@ -16,6 +16,7 @@ from engine.config import Config, Resolved
 from engine.errors import ConfigError, ModelError
 from engine.model.checkpoint import Checkpoint
 from engine.model.registry import read_spec
+from engine.model.scales import read_largest
 from engine.model.spec import ModelSpec, fit
 from engine.model.weights import RandomWeights, WeightSource
 from engine.resolve import Decision, resolve
@@ -70,6 +71,8 @@ def decide(config: Config, default: Path) -> Decided:
     path = Path(config.model.path) if config.model.path is not None else default
     spec = read_spec(path)
     resolved, decisions = resolve(config, spec, probe(config.backend.name, config.backend.platform))
+    if resolved.scales:  # what is wrong with the file is said before a device is opened
+        read_largest(Path(resolved.scales), spec)
     return Decided(
         path=path,
         spec=fit(spec, resolved.max_len),

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engine.errors import ConfigError
 from radixmesh.commands import options
+
+if TYPE_CHECKING:
+    from engine.run.start import Decided
 
 PARTS = ("all", "steps", "decode", "layers")
 EVERY = ("cpu", "tpu:v5e:2x4", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1")
@@ -25,7 +28,9 @@ def register(app: typer.Typer) -> None:
 
 
 def compile(
-    target: Annotated[str | None, typer.Option(help="tpu:CHIP:TOPOLOGY such as tpu:v6e:2x4, or cpu.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="tpu:CHIP:TOPOLOGY such as tpu:v6e:2x4, cuda:sm_90, rocm:gfx942, or cpu.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Folder with config.json; no weights needed.")] = None,
     mesh: options.Mesh = None,
     dtype: options.Dtype = None,
@@ -64,6 +69,8 @@ def compile(
     names = EVERY if all_targets else (target or "",)
     asked = options.flags(model, None, mesh, dtype, pairs)
     part = "" if only == "all" else only
+    if target is not None and target.partition(":")[0] in ("cuda", "rocm"):
+        sys.exit(_gpu(target, asked, config, only != "all" or bundle is not None or html is not None, out, as_json))
     wanted = Wanted(only=part, bundle=str(bundle or ""), context=context, temp=temp << 20, quiet=as_json)
     reports = list(_reports(names, asked, config, wanted))
     from radixmesh.bench import record
@@ -97,7 +104,8 @@ class Wanted:
 def _reports(
     names: Sequence[str], asked: dict[str, Any], file: Path | None, wanted: Wanted
 ) -> Iterable[dict[str, Any]]:
-    """A report for each target, shown as it is done. All are refused before the first is compiled."""
+    """A report for each target, shown as it is done. Of several, those that can't hold the model are told as
+    {"target", "refused", "ok"}; where that is all of them, as an error, before anything is compiled."""
     from backends.target import check
     from engine.config import load
     from engine.target import Target
@@ -109,9 +117,20 @@ def _reports(
     targets = [Target.parse(name) for name in names]
     for target in targets:
         check(target)
-    decided = [run.decide(settings, target, DEMO) for target in targets]
+    decided: list[Decided | ConfigError] = []
+    for target in targets:
+        try:
+            decided.append(run.decide(settings, target, DEMO))
+        except ConfigError as error:
+            decided.append(error)
+    refused = [one for one in decided if isinstance(one, ConfigError)]
+    if len(refused) == len(decided):
+        raise refused[0]
     console = terminal.console()
     for target, one in zip(targets, decided, strict=True):
+        if isinstance(one, ConfigError):
+            yield {"target": str(target), "refused": str(one), "ok": False}
+            continue
         found = []
         for r in run.records(one, target, wanted.only, wanted.bundle):
             found.append(r)
@@ -122,6 +141,26 @@ def _reports(
             terminal.show(made, console)
             _bundled(wanted.bundle, found)
         yield made
+
+
+def _gpu(name: str, asked: dict[str, Any], file: Path | None, more: bool, out: Path | None, as_json: bool) -> int:
+    """The Triton kernels of a GPU. more: something was asked that only programs have. Exit code."""
+    from engine.config import load
+    from engine.target import Target
+    from radixmesh.bench import record
+    from radixmesh.compile import gpu, show
+    from radixmesh.engine import DEMO
+
+    target = Target.parse(name)
+    if more:
+        raise ConfigError(f"target {target}: has kernels; only, bundle and html are for programs", field="target")
+    made = gpu.report(load(file, asked), target, DEMO, as_json)
+    text = json.dumps(made | {"made": record.made()}, indent=1)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+    print(text) if as_json else gpu.show(made, show.console())
+    return 0 if made["ok"] else 1
 
 
 def _bundled(folder: str, found: Sequence[dict[str, Any]]) -> None:
@@ -169,5 +208,8 @@ def _matrix(reports: Sequence[dict[str, Any]]) -> None:
 
     table = Table(*MATRIX, box=None, pad_edge=False)
     for r in reports:
-        table.add_row(*summary(r))
+        table.add_row(*summary(r)[:-1], "refused" if "refused" in r else summary(r)[-1])
     console().print(table)
+    for r in reports:
+        if "refused" in r:
+            console().print(f"{r['target']}: {r['refused']}", markup=False)

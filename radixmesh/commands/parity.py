@@ -20,7 +20,7 @@ from radixmesh.parity.readings import ORACLE, Reading
 from radixmesh.parity.report import Outcome, Text, as_json, assess
 from radixmesh.parity.show import show
 from radixmesh.parity.subjects import WHAT, Subject, choose
-from radixmesh.parity.thresholds import FILE, thresholds
+from radixmesh.parity.thresholds import FILE, kept, thresholds
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +40,9 @@ def parity(
     ] = None,
     tokens: Annotated[int, typer.Option(min=0, help="Feed so many random ids instead of a text.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random ids.")] = 0,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Of keys and values on every backend, such as fp8; as cache.dtype.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 32,
     limits: Annotated[Path, typer.Option("--thresholds", help="A TOML of thresholds instead of the packaged.")] = FILE,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
@@ -52,13 +55,12 @@ def parity(
     judge, subjects = choose(backends, a, b or [])
     if prompt and tokens:
         raise ConfigError("prompt, tokens: give one of them", field="tokens")
-    settings = Settings(path=model, count=max_new_tokens, file=file, pairs=options.read_set(pairs))
-    allowed = {s.name: thresholds(judge.dtype, s.dtype, limits) for s in subjects}
+    given = options.read_set(pairs) | ({"cache.dtype": cache_dtype} if cache_dtype else {})
+    settings = Settings(path=model, count=max_new_tokens, file=file, pairs=given)
     first = next((s for s in (judge, *subjects) if s.backend != ORACLE), None)
     decided = settings.decide(first or Subject(name="reference", backend="reference"))
-    for subject in (judge, *subjects):  # what is refused is refused before anything is computed
-        if subject.backend != ORACLE:
-            settings.decide(subject)
+    sides = {s.name: _side(s, settings) for s in (judge, *subjects)}  # refused before anything is computed
+    allowed = {s.name: thresholds(sides[judge.name], sides[s.name], limits) for s in subjects}
     fed = texts.pick(decided, prompt, tokens, seed, max_new_tokens)
     judged = read_texts(judge, settings, [t.ids for t in fed])
     outcomes = []
@@ -70,6 +72,13 @@ def parity(
         )
     _write(str(decided.path), judge, fed, outcomes, max_new_tokens, as_json_, out, html)
     sys.exit(0 if all(o.ok for o in outcomes) else 1)
+
+
+def _side(subject: Subject, settings: Settings) -> str:
+    """A subject as thresholds have it. Raises ConfigError for what is refused."""
+    if subject.backend == ORACLE:
+        return subject.dtype
+    return kept(subject.dtype, settings.decide(subject).resolved.cache_dtype)
 
 
 def _pin(

@@ -19,11 +19,11 @@ LONG = 24
 
 def make(reports: Sequence[Mapping[str, Any]], made: dict[str, Any]) -> str:
     """The page of one target or more."""
-    first, ok = reports[0], all(r["ok"] for r in reports)
-    several = len(reports) > 1
+    whole, ok, several = [r for r in reports if "refused" not in r], all(r["ok"] for r in reports), len(reports) > 1
+    first = whole[0]
     sections = [("Targets", "What fits, and what a step of the most rows is estimated to take.", _matrix(reports))]
     sections = sections if several else []
-    for r in reports:
+    for r in whole:
         at = f"{escape(r['target'])}: " if several else ""
         sections += [
             (f"{at}memory", "Of one device, with the temporaries of the largest program.", _memory(r)),
@@ -125,6 +125,8 @@ MATRIX = (
 
 def summary(r: Mapping[str, Any]) -> list[str]:
     """A report as one row of the matrix of targets."""
+    if "refused" in r:
+        return [r["target"], *[""] * (len(MATRIX) - 2), r["refused"]]
     made = [p for p in r["programs"] if "error" not in p]
     decode = next((p for p in sorted(made, key=lambda p: p["tokens"]) if p["rows"] >= r["max_rows"]), None)
     e = (decode or {}).get("estimate") or r["unrolled"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.config import read
 from engine.errors import ConfigError
+from engine.model.spec import EIGHT
 
 FILE = Path(__file__).with_name("thresholds.toml")
 
@@ -31,8 +32,13 @@ class Thresholds:
     near: float
 
 
+def kept(dtype: str, cache: str) -> str:
+    """The name of one side: its dtype, and where its keys and values are in 8 bits also theirs, "float32/fp8"."""
+    return f"{dtype}/{cache}" if cache in EIGHT else dtype
+
+
 def pair(a: str, b: str) -> str:
-    """The name of a pair of dtypes; their order doesn't matter."""
+    """The name of a pair of dtypes, each as `kept` has it; their order doesn't matter."""
     return ":".join(sorted((a, b)))
 
 

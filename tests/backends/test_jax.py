@@ -17,6 +17,7 @@ from backends.api.build import Host, Row, build
 from backends.api.choice import Choice, kept
 from backends.api.conformance.bench import FULL, SPEC, Ask, Weights, alike, config, generate, one, prompt, refused
 from backends.api.limits import Limits
+from backends.api.step import NONFINITE
 from backends.jax import sampler
 from backends.jax.backend import JaxBackend
 from backends.jax.buckets import make_shape
@@ -286,6 +287,18 @@ def test_ties_go_to_the_lowest_id() -> None:
     logits[:, [7, 30, 49]] = 3
     tokens, status = jax.jit(sampler.sample)(logits, wants(2, temperature=[0, 0]))
     assert (tokens.tolist(), status.tolist()) == ([7, 7], [0, 0])
+
+
+def test_many_rows_are_looked_through_some_at_a_time() -> None:
+    """As if all were at once, whether or not the last are as many as the others."""
+    draw, vocab = np.random.default_rng(5), 211
+    for rows in (32, 37):
+        logits = draw.normal(0, 2, (rows, vocab)).astype(np.float32)
+        logits[rows - 1, 3] = np.nan
+        given = wants(rows, seeds=draw.integers(0, 2**64, rows, np.uint64), temperature=draw.choice([0, 1.2], rows))
+        (want, bad), (found, told) = jax.jit(sampler._some)((logits, given)), jax.jit(sampler.sample)(logits, given)
+        assert np.array_equal(found[:-1], want[:-1])  # of the last, which is not finite, there is no token
+        assert told.tolist() == bad.tolist() == [0] * (rows - 1) + [NONFINITE]
 
 
 def test_scanned_equals_listed() -> None:

@@ -389,7 +389,7 @@ def test_a_weight_of_another_shape_is_named() -> None:
         ("platform", "tpu"),
         ("platform", "gpu"),
         ("dtype", "float8"),
-        ("cache_dtype", "int8"),
+        ("cache_dtype", "int4"),
         ("options", {"graphs": True}),
     ],
 )

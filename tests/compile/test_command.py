@@ -8,11 +8,15 @@ import subprocess
 import sys
 from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backends import target
+from engine.run.start import Decided
+from engine.target import Target
 from radixmesh import cli
+from radixmesh.compile import run
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "benchmarks" / "golden" / "models"
@@ -37,7 +41,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("compile", "--target", "tpu:v6e:2x4", "--mesh", "tp=16"), "not divided by tp=16"),
         (("compile", "--target", "tpu:v6e:2x4", "--mesh", "tp=8"), "does not divide q_heads=4"),
         (("compile", "--target", "tpu:v6e:2x4", "--mesh", "dp=2"), "dp=2 is not built yet"),
-        (("compile", "--target", "cuda:sm_90"), "no Triton kernel to compile yet"),
+        (("compile", "--target", "cuda:sm_90", "--only", "steps"), "only, bundle and html are for programs"),
+        (("compile", "--target", "rocm:gfx942", "--set", "backend.name=jax"), "jax has no kernels for rocm:gfx942"),
+        (("compile", "--target", "cuda:sm_90", "--mesh", "tp=8"), "does not divide q_heads=4"),
         (("compile", "--target", "cpu", "--only", "some"), "'some' is none of all, steps"),
         (("compile", "--target", "cpu", "--update"), "give --golden too"),
         (("compile", "--target", "cpu", "--set", "backend.name=torch"), "torch runs no compiled programs"),
@@ -73,6 +79,29 @@ def test_a_libtpu_that_is_missing_or_of_another_version(
     assert goes
     fix = f"jax {jax} goes with libtpu {goes}: pip install 'jax[tpu]=={jax}'"
     assert capsys.readouterr().err == f"radixmesh: target: {says}; {fix}\n"
+
+
+def test_the_demo_model_on_a_gpu_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every kernel with what the compiler says of it; one that does not compile is an exit code."""
+    from kernels_cuda import build
+
+    command = ("compile", "--target", "rocm:gfx942", "--set", "model.max_len=128", "--out", str(tmp_path / "r.json"))
+    assert call(monkeypatch, *command) == 0
+    made = json.loads((tmp_path / "r.json").read_text())
+    assert made["layers"] == [{"layer": "4/2 heads of 64", "plain": ""}]
+    assert len(made["kernels"]) == 2
+    for kernel in made["kernels"]:
+        assert kernel["compile_s"] >= 0
+        assert 0 < kernel["shared"] <= 1 << 16
+        assert kernel["registers"] > 0
+        assert kernel["spilled"] == 0
+    assert "2 kernels, 0 failed, 0 spill" in capsys.readouterr().out
+
+    monkeypatch.setattr(build, "build", lambda case, arch: {"case": case.name, "arch": arch, "error": "too large"})
+    assert call(monkeypatch, *command, "--json") == 1
+    assert not json.loads(capsys.readouterr().out)["ok"]
 
 
 def test_the_demo_model_on_this_cpu(tmp_path: Path) -> None:
@@ -157,3 +186,29 @@ def test_explain_tells_the_kernel_of_the_chip_that_is_asked_for(
         "layers 0-1: plain XLA, head 256, bfloat16 cache: 128 heads of 256 over 16 kv heads do not fit the 67108864 "
         "bytes of VMEM of v5p"
     )
+
+
+def test_of_all_targets_those_that_cannot_hold_a_model_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The others are compiled all the same. 70B on eight chips; what the compiler says is made up."""
+    held = dict.fromkeys(("weights", "cache", "state", "counts"), 1 << 20)
+    compiled = []
+
+    def records(decided: Decided, target: Target, only: str, bundle: str) -> list[dict[str, Any]]:
+        compiled.append(str(target))
+        return [{"held": held, "device": "made up"}]
+
+    monkeypatch.setattr(run, "records", records)
+    files = ("--out", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html"))
+    asked = ("--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b"))
+    assert call(monkeypatch, "compile", "--all-targets", *asked, *files) == 1
+    told = {r["target"]: r.get("refused", "") for r in json.loads((tmp_path / "r.json").read_text())["targets"]}
+    why = told["tpu:v5e:2x4"]
+    assert "3.04 GiB more than" in why
+    assert compiled == [target for target, refused in told.items() if not refused]
+    assert {"tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1"} <= set(compiled)
+    assert f"tpu:v5e:2x4: {why}" in capsys.readouterr().out.splitlines()
+    assert why in (tmp_path / "p.html").read_text()
+    assert call(monkeypatch, "compile", "--all-targets", "--mesh", "tp=3") == 2
+    assert not capsys.readouterr().out

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What a kernel is compiled for."""
+    """What a kernel is compiled for. dtype: of the cache; one of 8 bits has scales, and is asked in float32."""
 
     q_heads: int
     kv_heads: int
@@ -36,13 +36,27 @@ class Kind:
     cap: float | None = None
     sinks: bool = False
 
+    @property
+    def scaled(self) -> bool:
+        return self.dtype in ("int8", "float8_e4m3fn")
+
+    @property
+    def asks(self) -> str:
+        return "float32" if self.scaled else self.dtype
+
+    @property
+    def page(self) -> int:
+        return 2 * PAGE if self.scaled else PAGE
+
 
 KINDS = {
-    "grouped": Kind(q_heads=8, kv_heads=2, head=128, dtype="bfloat16"),
+    "grouped": Kind(q_heads=8, kv_heads=4, head=128, dtype="bfloat16"),
     "window, sinks": Kind(q_heads=4, kv_heads=2, head=64, dtype="bfloat16", window=20, sinks=True),
     "float32": Kind(q_heads=2, kv_heads=2, head=128, dtype="float32"),
     "cap, odd group": Kind(q_heads=3, kv_heads=1, head=64, dtype="float32", cap=3.0),
     "wide, window": Kind(q_heads=8, kv_heads=1, head=256, dtype="float32", window=33),
+    "int8": Kind(q_heads=8, kv_heads=2, head=128, dtype="int8", window=45),
+    "fp8, sinks": Kind(q_heads=3, kv_heads=3, head=64, dtype="float8_e4m3fn", sinks=True),
 }
 
 
@@ -57,7 +71,8 @@ class Row(NamedTuple):
 class Case:
     """A step on one layer. Pages that nobody may read hold NaN, and so do places past a row's end.
 
-    keys, values: of each row [positions, kv_heads, head]; those outside of a window are NaN.
+    keys, values: of each row [positions, kv_heads, head]; those outside of a window are NaN. The cache holds them over
+    scales [2, kv_heads]; NaN is 99 in int8.
     """
 
     kind: Kind
@@ -66,6 +81,7 @@ class Case:
     keys: list[Array]
     values: list[Array]
     sinks: Array
+    scales: Array
     cache: Array
     table: Array
     base: Array
@@ -76,6 +92,7 @@ class Case:
 
 def rounded(x: Array, dtype: str) -> Array:
     """What is left of x in a dtype."""
+    x = np.clip(np.rint(x), -128, 127) if dtype == "int8" else x
     return np.array(jnp.asarray(x, dtype).astype(jnp.float32))
 
 
@@ -94,24 +111,28 @@ def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None) -> Cas
     """most: queries of a tile."""
     draw = np.random.default_rng(seed)
     rows = rows or draw_rows(draw)
-    count = ROWS * ENTRIES + 2
+    count, page_size = ROWS * ENTRIES + 2, kind.page
+    scales = np.ones((2, kind.kv_heads), np.float32)
+    if kind.scaled:
+        scales = draw.uniform(0.01, 0.03, (2, kind.kv_heads)).astype(np.float32)
     names, used = draw.permutation(count), 0
-    cache = np.full((2 * count, PAGE, kind.kv_heads * 2 * kind.head), np.nan, np.float32)
+    cache = np.full((2 * count, page_size, kind.kv_heads * 2 * kind.head), np.nan, np.float32)
     table, base = draw.integers(0, count, (ROWS, ENTRIES)), np.zeros(ROWS, np.int64)
     keys, values, tiles, token = [], [], [], 0
     for r, (length, before) in enumerate(rows):
         shape = length + before, kind.kv_heads, kind.head
-        k, v = (rounded(draw.normal(size=shape).astype(np.float32), kind.dtype) for _ in range(2))
+        stored = [rounded(draw.normal(size=shape).astype(np.float32) / s[:, None], kind.dtype) for s in scales]
         low = max(0, before - kind.window + 1) if kind.window else 0
-        k[:low] = v[:low] = np.nan
-        base[r] = low // PAGE * PAGE
-        for entry in range(-(-(length + before - base[r]) // PAGE) if length else 0):
-            page, at = count + names[used], base[r] + entry * PAGE
-            lines = np.stack([k[at : at + PAGE], v[at : at + PAGE]], 2)
+        for x in stored:
+            x[:low] = np.nan
+        base[r] = low // page_size * page_size
+        for entry in range(-(-(length + before - base[r]) // page_size) if length else 0):
+            page, at = count + names[used], base[r] + entry * page_size
+            lines = np.stack([x[at : at + page_size] for x in stored], 2)
             cache[page, : len(lines)] = lines.reshape(len(lines), -1)
             table[r, entry], used = names[used], used + 1
-        keys.append(k)
-        values.append(v)
+        keys.append(stored[0] * scales[0, :, None])
+        values.append(stored[1] * scales[1, :, None])
         tiles += [(r, token + i, min(most, length - i), before + i) for i in range(0, length, most)]
         token += length
     listed = np.full((TOKENS, 4), 10**6)
@@ -119,11 +140,12 @@ def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None) -> Cas
     return Case(
         kind=kind,
         rows=rows,
-        q=rounded(draw.normal(size=(TOKENS, kind.q_heads, kind.head)).astype(np.float32), kind.dtype),
+        q=rounded(draw.normal(size=(TOKENS, kind.q_heads, kind.head)).astype(np.float32), kind.asks),
         keys=keys,
         values=values,
         sinks=draw.normal(size=kind.q_heads).astype(np.float32),
-        cache=cache,
+        scales=scales,
+        cache=np.nan_to_num(cache, nan=99) if kind.dtype == "int8" else cache,
         table=table.astype(np.int32),
         base=base.astype(np.int32),
         at=count,

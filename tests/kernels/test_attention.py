@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -27,12 +28,11 @@ from tests.kernels.cases import (
     Row,
     make,
     races,
-    rounded,
     want,
 )
 
-BLOCKS = Blocks(queries=(1, 4, 8), keys=128)
-ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128)
+BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, looped=True)
+ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128, large=64)
 """The same body once: it compiles sooner."""
 SMALL = Chip(name="v5e", vmem=16 << 20, smem=1 << 20)
 FITS: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head": 128, "page": 16, "rows": 64, "entries": 512}
@@ -46,7 +46,7 @@ def program(kind: Kind) -> Any:
 def call(
     module: ModuleType, kind: Kind, q: Any, lines: Any, tiles: Any, total: Any, *rest: Any, blocks: Blocks = BLOCKS
 ) -> Any:
-    table, base, at, sinks = rest
+    table, base, at, sinks, scales = rest
     return module.attention(
         q,
         lines,
@@ -55,6 +55,7 @@ def call(
         base,
         at,
         sinks if kind.sinks else None,
+        scales if kind.scaled else None,
         kv_heads=kind.kv_heads,
         scale=kind.head**-0.5,
         window=kind.window,
@@ -65,9 +66,9 @@ def call(
 
 
 def given(case: Case) -> tuple[Any, ...]:
-    kind = case.kind.dtype
-    arrays = jnp.asarray(case.q, kind), jnp.asarray(case.cache, kind)
-    return *arrays, case.tiles, np.int32(case.total), case.table, case.base, np.int32(case.at), case.sinks
+    arrays = jnp.asarray(case.q, case.kind.asks), jnp.asarray(case.cache, case.kind.dtype)
+    numbers = case.tiles, np.int32(case.total), case.table, case.base, np.int32(case.at)
+    return *arrays, *numbers, case.sinks, case.scales
 
 
 def worst(case: Case, out: Any) -> float:
@@ -80,7 +81,7 @@ def worst(case: Case, out: Any) -> float:
 
 
 def limit(kind: Kind) -> float:
-    return 2e-2 if kind.dtype == "bfloat16" else 1e-5
+    return 2e-2 if kind.asks == "bfloat16" else 1e-5
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -112,6 +113,8 @@ FAULTS = {
     "page off by one": ("source = r.table[entry + p] + r.at[0]", "source = r.table[entry + p + 1] + r.at[0]"),
     "what nobody sees is not cleared": ("_clear(form, r, i, b, half)\n", "pass\n"),
     "a query does not see itself": ("seen = key <= query", "seen = key < query"),
+    "a query of a large tile does not see itself": ("seen = last >= begin + (c + d)", "seen = last > begin + (c + d)"),
+    "scores of one product weigh another's values": ("weigh, 1 - turn, c)", "weigh, turn, c)"),
 }
 LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
 
@@ -120,47 +123,57 @@ LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
 def test_a_planted_fault_is_caught(fault: str) -> None:
     from tests.kernels.cases import planted
 
-    case = make(KINDS["float32"], 5, BLOCKS.queries[-1], LONG)
-    with planted("kernels_pallas.ragged", *FAULTS[fault], "kernels_pallas.attention") as broken:
-        assert caught(case, broken)
+    large, above = list(FAULTS).index(fault) > 5, ["kernels_pallas.ragged", "kernels_pallas.attention"]
+    module = "kernels_pallas.softmax" if list(FAULTS).index(fault) > 4 else above.pop(0)
+    case = make(KINDS["grouped" if large else "float32"], 5, BLOCKS.queries[-1], LONG)
+    with planted(module, *FAULTS[fault], *above) as broken:
+        assert caught(case, broken, replace(BLOCKS, queries=ONE.queries) if large else ONE)
 
 
-def caught(case: Case, broken: ModuleType) -> bool:
+def caught(case: Case, broken: ModuleType, blocks: Blocks) -> bool:
     try:
-        return worst(case, call(broken, case.kind, *given(case), blocks=ONE)) > limit(case.kind)
+        return worst(case, call(broken, case.kind, *given(case), blocks=blocks)) > limit(case.kind)
     except (IndexError, jax.errors.JaxRuntimeError) as error:  # a page that isn't there
         return "out of bounds" in str(error) or "Out-of-bounds" in str(error)
 
 
-def pages(draw: np.random.Generator) -> tuple[list[tuple[int, int, int, int]], int]:
+def pages(draw: np.random.Generator, size: int) -> tuple[list[tuple[int, int, int, int]], int]:
     """Pages that a step writes (page, token in its first place, places [first, last)) and its tokens."""
     names, items, token = draw.permutation(40), [], 0
-    for length in draw.choice([0, 1, 1, 1, 2, 9, PAGE, 2 * PAGE + 3], 8):
-        before = int(draw.integers(0, 3 * PAGE))
-        if token + length > 64:
+    for length in draw.choice([0, 1, 1, 1, 2, 9, size, 2 * size + 3], 8):
+        before = int(draw.integers(0, 3 * size))
+        if token + length > 80:
             break
-        for at in range(before // PAGE * PAGE, before + length if length else 0, PAGE):
-            first, last = max(before - at, 0), min(before + length - at, PAGE)
+        for at in range(before // size * size, before + length if length else 0, size):
+            first, last = max(before - at, 0), min(before + length - at, size)
             items.append((int(names[len(items)]), token + at - before, first, last))
         token += length
-    items.insert(len(items) // 2, (-1, 0, 0, PAGE))
+    items.insert(len(items) // 2, (-1, 0, 0, size))
     return items, token
 
 
 def write(module: ModuleType, dtype: str, seed: int) -> tuple[Any, np.ndarray[Any, Any]]:
-    """What the kernel makes of a random cache, and what it should be."""
+    """What the kernel makes of a random cache, and what it should be. In 8 bits some numbers are out of range."""
     draw = np.random.default_rng(seed)
-    held, lines = (rounded(draw.normal(size=s).astype(np.float32), dtype) for s in ((90, PAGE, 256), (64, 256)))
-    items, _ = pages(draw)
-    right = held.copy()
+    kind = np.dtype(dtype)
+    size = 32 if kind.itemsize == 1 else PAGE
+    held, lines = (draw.normal(size=s).astype(np.float32) for s in ((90, size, 256), (80, 256)))
+    scales = draw.uniform(0.001, 0.02, (2, 2)).astype(np.float32) if kind.itemsize == 1 else None
+    most = {"int8": 127, "float8_e4m3fn": 448}.get(dtype, np.inf)
+    held = held if scales is None else np.rint(held * 50)
+    over = np.ones(256) if scales is None else np.repeat(scales.T.reshape(-1), 64)
+    over = np.clip(lines / over.astype(np.float32), -most - (dtype == "int8"), most)
+    made = np.rint(over) if dtype == "int8" else over
+    right = held.astype(kind)
+    items, _ = pages(draw, size)
     for page, token, first, last in items:
         if page >= 0:
-            right[45 + page, first:last] = lines[token + first : token + last]
+            right[45 + page, first:last] = made[token + first : token + last].astype(kind)
     listed = np.full((48, 4), 10**6, np.int32)
     listed[: len(items)] = items
     spots = module.Spots(*listed.T, np.int32(len(items)))
-    got = write_program(module, dtype)(jnp.asarray(lines, dtype), jnp.asarray(held, dtype), spots, np.int32(45))
-    return got, right
+    got = write_program(module, dtype)(jnp.asarray(lines), jnp.asarray(held.astype(kind)), spots, np.int32(45), scales)
+    return got, right.astype(np.float32)
 
 
 @cache
@@ -168,8 +181,8 @@ def write_program(module: ModuleType, dtype: str) -> Any:
     return jax.jit(partial(module.write, interpret=INTERPRET))
 
 
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 def test_lines_are_written_where_they_belong_and_nowhere_else(dtype: str, seed: int) -> None:
     got, right = write(kv_write, dtype, seed)
     assert not races()
@@ -185,9 +198,9 @@ def test_lines_are_written_more_often(seed: int) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("_read(page, r, i, start=False)", "pass"),
+        ("_read(page, unit, r, i, start=False)", "pass"),
         ("_write(r, then - RING, start=False)", "pass"),
-        ("(page + STEP - shift)", "(page + STEP - shift + 1)"),
+        ("(page + unit - shift)", "(page + unit - shift + 1)"),
         ("r.cache.at[r.page[i] + r.at[0]], r.done.at[2, k]", "r.cache.at[r.page[i] + r.at[0] + 1], r.done.at[2, k]"),
     ],
     ids=["pages are not waited for", "a buffer is reused too soon", "lines off by one", "page off by one"],
@@ -207,6 +220,7 @@ def test_a_planted_fault_in_writing_is_caught(old: str, new: str) -> None:
     ("change", "why"),
     [
         ({"dtype": "int4"}, "int4"),
+        ({"dtype": "int8"}, "pages of 16 tokens are no multiple of 32"),
         ({"head": 96}, "head 96"),
         ({"page": 8}, "pages of 8"),
         ({"kv_heads": 5}, "5 kv heads"),

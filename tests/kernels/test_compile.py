@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from radixmesh.bench.kernels import TOPOLOGY, loops
+from radixmesh.bench.kernels import TOPOLOGY, loops, nested
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -20,6 +20,8 @@ SHAPES = {
     "64 and window": (64, 8, 2, 64, "bfloat16", 128),
     "float32": (8, 4, 2, 128, "float32", None),
     "one of eight devices": (16, 4, 1, 128, "bfloat16", None),
+    "int8": (8, 8, 2, 64, "int8", None),
+    "fp8": (8, 8, 2, 128, "float8_e4m3fn", None),
 }
 """Tokens, q heads, kv heads, head, dtype of the cache, window."""
 
@@ -42,30 +44,35 @@ def compile_all(chip: str, names: list[str]) -> dict[str, Any]:
             return jax.ShapeDtypeStruct(dims, kind, sharding=NamedSharding(mesh, PartitionSpec()))
 
         attend = partial(attention.attention, kv_heads=kv_heads, scale=1.0, window=window)
+        small = jnp.dtype(dtype).itemsize == 1
 
-        def step(q: Any, lines: Any, cache: Any, tiles: Any, spots: Any, *rest: Any, attend: Any = attend) -> Any:
-            cache = kv_write.write(lines, cache, spots, rest[-1])
-            return attend(q, cache, tiles, *rest), cache
+        def step(
+            q: Any, lines: Any, cache: Any, tiles: Any, spots: Any, *rest: Any, scales: Any = None, attend: Any = attend
+        ) -> Any:
+            cache = kv_write.write(lines, cache, spots, rest[-1], scales)
+            return attend(q, cache, tiles, *rest, None, scales), cache
 
         line, many, one = kv_heads * 2 * head, of(tokens), of()
+        asks = "bfloat16" if small else dtype
         with jax.set_mesh(mesh):
             compiled = (
                 jax.jit(step, donate_argnums=2)
                 .lower(
-                    of(tokens, q_heads, head, kind=dtype),
-                    of(tokens, line, kind=dtype),
-                    of(512, 16, line, kind=dtype),
+                    of(tokens, q_heads, head, kind=asks),
+                    of(tokens, line, kind=asks),
+                    of(256, 32, line, kind=dtype),
                     attention.Tiles(many, many, many, many, one),
                     kv_write.Spots(many, many, many, many, one),
                     of(16, 64),
                     of(16),
                     one,
+                    scales=of(2, kv_heads, kind=jnp.float32) if small else None,
                 )
                 .compile()
             )
         memory = compiled.memory_analysis()
         out[name] = {
-            "cache": 512 * 16 * line * jnp.dtype(dtype).itemsize,
+            "cache": 256 * 32 * line * jnp.dtype(dtype).itemsize,
             "alias": memory.alias_size_in_bytes,
             "temp": memory.temp_size_in_bytes,
         }
@@ -102,6 +109,18 @@ def test_loops_are_read_from_a_schedule() -> None:
     found = {loop.depth: loop for loop in loops(text)}
     assert (found[2].bundles, found[2].products) == (1, 1)
     assert (found[1].bundles, found[1].copies, found[1].spills) == (3, 1, 1)
+
+
+def test_a_turn_holds_the_loops_inside_of_it() -> None:
+    text = """
+ 0x1 LB: > { %b = vmatmul.f32 %v }
+ 0x2 LB: >> { %d = vmatmul.f32 %v ;; %c = vst [vmem:[#allocation1_spill]] %v }
+ 0x3   : >> { %e = sadd }
+ 0x4   : > { %e = sadd }
+ 0x5   :  { %f = halt }
+"""
+    (turn,) = nested(loops(text), 3)
+    assert (turn.bundles, turn.spills) == (2 + 3 * 2, 3)
 
 
 if __name__ == "__main__":

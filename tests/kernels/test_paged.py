@@ -12,10 +12,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from backends.jax import attend
-from backends.jax.caches import State
+from backends.jax.caches import HELD, State
 from backends.jax.inputs import Batch, plan_tiles
 from engine.mesh import MeshSpec
-from engine.model.spec import Attention
+from engine.model.spec import EIGHT, Attention
 from tests.kernels.cases import INTERPRET, races
 
 WIDTH, ROWS, TOKENS, TILE = 12, 6, 40, 8
@@ -47,24 +47,36 @@ def step(draw: np.random.Generator, window: int | None, size: int) -> tuple[Batc
     return batch, jnp.asarray(before), State(None, None, jnp.asarray(table)), limits
 
 
-@pytest.mark.parametrize(("seed", "window", "size"), [(0, None, 16), (1, 20, 16), (2, 20, 64)])
-def test_a_layer_by_the_kernels_is_the_layer_in_plain_xla(seed: int, window: int | None, size: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "window", "size", "held"),
+    [
+        (0, None, 16, "float32"),
+        (1, 20, 16, "float32"),
+        (2, 20, 64, "float32"),
+        (3, 20, 32, "int8"),
+        (4, None, 64, "fp8"),
+    ],
+)
+def test_a_layer_by_the_kernels_is_the_layer_in_plain_xla(seed: int, window: int | None, size: int, held: str) -> None:
     draw = np.random.default_rng(seed)
     batch, before, state, limits = step(draw, window, size)
     a = Attention(q_heads=4, kv_heads=2, head_dim=64, rope=None, scale=0.125, window=window, cap=20.0, sinks=True)
-    config: Any = SimpleNamespace(platform="tpu", cache_dtype="float32", mesh=MeshSpec())
+    config: Any = SimpleNamespace(platform="tpu", cache_dtype=held, mesh=MeshSpec())
     shape: Any = SimpleNamespace(tile=TILE, tiles=len(batch.tiles), tokens=TOKENS)
     position = before[batch.row] + jnp.arange(TOKENS) - batch.first[batch.row]
     q, k, v = (jnp.asarray(draw.normal(size=(TOKENS, h, 64)), jnp.float32) for h in (4, 2, 2))
-    cache = jnp.asarray(draw.normal(size=(2 * ROWS * WIDTH, size, 2 * 2 * 64)), jnp.float32)
+    kind, eight = HELD[held], held in EIGHT
+    cache = jnp.asarray(draw.normal(size=(2 * ROWS * WIDTH, size, 2 * 2 * 64)) * (40 if eight else 1), kind)
+    read = jnp.asarray(draw.uniform([[0.02], [0.005]], [[0.03], [0.009]], (2, 2)), jnp.float32)
+    scales = (read, 1 / read) if eight else None
     sinks = jnp.asarray(draw.normal(size=4), jnp.float32)
     groups = attend.locate(batch, state, position, limits)
     view = attend.look(batch, before, position, groups, shape, config)
-    want = attend.plain(a, q, k, v, sinks, cache, 1, view.groups[0], view)
+    want = attend.plain(a, q, k, v, sinks, cache, 1, view.groups[0], view, scales)
     with pltpu.force_tpu_interpret_mode(INTERPRET):
-        got = jax.block_until_ready(attend.paged(a, q, k, v, sinks, cache, 1, view.groups[0], view))
+        got = jax.block_until_ready(attend.paged(a, q, k, v, sinks, cache, 1, view.groups[0], view, scales))
     assert not races()
     real = np.asarray(batch.real)
     assert np.abs(np.asarray(got[0] - want[0])[real]).max() < 1e-5
     assert not np.asarray(got[0])[~real].any()
-    assert np.array_equal(got[1], want[1])
+    assert np.array_equal(*(np.asarray(x[1]).view(np.uint8) for x in (got, want)))

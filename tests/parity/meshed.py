@@ -1,8 +1,8 @@
-"""One model on meshes, in a process of its own: `python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT`.
+"""One model on meshes, in a process of its own: python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT PAIRS
 
 How many devices jax has is settled when it starts, so meshes have a process, the largest first (SIZES: "4,2"). It reads
 the prompts (JSON) and writes what it found to OUT: inner values and tokens on each mesh, whole and chunked, and on one
-device; what the engine says, cold and warm; the collectives of jax's programs.
+device; what the engine says, cold and warm; the collectives of jax's programs. PAIRS: more keys, KEY=VALUE each.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def opened(backend: str, mesh: str, folder: Path) -> tuple[Decided, Backend]:
 
 
 def collectives(device: Backend) -> list[dict[str, int]]:
-    """How often each collective stands in each compiled step."""
+    """How often each collective stands in each compiled step, as it is served: without taps."""
     made = getattr(getattr(device, "programs", None), "made", {})
-    return [dict(Counter(COLLECTIVE.findall(p.as_text()))) for key, p in made.items() if key.kind == "step"]
+    return [
+        dict(Counter(COLLECTIVE.findall(p.as_text()))) for key, p in made.items() if key.kind == "step" and not key.taps
+    ]
 
 
 def converse(backend: str, mesh: str, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
@@ -116,13 +118,13 @@ def look(backend: str, size: int, folder: Path, prompts: list[list[int]], out: d
     with closing(device):
         for name, count, chunk in (("whole", MADE, 64), ("chunked", 2, 16)):
             save(out, f"{size}/{name}", read_backend(mesh, device, decided.spec, prompts[0], count, chunk))
-        counts, open_device = collectives(device), start.open_device
+        open_device = start.open_device
         start.open_device = lambda decided: Kept(device)  # type: ignore[assignment]
         try:
             talk = converse(backend, mesh, folder, prompts)
         finally:
             start.open_device = open_device
-        over = backend == "torch" or finished(device, prompts[0])
+        over, counts = backend == "torch" or finished(device, prompts[0]), collectives(device)
     return {"collectives": counts, "engine": talk, "finished": over}
 
 
@@ -138,4 +140,5 @@ def main(backend: str, sizes: str, folder: Path, prompts: Path, target: Path) ->
 
 
 if __name__ == "__main__":
+    SMALL |= dict(pair.split("=", 1) for pair in sys.argv[6:])
     main(sys.argv[1], sys.argv[2], *(Path(p) for p in sys.argv[3:6]))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.api.build import Host, Placed
+from backends.api.build import TOLERANCE, Host, Placed
 from backends.api.check import tap_names
 from backends.api.choice import Choice, scores
 from backends.api.protocol import Backend
@@ -19,10 +19,10 @@ from backends.api.ties import margin, near_tie
 from engine.config import Resolved
 from engine.errors import StepRefused
 from engine.model.params import params
-from engine.model.spec import Attention, Layer, Mlp, ModelSpec, Rope
+from engine.model.spec import EIGHT, Attention, Layer, Mlp, ModelSpec, Rope, eight
 
-TOLERANCE = 2e-4
-"""Of logits in float32, times max(1, their standard deviation)."""
+STEP = 0.05
+"""The tolerance where the cache has 8 bits: a number between two of its steps may become either."""
 PAGE, WINDOW, MAX_LEN = 4, 8, 64
 
 _ATTENTION = Attention(q_heads=4, kv_heads=2, head_dim=16, rope=Rope(dim=16, theta=10000.0), scale=16**-0.5)
@@ -48,7 +48,7 @@ class Weights:
     """
 
     def __init__(self, seed: int = 0, poison: Sequence[int] = (), spec: ModelSpec = SPEC) -> None:
-        self.seed, self.poison, self.params = seed, list(poison), params(spec)
+        self.seed, self.poison, self.params = seed, list(poison), params(eight(spec, EIGHT[0]))
 
     def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
         p = self.params[name]
@@ -59,6 +59,8 @@ class Weights:
             value = noise
         elif name.endswith("bias"):
             value = 0.3 * noise
+        elif name.endswith("scales"):  # of a cache of 8 bits: some numbers are past its largest
+            value = np.exp(0.2 * noise) * [[0.04], [0.02]]
         else:
             fan_in = int(np.prod(p.shape)) // p.shape[0] if len(p.shape) == 2 or name.endswith("out") else p.shape[-1]
             sharp = 2.0 if name.endswith((".q", ".k")) else 2.5 if name == "head" else 1.0
@@ -99,7 +101,8 @@ class Opener:
         key = repr((warm, sorted(overrides.items())))
         if key in self.kept and not fresh:
             return self.kept[key]
-        host = Host(self.make(SPEC, replace(self.config, **overrides)))
+        config = replace(self.config, **overrides)
+        host = Host(self.make(SPEC, config), tolerance=STEP if config.cache_dtype in EIGHT else TOLERANCE)
         host.backend.load(Weights())
         if warm:
             host.backend.warmup()
@@ -128,10 +131,12 @@ class Ask:
 
 @dataclass(slots=True, kw_only=True)
 class Made:
-    """What came of it: tokens, and the logits float32[V] that each was chosen from, where they are tapped."""
+    """What came of it: tokens, and the logits float32[V] that each was chosen from, where they are tapped.
+    tolerance: of the host that ran it."""
 
     tokens: list[int] = field(default_factory=list)
     logits: list[F32] = field(default_factory=list)
+    tolerance: float = TOLERANCE
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -142,7 +147,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def generate(host: Host, asks: Sequence[Ask], *, reverse: bool = False) -> list[Made]:
     """Run requests side by side, each feeding its next chunk or its last token; what has no room waits a step."""
-    texts, fed, made = [host.open() for _ in asks], [0] * len(asks), [Made() for _ in asks]
+    texts, fed, made = [host.open() for _ in asks], [0] * len(asks), [Made(tolerance=host.tolerance) for _ in asks]
     while True:
         room, rows, who = host.limits.max_tokens, list[Placed](), list[tuple[int, bool]]()
         for i, ask in enumerate(asks):
@@ -196,7 +201,7 @@ def alike(a: Made, b: Made, values: dict[str, Any] | None = None, ids: Sequence[
     difference = 0.0
     for x, y in zip(a.logits[:upto], b.logits[:upto], strict=True):
         difference = max(difference, float(np.abs(x - y).max()))
-        assert difference <= TOLERANCE * max(1.0, float(x.std())), f"logits differ by {difference:g}"
+        assert difference <= a.tolerance * max(1.0, float(x.std())), f"logits differ by {difference:g}"
     if at is None:
         return
     assert a.logits, f"token {at} differs: {a.tokens[at]} and {b.tokens[at]}"

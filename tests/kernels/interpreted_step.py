@@ -1,0 +1,111 @@
+"""The kernels of a step, interpreted, beside plain torch and the normative sampler: run as a program, since Triton must
+be told so before it is imported. Prints a line for each check that failed, then "done"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from backends.api.choice import Choice, scores
+from kernels_cuda import gated, norm, rope_write, row, sample
+from models_torch import ops
+
+VOCAB, ROWS = 3000, 6
+DRAW = torch.Generator().manual_seed(int(np.random.SeedSequence().entropy % 2**31))  # type: ignore[operator]
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=DRAW)
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(torch.allclose(a, b, rtol=1e-5, atol=2e-5)) and a.is_contiguous()
+
+
+def norms() -> Iterator[tuple[str, bool]]:
+    for kind in norm.KINDS:
+        for shape in ((3, 56), (2, 4, 20)):
+            wide = random(shape[0], 2 * int(np.prod(shape[1:])))  # rows that do not lie side by side
+            x = wide[:, : wide.shape[1] // 2].unflatten(1, shape[1:])
+            y, w = random(*shape), random(shape[-1])
+            assert not norm.supports(x, y)
+            for other in (y, None):
+                total, normed = norm.add_norm(x, other, w, 1e-5, kind)
+                want = norm.plain(x, other, w, 1e-5, kind)
+                yield f"norm {kind} {shape}", bool(torch.equal(total, want[0])) and near(normed, want[1])
+
+
+def gates() -> Iterator[tuple[str, bool]]:
+    both = random(3, 2 * 1100)
+    for act in gated.ACTS:
+        given = both[:, :1100], both[:, 1100:], act
+        yield f"gated {act}", near(gated.gated(*given), gated.plain(*given))
+
+
+def ropes() -> Iterator[tuple[str, bool]]:
+    for q_heads, kv_heads, size, dim in ((5, 1, 20, 20), (4, 2, 16, 8), (12, 9, 16, 0)):
+        sizes = (q_heads * size, kv_heads * size, kv_heads * size)
+        q, k, v = (part.unflatten(1, (-1, size)) for part in random(3, sum(sizes)).split(sizes, 1))
+        steps = np.linspace(1, 0.1, dim // 2).astype(np.float32)
+        turn = ops.angles(steps, 1.2, torch.tensor([0, 5, 9]), torch.float32) if dim else None
+        write, ours = torch.tensor([7, -1, 3]), random(20, 2, kv_heads, size)
+        theirs = ours.clone()
+        want = rope_write.plain(q, k, v, turn, write, theirs)
+        made = rope_write.rope_write(q, k, v, turn, write, ours)
+        yield f"rope {q_heads} {size} {dim}", near(made, want) and near(ours, theirs)
+
+
+def row_times() -> Iterator[tuple[str, bool]]:
+    for many, inner in ((9, 768), (5, 4096)):
+        x, w = random(1, inner), random(many, inner) / 30
+        assert not row.supports(x, w)
+        yield f"row {many} {inner}", near(row.row_times(x, w), row.plain(x, w))
+
+
+def samples() -> Iterator[tuple[str, bool]]:
+    given = {
+        "temperature": [0, 1.0, 0.7, 2.0, 1.0, 0.3],
+        "top_k": [0, 0, 5, 50, 3, 0],
+        "top_p": [1, 1, 1, 0.9, 0.5, 0.95],
+        "min_p": [0, 0, 0, 0, 0.1, 0.3],
+    }
+    seed, position = torch.randint(0, 2**32, (ROWS, 2), generator=DRAW), torch.randint(0, 1000, (ROWS,), generator=DRAW)
+    real = {name: torch.tensor(values, dtype=torch.float64) for name, values in given.items()}
+    real["top_k"] = torch.tensor([k or VOCAB for k in given["top_k"]])
+    for ties in (False, True):
+        x = 3 * random(ROWS, VOCAB)
+        if ties:
+            x[:, ::7] = x[:, :1]
+        made = sample.sample(x, sample.Filters(**real, seed=seed, position=position))
+        for r in range(ROWS):
+            high, low = seed[r].tolist()
+            choice = Choice(**{name: values[r] for name, values in given.items()}, seed=high << 32 | low)
+            want = scores(x[r].numpy(), choice, int(position[r]))
+            token = int(made[0, r])
+            yield f"row {r} draws", bool(want[token] >= want.max() - 1e-5) and int(made[1, r]) == 1
+        yield "the largest", bool(torch.equal(sample.sample(x)[0], x.argmax(1)))
+    x[0, 5], x[1, 7], x[2] = float("nan"), float("inf"), float("nan")
+    tokens, finite = sample.sample(x)
+    yield "finite", finite.tolist() == [0, 0, 0, 1, 1, 1] and bool(((tokens >= 0) & (tokens < VOCAB)).all())
+
+
+CHECKS: tuple[Callable[[], Iterator[tuple[str, bool]]], ...] = (norms, gates, ropes, row_times, samples)
+
+
+def main() -> None:
+    """Every check; then norms whose kinds are mixed up, which must be noticed."""
+    sample.SPLIT = 1024
+    for check in CHECKS:
+        for name, ok in check():
+            if not ok:
+                print(f"failed: {name}")
+    norm.KINDS = {"plain": 0, "wide": 2, "offset": 1}
+    if all(ok for _, ok in norms()):
+        print("not noticed: kinds")
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
