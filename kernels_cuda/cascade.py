@@ -276,9 +276,9 @@ def plain(
     def read(members: list[int], low: int, high: int) -> None:
         at = torch.arange(low, high, device=q.device)
         entry = table[members[0]][at // page] * page + at % page
-        held = (store.view(torch.uint8)[entry].view(FLOAT8) if store.dtype == FLOAT8 else store[entry]).float()
-        held = held if scales is None else held * scales[..., None]
-        k, v = held.repeat_interleave(group, 2).unbind(1)
+        kv = (store.view(torch.uint8)[entry].view(store.dtype) if store.dtype in EIGHT else store[entry]).float()
+        kv = kv if scales is None else kv * scales[None, :, :, None]
+        k, v = kv.repeat_interleave(group, 2).unbind(1)
         s = torch.einsum("rhd,khd->rhk", q[[first[r] for r in members]].float(), k) * scale
         s = s if cap is None else torch.tanh(s / cap) * cap
         whole = s.logsumexp(-1)

@@ -175,9 +175,9 @@ def _attend(
         torch.cat([table, torch.full((case.pad, table.shape[1]), -1)]).int(),
     )
     out, tiles = torch.zeros_like(q), cascade.Tiles(*map(torch.from_numpy, host))
-    more = {"page": case.page, "scale": case.head_dim**-0.5, "cap": case.cap, "sinks": sinks}
-    cascade.attention(q, store, out, rows, tiles, shape, scales=scales, **more)
-    if scales is None and case.dtype == torch.float32:
+    more = {"page": case.page, "scale": case.head_dim**-0.5, "cap": case.cap, "sinks": sinks, "scales": scales}
+    cascade.attention(q, store, out, rows, tiles, shape, **more)
+    if case.dtype == torch.float32:
         again = torch.zeros_like(q)
         cascade.plain(q, store, again, rows, tiles, shape, **more)
         assert (out - again).abs().max() < 4e-6, "the plain form gives something else"
