@@ -207,11 +207,11 @@ class Attend:
         if g not in self.rows:
             self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
         rows, plan = self.rows[g]
-        plain = group.window is None and a.cap is None and sinks is None
+        plain = a.window is None and a.cap is None and sinks is None
         if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
             return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
         return gpu.attention(
-            q, store, rows, plan, page=group.page, scale=a.scale, window=group.window, cap=a.cap, sinks=sinks, scales=by
+            q, store, rows, plan, page=group.page, scale=a.scale, window=a.window, cap=a.cap, sinks=sinks, scales=by
         )
 
     def _gathered(
