@@ -10,7 +10,7 @@ from typing import Any
 from engine.config import Resolved
 from engine.errors import ConfigError
 from engine.model.spec import ModelSpec
-from engine.target import Target
+from engine.target import GPUS, Target
 
 SETTINGS: Mapping[str, str] = {
     "JAX_PLATFORMS": "cpu",
@@ -20,14 +20,19 @@ SETTINGS: Mapping[str, str] = {
 }
 """Environment of the process that compiles: libtpu and jax read it when they start."""
 
+EXTRA = {"cuda": "cuda", "rocm": "rocm"}
+"""Platform of a GPU -> the extra of this package that brings its compiler."""
+
 
 def check(target: Target) -> None:
     """Refuse, in one line, a target that can't be compiled for here. Raises ConfigError."""
-    if target.platform in ("cuda", "rocm"):
-        raise ConfigError(
-            f"target {target}: the torch backend has no Triton kernel to compile yet; targets are tpu:... and cpu",
-            field="target",
-        )
+    if target.platform in GPUS:
+        for name in ("torch", "triton"):
+            if not _version(name):
+                raise ConfigError(
+                    f"target {target}: {name} is not installed: pip install 'radixmesh[{EXTRA[target.platform]}]'",
+                    field="target",
+                )
     if target.platform == "tpu":
         check_pair(_version("jax"), _version("libtpu"), wanted(requires("jax") or []))
 
@@ -64,3 +69,10 @@ def examine(spec: ModelSpec, config: Resolved, topology: str, only: str, bundle:
     from backends.jax import target
 
     return target.examine(spec, config, topology, only, bundle)
+
+
+def examine_gpu(spec: ModelSpec, config: Resolved, arch: str) -> Iterator[dict[str, Any]]:
+    """backends.torch.target.examine, in this process."""
+    from backends.torch import target
+
+    return target.examine(spec, config, arch)

@@ -25,12 +25,14 @@ BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
 CACHES = (*DTYPES, *EIGHT)
-QUANTISE = ("none", "int8", "fp8")
+QUANTISE = ("auto", "none", "int8", "fp8", "fp8-row")
+ACTIVATIONS = ("auto", "wide", "fp8")
 POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
 WEIGHTS = ("checkpoint", "dummy")
 GRAPHS = ("auto", "off")
+CASCADES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +41,9 @@ class Resolved:
 
     backend: "jax", "torch" or "reference". platform: "cpu", "gpu" or "tpu". dtype: of weights and activations;
     cache_dtype: of keys and values ("float32", "bfloat16", "int8" or "fp8"). scales: file of a calibration that a cache
-    of 8 bits has its scales from, "" = the checkpoint's. quantise: what the layers' matrices are
-    kept in, "none", "int8" or "fp8" (engine.model.quant). page: tokens per page; pages: pages of each cache group.
+    of 8 bits has its scales from, "" = the checkpoint's. quantise: what the layers' matrices are kept in, "none",
+    "int8", "fp8" or "fp8-row" (engine.model.quant); activations: "wide", or "fp8" where many rows are multiplied with
+    those. page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
     policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
@@ -51,6 +54,7 @@ class Resolved:
     mesh: devices along each axis; devices: CPU devices that jax makes, where it runs on a CPU.
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none. bundle:
     folder of a bundle of them to start from, "" = none. ready_early: ready with the smallest steps, larger ones follow.
+    cascade: "auto", "on" or "off": whether torch reads once what rows share.
     log: file that the sizes of steps are written to, "" = none. graphs: torch captures small steps on a GPU.
     """
 
@@ -80,9 +84,11 @@ class Resolved:
     devices: int = 1
     deterministic: bool = False
     quantise: str = "none"
+    activations: str = "wide"
     stack: str = "list"
     programs: str = ""
     bundle: str = ""
+    cascade: str = "off"
     ready_early: bool = False
     log: str = ""
     graphs: bool = False
@@ -164,13 +170,16 @@ def _key(check: Check, default: Any) -> Any:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """path: a model's folder; None is the demo model that comes with the package. dtype: of weights and activations.
-    quantise: keep the matrices of attention and feed-forward in 8 bits: "int8", with a scale for each output, or "fp8",
-    with one for each 128 x 128. max_len: positions (prompt and answer) a request may reach. weights: "checkpoint", or
-    "dummy" random ones, for which config.json is enough."""
+    quantise: the matrices of attention and feed-forward in 8 bits: "int8" or "fp8-row", with a scale for each output,
+    or "fp8", with one for each 128 x 128; "none": as wide as activations; "auto": as the checkpoint has them.
+    activations: what many rows are multiplied with fp8 matrices in, on a GPU that has it: "fp8", or "wide", as they
+    are. max_len: positions (prompt and answer) a request may reach. weights: "checkpoint", or "dummy" random ones, for
+    which config.json is enough."""
 
     path: str | None = _key(_text, None)
     dtype: str = _key(_one_of(DTYPES), "auto")
-    quantise: str = _key(_one_of(QUANTISE), "none")
+    quantise: str = _key(_one_of(QUANTISE), "auto")
+    activations: str = _key(_one_of(ACTIVATIONS), "auto")
     max_len: int | None = _key(_or_auto(_whole(2)), None)
     weights: str = _key(_one_of(WEIGHTS), "checkpoint")
 
@@ -269,9 +278,12 @@ class Jax:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torch:
-    """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed; "off" runs every step call by call."""
+    """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed; "off" runs every step call by call.
+    cascade: rows whose prompts begin alike read what they share once for all: "auto" on a GPU where it pays, "on"
+    whatever it costs and on a CPU too, "off" never."""
 
     graphs: str = _key(_one_of(GRAPHS), "auto")
+    cascade: str = _key(_one_of(CASCADES), "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

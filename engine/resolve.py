@@ -11,6 +11,7 @@ from engine.config import Config, Resolved
 from engine.errors import ConfigError
 from engine.mesh import AXES, MeshSpec, shard_shape, share
 from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
+from engine.model.narrow import stored_as
 from engine.model.params import params
 from engine.model.quant import BY, local_bytes
 from engine.model.spec import EIGHT, Experts, ModelSpec, eight
@@ -32,6 +33,8 @@ STEP = {
 """Platform -> slots, tokens of a step, and the sizes below it that steps are padded to. Each size is a program that jax
 compiles before it is ready: some 5 s of a CPU's time each."""
 
+LANES = 128
+"""Numbers of a line of a TPU's registers."""
 CAPTURED = (512, 256 << 20, 16 << 20)
 """Tokens of the largest step that is captured; bytes that captures take of their own, in all and for each layer."""
 COPIED = ("TPU7x",)
@@ -85,6 +88,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
     check_mesh(mesh, spec, device)
     if device.platform == "cpu":  # whose devices are threads or processes that share its memory
         device = replace(device, memory_bytes=device.memory_bytes // mesh.size)
+    quantised = _quantise(config, spec, mesh, device)
     made: list[Decision] = [
         Decision(field="backend", value=device.backend, why=device.why),
         Decision(
@@ -97,7 +101,8 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         _devices(config, mesh, device),
         *_dtypes(config, spec, device),
         _scales(config, device),
-        _quantise(config, device),
+        _unaligned(quantised, spec, mesh, device),
+        _activations(config, quantised.value, device),
         *_steps(config, device),
     ]
     values = {d.field: d.value for d in made}
@@ -118,7 +123,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         Decision(field="max_logprobs", value=min(config.sched.max_logprobs, spec.vocab), why="sched.max_logprobs"),
         Decision(field="priority_preemption", value=config.sched.priority_preemption, why="sched.priority_preemption"),
         Decision(field="ageing", value=config.sched.ageing, why="sched.ageing"),
-        _stack(config, device, values["dtype"]),
+        _stack(config, device, values["dtype"], values["quantise"]),
         _programs(config),
         Decision(
             field="bundle",
@@ -127,6 +132,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
         ),
         _early(config, device),
         _graphs(config, spec, device, mesh),
+        _cascade(config, spec, device),
         Decision(field="log", value=config.sched.log or "", why="sched.log" if config.sched.log else "auto: none"),
     ]
     return Resolved(**{d.field: d.value for d in made}), made
@@ -269,20 +275,56 @@ def _scales(config: Config, device: Device) -> Decision:
     return Decision(field="scales", value="", why="auto: the checkpoint's, 1 where it has none")
 
 
-def _quantise(config: Config, device: Device) -> Decision:
+def _quantise(config: Config, spec: ModelSpec, mesh: MeshSpec, device: Device) -> Decision:
     """Which numbers the layers' matrices are kept in."""
     asked = config.model.quantise
-    if asked == "none":
-        return Decision(field="quantise", value="none", why="model.quantise: as wide as activations")
-    if device.backend == "torch":
-        raise ConfigError(
-            "model.quantise: not built in the torch backend yet; use jax, or leave it out", field="model.quantise"
-        )
-    each = "output" if BY[asked] == "row" else "128 x 128"
-    why = f"model.quantise: matrices of attention and feed-forward, a scale for each {each}"
+    kind = stored_as(spec.narrow) if asked == "auto" and spec.narrow else "none" if asked == "auto" else asked
+    why = "model.quantise" if asked != "auto" else "auto, as in the checkpoint" if spec.narrow else "auto"
+    if kind != "none" and asked == "auto":
+        try:
+            weight_bytes(spec, "bfloat16", mesh, kind)
+        except ConfigError:  # which a narrower mesh would not need
+            return Decision(field="quantise", value="none", why=f"auto: {mesh} would cut blocks apart")
+    if kind == "none":
+        return Decision(field="quantise", value="none", why=f"{why}: as wide as activations")
+    each = "output" if BY[kind] == "row" else "128 x 128"
+    why += f": matrices of attention and feed-forward, a scale for each {each}"
     if device.backend == "reference":
         why += "; the reference computes with what they stand for, in float32"
-    return Decision(field="quantise", value=asked, why=why)
+    return Decision(field="quantise", value=kind, why=why)
+
+
+def _activations(config: Config, kind: str, device: Device) -> Decision:
+    """What rows are multiplied with quantised matrices in."""
+    asked = config.model.activations
+    reasons = {
+        f"matrices are {kind}": not kind.startswith("fp8"),
+        f"{device.backend} on a {device.platform} widens": (device.backend, device.platform) != ("torch", "gpu"),
+        "backend.deterministic": config.backend.deterministic,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "")
+    if asked == "fp8" and why:
+        raise ConfigError(f"model.activations = fp8: {why}; leave it out", field="model.activations")
+    said = "auto" if asked == "auto" else "model.activations"
+    if asked == "wide" or why:
+        return Decision(field="activations", value="wide", why=said if asked == "wide" else f"auto: {why}")
+    why = f"{said}: many rows times fp8 matrices, each row with a scale of its own, where the GPU multiplies fp8"
+    return Decision(field="activations", value="fp8", why=why)
+
+
+def _unaligned(made: Decision, spec: ModelSpec, mesh: MeshSpec, device: Device) -> Decision:
+    """The same, which says of experts that no kernel of a TPU reads: models_jax/experts.py leaves them to XLA."""
+    if device.backend != "jax" or device.platform != "tpu":
+        return made
+    experts = (p for p in params(spec).values() if p.axes[0] == "experts" and len(p.axes) == 3)
+    odd = sorted({n for p in experts if (n := shard_shape(p.shape, p.axes, mesh)[-1]) % LANES})
+    if not odd:
+        return made
+    why = (
+        f"; experts of {' and '.join(map(str, odd))} inputs on a device, no multiple of {LANES}, are multiplied by XLA"
+    )
+    cost = "" if made.value == "none" else ", which widens them all in each step: a smaller mesh or none may be faster"
+    return replace(made, why=made.why + why + cost)
 
 
 def _steps(config: Config, device: Device) -> list[Decision]:
@@ -478,13 +520,39 @@ def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> 
     return Decision(field="graphs", value=True, why="auto: steps of few tokens are captured at warm-up and replayed")
 
 
-def _stack(config: Config, device: Device, dtype: str) -> Decision:
+def _cascade(config: Config, spec: ModelSpec, device: Device) -> Decision:
+    """Whether torch reads once, for all rows of a group, what their prompts have in common."""
+    asked = config.backend.torch.cascade
+
+    def no(why: str) -> Decision:
+        if asked == "on":
+            raise ConfigError(f'backend.torch.cascade: can\'t be "on": {why}', field="backend.torch.cascade")
+        return Decision(field="cascade", value="off", why=f"auto: {why}")
+
+    mixers = [layer.mixer for layer in spec.layers if layer.mixer.window is None]
+    full = {mixer.q_heads // mixer.kv_heads for mixer in mixers}
+    if device.backend != "torch":
+        return Decision(field="cascade", value="off", why="only torch reads shared prefixes once for several rows")
+    if asked == "off":
+        return Decision(field="cascade", value="off", why="backend.torch.cascade")
+    if config.backend.deterministic:
+        return no("deterministic attention reduces over each row's own blocks")
+    if len(full) != 1:
+        return no(f"{len(full)} kinds of layers see all of a prompt; it must be one")
+    if asked == "on":
+        return Decision(field="cascade", value="on", why="backend.torch.cascade")
+    if device.platform != "gpu":
+        return no("a CPU gains nothing by it")
+    return Decision(field="cascade", value="auto", why="auto: where a step's rows share so much that it pays")
+
+
+def _stack(config: Config, device: Device, dtype: str, quantise: str) -> Decision:
     asked = config.backend.jax.stack
     if asked != "auto":
         return Decision(field="stack", value=asked, why="backend.jax.stack")
     if device.platform != "tpu":
         return Decision(field="stack", value="list", why="off a TPU a scan copies each layer's weights")
-    if device.kind in COPIED and dtype == "bfloat16" and config.model.quantise == "none":
+    if device.kind in COPIED and dtype == "bfloat16" and quantise == "none":
         return Decision(
             field="stack", value="list", why=f"on a {device.kind} a scan copies stacked {dtype} weights in each step"
         )

@@ -10,9 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+
+if TYPE_CHECKING:
+    from kernels_cuda.cascade import Shape, Tiles
 
 Array: TypeAlias = torch.Tensor
 LOG2E = 1.4426950408889634
@@ -244,21 +247,27 @@ def attention(
     cap: float | None = None,
     sinks: Array | None = None,
     scales: Array | None = None,
-    shared: Any = None,
+    shared: tuple[Tiles, Shape] | None = None,
 ) -> Array:
     """Attention of q [T, q_heads, D] over store [entries, 2, kv_heads, D] -> [T, q_heads, D]; never waits.
 
     The keys and values of the fed tokens are in the store. cap: soft cap of scores; sinks [q_heads]; scales
     float32[2, kv_heads]: of the keys and values of a store of 8 bits, which has them. A token that no row has gets
-    zeros. shared: groups of rows that read the same pages, None = none are told.
+    zeros. shared: of rows of one token, which lead, those that read the same pages; None = none are told.
     """
-    assert shared is None, "groups of rows are attended elsewhere"
     assert (scales is not None) == (store.dtype in EIGHT), "a store of 8 bits has scales, no other has"
     out = torch.zeros_like(q) if plan.padded else torch.empty_like(q)
     call = _Call(q, store, out, rows, page, scale, window, cap, sinks, scales)
     kv_heads, group = store.shape[2], q.shape[1] // store.shape[2]
     reach = plan.reach if window is None else min(plan.reach, _up(window + FEW))
-    if plan.short:
+    if shared is not None and window is None:
+        from kernels_cuda import cascade
+
+        tiles, shape = shared
+        assert (plan.few, shape.rows) == (1, plan.short), "tiles are for rows of one token"
+        how = {"page": page, "scale": scale, "cap": cap, "sinks": sinks, "scales": scales}
+        cascade.attention(q, store, out, rows, tiles, shape, **how)
+    elif plan.short:
         parts = splits(plan.short * kv_heads, reach, plan.sms)
         call(plan.short, 0, plan.few, parts, plan.short, min(plan.short * plan.few, plan.tokens))
     if plan.short < plan.rows:

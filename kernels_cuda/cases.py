@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kernels_cuda import cascade
 from kernels_cuda.attention import EIGHT, FLOAT8, WHOLE, Plan, constants, supports, whole
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", FLOAT8: "fp8e4nv"}
@@ -122,3 +123,33 @@ def attention(
             }
             given = {"Q_HEADS": layer.q_heads, "DIM": layer.head_dim, "WIDE": fixed["WIDE"], "SPLITS": cut}
             yield Case(f"merge of {cut} parts, {layer}, {element}", "merge", "merge", types, given, {"num_warps": 4})
+
+
+def branches(layer: Layer, dtype: torch.dtype, store: torch.dtype, arch: str) -> Iterator[Case]:
+    """The kernels of rows that read the same pages."""
+    group = layer.q_heads // layer.kv_heads
+    if cascade.refuses(head_dim=layer.head_dim, group=group, dtype=dtype, store=store, arch=arch, window=layer.window):
+        return
+    fixed, tuned = cascade.constants(
+        arch=arch,
+        q_heads=layer.q_heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        dtype=dtype,
+        store=store,
+        page=layer.page,
+        capped=layer.capped,
+        narrow=True,
+    )
+    element, numbers = NAMES[dtype], ("first", "start", "covered", "used")
+    held = "u8" if store == FLOAT8 else NAMES[store]
+    sums = {"sums": "*fp32", "stats": "*fp32"} | dict.fromkeys(numbers, "*i32") | {"slots": "i32", "parts": "i32"}
+    types = {"q": f"*{element}", "store": f"*{held}", "table": "*i32", "tiles": "*i32"} | sums
+    types |= {"scales": "*fp32" if store in EIGHT else f"*{element}", "count": "i32", "width": "i32"}
+    types |= {"scale": "fp32", "cap": "fp32"}
+    what = f"{layer}, {element} over {NAMES[store]}"
+    options = {"num_warps": tuned.warps, "num_stages": tuned.stages}
+    yield Case(f"tree {what}", "tree", "tree", types, fixed, options)
+    given = {name: fixed[name] for name in ("Q_HEADS", "DIM", "WIDE", "STEP")} | {"SINKS": layer.sinks}
+    types = sums | {"out": f"*{element}", "sinks": f"*{element}"}
+    yield Case(f"join {layer}, {element}", "tree", "join", types, given, {"num_warps": 1})

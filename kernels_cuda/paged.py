@@ -20,7 +20,8 @@ def widen(x, KIND: tl.constexpr, dtype: tl.constexpr):
     """Stored numbers as the dtype of the queries, without their scale; exact."""
     if KIND == BITS8:  # e4m3 in the upper bits of float16, whose exponents begin 8 lower
         bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
-        return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(dtype)
+        found = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((x & 0x7F) == 0x7F, float("nan"), found).to(dtype)
     if KIND == FLOAT8:
         return x.to(tl.float8e4nv, bitcast=True).to(dtype)
     if KIND == INT8:

@@ -21,7 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.blocks import LEAST, Blocks, need, pick
 from kernels_pallas.cached import TYPES
 from kernels_pallas.chip import Chip, chip
-from kernels_pallas.ragged import FAR, LANES, Form, Refs, kernel
+from kernels_pallas.form import LANES, Form, Refs
+from kernels_pallas.ragged import kernel
+from kernels_pallas.softmax import FAR
 
 Array: TypeAlias = jax.Array
 SPARE = 16 << 10
@@ -151,7 +153,7 @@ def attention(
     kind = q.dtype if cache.dtype.itemsize == 1 else jnp.promote_types(q.dtype, cache.dtype)
     spread = _spread(form, q)
     most, rows, depth = blocks.queries[-1], form.rows, form.fold * form.lanes
-    held = form.products * rows
+    held, large = form.products * rows, max([8, *(form.many(n) for n in blocks.queries if form.large(n))])
     stat = pltpu.VMEM((form.products, most * rows, LANES), jnp.float32)
     call = pl.pallas_call(
         lambda *refs: kernel(form, Refs(*refs)),
@@ -172,6 +174,8 @@ def attention(
                 stat,
                 stat,
                 pltpu.VMEM((form.products, most * rows, depth), jnp.float32),
+                pltpu.VMEM((2, large, blocks.keys), jnp.float32),
+                pltpu.VMEM((large, LANES), jnp.int32),
                 pltpu.SemaphoreType.DMA((3, 2)),
             ],
         ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,48 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.chip import Chip, chip
-from kernels_pallas.product import NARROW, SIDE, By, blocks_of, budget, mixed, multiply, multiply_blocks, padded
+from kernels_pallas.product import SIDE, By, Turn, accumulate, at, blocks_of, budget, mixed, padded, repeat
 
-V5 = ((16, 32, 2048), (1 << 30, 128, 2048))
-V6 = ((16, 32, 2048), (64, 128, 2048), (1 << 30, 256, 2048))
-BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
+Line: TypeAlias = tuple[int, int, int, Turn]
+
+
+def _turn(columns: int, depth: int, across: int, part: int, kept: int = 32) -> Turn:
+    return Turn(columns=columns, depth=depth, across=across, part=part, kept=kept)
+
+
+V5: dict[By, tuple[Line, ...]] = {
+    "row": ((16, 32, 2048, _turn(2048, 1024, 256, 1024)), (1 << 30, 128, 2048, _turn(2048, 1024, 256, 256))),
+    "block": ((16, 32, 2048, _turn(768, 2048, 256, 128)), (1 << 30, 128, 2048, _turn(768, 2048, 256, 128))),
+}
+V6E: dict[By, tuple[Line, ...]] = {
+    "row": (
+        (16, 32, 2048, _turn(2048, 1024, 256, 1024)),
+        (64, 128, 2048, _turn(2048, 1024, 256, 256)),
+        (1 << 30, 256, 2048, _turn(2048, 1024, 256, 256)),
+    ),
+    "block": ((16, 32, 2048, _turn(768, 2048, 128, 512)), (1 << 30, 128, 2048, _turn(768, 1024, 128, 256))),
+}
+V7X: dict[By, tuple[Line, ...]] = {
+    "row": (
+        (16, 32, 2048, _turn(2048, 2048, 256, 2048, 256)),
+        (64, 128, 2048, _turn(2048, 2048, 256, 2048, 256)),
+        (1 << 30, 256, 2048, _turn(2048, 2048, 256, 2048, 256)),
+    ),
+    "block": ((16, 32, 2048, _turn(768, 2048, 256, 2048)), (1 << 30, 256, 2048, _turn(768, 1024, 256, 128))),
+}
+HERE: tuple[Line, ...] = ((1 << 30, 16, 128, _turn(128, 128, 128, 128, 16)),)
+BLOCKS: dict[str, dict[By, tuple[Line, ...]]] = {
     "v5e": V5,
     "v5p": V5,
-    "v6e": V6,
-    "7x": V6,
-    "interpreted": ((1 << 30, 16, 128),),
+    "v6e": V6E,
+    "7x": V7X,
+    "interpreted": {"row": HERE, "block": HERE},
 }
-"""Chip -> (rows of a group on average, up to which; rows of a block; columns of a block), the first that holds."""
+"""Chip -> what has a scale, "row" where nothing has -> (rows of a group on average, up to which; rows of a block;
+columns of a block; a turn), the first that holds. Turns are as large as spill no registers."""
+
+CORES = {"v5p": 2}
+"""Cores that share a call's blocks of columns, where they are more than one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +63,7 @@ class Blocks:
 
     rows: int
     columns: int
+    turn: Turn
 
 
 class Visits(NamedTuple):
@@ -64,25 +96,30 @@ def visits(sizes: jax.Array, rows: int, tile: int) -> Visits:
 
 
 def vmem(blocks: Blocks, inner: int, x: Any, w: Any) -> int:
-    """Bytes of VMEM that blocks take, each twice, as the next comes while one is multiplied; the product in float32,
-    and a narrow matrix as it is widened. x, w: dtypes."""
+    """Bytes of VMEM that blocks take, each twice, as the next comes while one is multiplied; and the product in
+    float32. x, w: dtypes."""
     m, n = blocks.rows, blocks.columns
     held = padded(m, inner, x) + padded(n, inner, w) + padded(m, n, x) + padded(1, n, jnp.float32)
-    wide = padded(n, inner, x) if jnp.dtype(w) in NARROW else 0
-    return 2 * held + 2 * padded(m, n, jnp.float32) + wide
+    return 2 * held + padded(m, blocks.turn.columns, jnp.float32)
 
 
-def choose(on: Chip, rows: int, groups: int, columns: int, inner: int, x: Any, w: Any) -> Blocks:
+def choose(on: Chip, rows: int, groups: int, columns: int, inner: int, x: Any, w: Any, by: By = "row") -> Blocks:
     """Blocks for a chip and shape: those of BLOCKS, with fewer columns where the summed dimension is so long that they
     would not fit."""
     each = rows / groups
-    _, m, n = next(line for line in BLOCKS[on.name] if each <= line[0])
-    m, n = min(m, -(-rows // 16) * 16), min(n, -(-columns // 128) * 128)
-    while n > 128 and vmem(Blocks(rows=m, columns=n), inner, x, w) > budget(on):
+    _, m, n, turn = next(line for line in BLOCKS[on.name][by] if each <= line[0])
+    m, n = min(m, -(-rows // 16) * 16), min(n, blocks_of(-(-columns // CORES.get(on.name, 1))) * SIDE)
+
+    turn = turn.exact() if jnp.dtype(x) == jnp.float32 else turn
+
+    def made() -> Blocks:
+        return Blocks(rows=m, columns=n, turn=turn.fit(n, inner))
+
+    while n > 128 and vmem(made(), inner, x, w) > budget(on):
         n -= 128
-    while m > 16 and vmem(Blocks(rows=m, columns=n), inner, x, w) > budget(on):
+    while m > 16 and vmem(made(), inner, x, w) > budget(on):
         m //= 2
-    return Blocks(rows=m, columns=n)
+    return made()
 
 
 def supports(
@@ -95,12 +132,13 @@ def supports(
     w: Any,
     scaled: bool = False,
     blocks: Blocks | None = None,
+    by: By = "row",
 ) -> str:
     """Why a call can't be made, "" where it can. x: dtype of the rows; w: of the matrices; scaled: with scales."""
     why = mixed(x, w, scaled)
     if why:
         return why
-    blocks = blocks or choose(on, rows, groups, columns, inner, x, w)
+    blocks = blocks or choose(on, rows, groups, columns, inner, x, w, by)
     need = vmem(blocks, inner, x, w)
     if need > budget(on):
         return (
@@ -123,21 +161,27 @@ def cost_estimate(rows: int, groups: int, columns: int, inner: int, x: Any, w: A
     )
 
 
-def _kernel(group: Any, tile: Any, starts: Any, layer: Any, x: Any, w: Any, *rest: Any, by: By) -> None:
+def _kernel(group: Any, tile: Any, starts: Any, layer: Any, x: Any, w: Any, *rest: Any, by: By, turn: Turn) -> None:
     """One block of rows against one group's block of columns. The block of the product stays where it is while the
     groups that share its rows come one after the other, and each writes its own rows."""
-    *scale, out = rest
+    *scale, out, total = rest
     i = pl.program_id(1)
+    e, few = group[i], math.gcd(out.shape[0], turn.kept)
+
+    def keep(into: Any) -> None:
+        def some(k: Any, _: None) -> None:
+            here = pl.ds(at(k, few, 0, few), few)
+            y = total[here] * scale[0][:, into] if scale and by == "row" else total[here]
+            row = tile[i] * out.shape[0] + k * few + jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
+            mine = (row >= starts[e]) & (row < starts[e + 1])
+            out[here, into] = jnp.where(mine, y.astype(out.dtype), out[here, into])
+
+        repeat(out.shape[0] // few, some)
+
     if scale and by == "block":
-        y = multiply_blocks(x[...], w[...], scale[0], pl.program_id(0) * (out.shape[1] // SIDE))
+        accumulate(total, x, w, turn, keep, scale[0], pl.program_id(0) * (out.shape[1] // SIDE))
     else:
-        y = multiply(x[...], w[...])
-    if scale and by == "row":
-        y = y * scale[0][...]
-    e = group[i]
-    row = tile[i] * out.shape[0] + jax.lax.broadcasted_iota(jnp.int32, out.shape, 0)
-    mine = (row >= starts[e]) & (row < starts[e + 1])
-    out[...] = jnp.where(mine, y.astype(out.dtype), out[...])
+        accumulate(total, x, w, turn, keep)
 
 
 def grouped_matmul(
@@ -162,7 +206,7 @@ def grouped_matmul(
     if layer is None:
         w, scale, layer = w[None], None if scale is None else scale[None], jnp.zeros((), jnp.int32)
     (count, inner), (_, groups, columns, _), on = rows.shape, w.shape, chip()
-    blocks = blocks or choose(on, count, groups, columns, inner, rows.dtype, w.dtype)
+    blocks = blocks or choose(on, count, groups, columns, inner, rows.dtype, w.dtype, by)
     why = supports(on, count, groups, columns, inner, rows.dtype, w.dtype, scale is not None, blocks)
     if why:
         raise ValueError(f"grouped_matmul: {why}")
@@ -178,13 +222,14 @@ def grouped_matmul(
         operands.append(scale)
         specs.append(_scales(scale, by, n))
     return pl.pallas_call(
-        partial(_kernel, by=by),
+        partial(_kernel, by=by, turn=blocks.turn),
         out_shape=jax.ShapeDtypeStruct((count, columns), rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(-(-columns // n), plan.count),
             in_specs=specs,
             out_specs=pl.BlockSpec((m, n), lambda j, i, group, tile, starts, layer: (tile[i], j)),
+            scratch_shapes=[pltpu.VMEM((m, blocks.turn.columns), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,53 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.chip import Chip, chip
-from kernels_pallas.product import SIDE, By, blocks_of, budget, mixed, multiply, multiply_blocks, padded
+from kernels_pallas.product import SIDE, By, Turn, accumulate, blocks_of, budget, mixed, padded
 
-SIZES = ((128, 128, 256), (1 << 30, 512, 512))
-BLOCKS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "v5e": SIZES,
-    "v5p": SIZES,
-    "v6e": SIZES,
-    "7x": ((128, 128, 512), (1 << 30, 512, 512)),
-    "interpreted": ((1 << 30, 32, 128),),
+Line: TypeAlias = tuple[int, int, int, Turn]
+
+
+def _turn(columns: int, depth: int, across: int, part: int) -> Turn:
+    return Turn(columns=columns, depth=depth, across=across, part=part)
+
+
+V5: dict[By, tuple[Line, ...]] = {
+    "row": ((128, 128, 256, _turn(256, 2048, 256, 512)), (1 << 30, 512, 512, _turn(512, 1024, 256, 256))),
+    "block": (
+        (64, 64, 256, _turn(128, 4096, 128, 128)),
+        (128, 128, 256, _turn(256, 2048, 128, 512)),
+        (1 << 30, 512, 512, _turn(512, 1024, 256, 128)),
+    ),
 }
-"""Chip -> (rows, up to which; rows of a block; columns of a block), the first that holds."""
+V6E: dict[By, tuple[Line, ...]] = {
+    "row": (
+        (64, 64, 256, _turn(256, 1024, 256, 1024)),
+        (128, 128, 512, _turn(512, 1024, 256, 256)),
+        (1 << 30, 512, 512, _turn(512, 2048, 256, 512)),
+    ),
+    "block": (
+        (64, 64, 256, _turn(128, 4096, 128, 1024)),
+        (128, 128, 256, _turn(256, 2048, 128, 512)),
+        (1 << 30, 512, 512, _turn(512, 1024, 256, 128)),
+    ),
+}
+V7X: dict[By, tuple[Line, ...]] = {
+    "row": ((128, 128, 512, _turn(512, 4096, 256, 512)), (1 << 30, 512, 512, _turn(512, 2048, 256, 512))),
+    "block": (
+        (64, 64, 512, _turn(256, 4096, 256, 4096)),
+        (128, 128, 512, _turn(512, 1024, 256, 128)),
+        (1 << 30, 512, 512, _turn(512, 1024, 256, 128)),
+    ),
+}
+HERE: tuple[Line, ...] = ((1 << 30, 32, 128, _turn(128, 128, 128, 128)),)
+BLOCKS: dict[str, dict[By, tuple[Line, ...]]] = {
+    "v5e": V5,
+    "v5p": V5,
+    "v6e": V6E,
+    "7x": V7X,
+    "interpreted": {"row": HERE, "block": HERE},
+}
+"""Chip -> what has a scale -> (rows, up to which; rows of a block; columns of a block; a turn), the first that holds.
+Turns are as large as spill no registers: `radixmesh bench kernels` shows it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,34 +67,43 @@ class Blocks:
 
     rows: int
     columns: int
+    turn: Turn
 
 
 def vmem(blocks: Blocks, inner: int, x: Any, w: Any) -> int:
-    """Bytes of VMEM that blocks take, each twice, as the next comes while one is multiplied; the product in float32,
-    and the matrix as it is widened. x, w: dtypes."""
+    """Bytes of VMEM that blocks take, each twice, as the next comes while one is multiplied; and the product in
+    float32. x, w: dtypes."""
     m, n = blocks.rows, blocks.columns
     held = padded(m, inner, x) + padded(n, inner, w) + padded(m, n, x) + padded(1, n, jnp.float32)
-    return 2 * held + 2 * padded(m, n, jnp.float32) + padded(n, inner, x)
+    return 2 * held + padded(m, blocks.turn.columns, jnp.float32)
 
 
-def choose(on: Chip, rows: int, columns: int, inner: int, x: Any, w: Any) -> Blocks:
+def choose(on: Chip, rows: int, columns: int, inner: int, x: Any, w: Any, by: By = "row") -> Blocks:
     """Blocks for a chip and shape: those of BLOCKS, halved where the summed dimension is so long that they would not
     fit."""
-    _, m, n = next(line for line in BLOCKS[on.name] if rows <= line[0])
+    _, m, n, turn = next(line for line in BLOCKS[on.name][by] if rows <= line[0])
     m, n = min(m, -(-rows // 16) * 16), min(n, blocks_of(columns) * SIDE)
-    while vmem(Blocks(rows=m, columns=n), inner, x, w) > budget(on) and (n > SIDE or m > 16):
+
+    turn = turn.exact() if jnp.dtype(x) == jnp.float32 else turn
+
+    def made() -> Blocks:
+        return Blocks(rows=m, columns=n, turn=turn.fit(n, inner))
+
+    while vmem(made(), inner, x, w) > budget(on) and (n > SIDE or m > 16):
         m, n = (m, max(SIDE, n // 2 // SIDE * SIDE)) if n > SIDE else (m // 2 // 16 * 16, n)
-    return Blocks(rows=m, columns=n)
+    return made()
 
 
-def supports(on: Chip, rows: int, columns: int, inner: int, x: Any, w: Any, blocks: Blocks | None = None) -> str:
+def supports(
+    on: Chip, rows: int, columns: int, inner: int, x: Any, w: Any, blocks: Blocks | None = None, by: By = "row"
+) -> str:
     """Why a call can't be made, "" where it can. x: dtype of the rows; w: of the matrix."""
     why = mixed(x, w, scaled=True)
     if why:
         return why
-    blocks = blocks or choose(on, rows, columns, inner, x, w)
-    if blocks.columns % SIDE:
-        return f"blocks of {blocks.columns} columns; a multiple of {SIDE} is computed"
+    blocks = blocks or choose(on, rows, columns, inner, x, w, by)
+    if blocks.columns % SIDE or blocks.columns % blocks.turn.columns:
+        return f"blocks of {blocks.columns} columns; a multiple of {SIDE} and of a turn is computed"
     need = vmem(blocks, inner, x, w)
     if need > budget(on):
         return (
@@ -80,21 +125,17 @@ def cost_estimate(rows: int, columns: int, inner: int, x: Any, w: Any) -> pl.Cos
     )
 
 
-def _kernel(layer: Any, x: Any, w: Any, scale: Any, out: Any, *wide: Any, by: By) -> None:
-    """One block of the product. Where several blocks of rows meet one of the matrix, the first widens it for all."""
-    matrix = w
-    if wide:
-        matrix = wide[0]
+def _kernel(layer: Any, x: Any, w: Any, scale: Any, out: Any, total: Any, *, by: By, turn: Turn) -> None:
+    """One block of the product."""
 
-        @pl.when(pl.program_id(1) == 0)
-        def _() -> None:
-            matrix[...] = w[...].astype(matrix.dtype)
+    def keep(at: Any) -> None:
+        y = total[...] * scale[:, at] if by == "row" else total[...]
+        out[:, at] = y.astype(out.dtype)
 
     if by == "block":
-        y = multiply_blocks(x[...], matrix[...], scale, pl.program_id(0) * (out.shape[1] // SIDE))
+        accumulate(total, x, w, turn, keep, scale, pl.program_id(0) * (out.shape[1] // SIDE))
     else:
-        y = multiply(x[...], matrix[...]) * scale[...]
-    out[...] = y.astype(out.dtype)
+        accumulate(total, x, w, turn, keep)
 
 
 def quantised_matmul(
@@ -116,7 +157,7 @@ def quantised_matmul(
     if layer is None:
         w, scale, layer = w[None], scale[None], jnp.zeros((), jnp.int32)
     (count, inner), columns, on = x.shape, w.shape[1], chip()
-    blocks = blocks or choose(on, count, columns, inner, x.dtype, w.dtype)
+    blocks = blocks or choose(on, count, columns, inner, x.dtype, w.dtype, by)
     why = supports(on, count, columns, inner, x.dtype, w.dtype, blocks)
     if why:
         raise ValueError(f"quantised_matmul: {why}")
@@ -124,9 +165,8 @@ def quantised_matmul(
     scales = pl.BlockSpec((None, 1, n), lambda j, i, layer: (layer[0], 0, j))
     if by == "block":
         scales = pl.BlockSpec((None, *scale.shape[1:]), lambda j, i, layer: (layer[0], 0, 0), memory_space=pltpu.SMEM)
-    several = count > m
     return pl.pallas_call(
-        partial(_kernel, by=by),
+        partial(_kernel, by=by, turn=blocks.turn),
         out_shape=jax.ShapeDtypeStruct((count, columns), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -137,10 +177,10 @@ def quantised_matmul(
                 scales,
             ],
             out_specs=pl.BlockSpec((m, n), lambda j, i, layer: (i, j)),
-            scratch_shapes=[pltpu.VMEM((n, inner), x.dtype)] if several else [],
+            scratch_shapes=[pltpu.VMEM((m, blocks.turn.columns), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel"),
             vmem_limit_bytes=on.vmem - on.vmem // 16,
         ),
         cost_estimate=cost_estimate(count, columns, inner, x.dtype, w.dtype),

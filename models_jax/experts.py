@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.chip import INTERPRETED, chip
 from kernels_pallas.grouped_matmul import grouped_matmul, supports
+from kernels_pallas.product import By
 from models_jax import ops
 from models_jax.ops import Array
 from models_jax.quantised import Quantised
@@ -69,7 +70,8 @@ def grouped(rows: Array, w: Matrices, sizes: Array) -> Array | None:
     body, layer = whole(w.body if scaled else w)
     if body.shape[-1] % LANES:  # XLA would lay all layers' matrices out anew before the kernel reads them
         return None
-    if on == INTERPRETED or supports(on, rows.shape[0], *body.shape[-3:], rows.dtype, body.dtype, scaled):
+    by: By = w.by if isinstance(w, Quantised) else "row"
+    if on == INTERPRETED or supports(on, rows.shape[0], *body.shape[-3:], rows.dtype, body.dtype, scaled, by=by):
         return None
     if scaled:
         return grouped_matmul(rows, body, sizes, whole(w.scale)[0], w.by, layer)

@@ -45,7 +45,7 @@ def multiply(x: jax.Array, w: Quantised, precision: jax.lax.Precision) -> jax.Ar
     """x [T, in] times a quantised matrix -> float32[T, out], or x's dtype where a kernel rounds it."""
     (body, layer), (scale, _) = whole(w.body), whole(w.scale)
     on = chip()
-    if on != INTERPRETED and not supports(on, x.shape[0], *body.shape[-2:], x.dtype, body.dtype):
+    if on != INTERPRETED and not supports(on, x.shape[0], *body.shape[-2:], x.dtype, body.dtype, by=w.by):
         return quantised_matmul(x, body, scale, w.by, layer)
     dims = (((1,), (1,)), ((), ()))
     if w.by == "row":  # exact in bfloat16 too: 8 bits fit

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from models_torch import ops
 from models_torch.ops import Array, Matrix
+from models_torch.quantised import Quantised
 
 TILE = 8
 """Tokens of a step in deterministic mode, where a product has one shape: of so many tokens an expert multiplies so many
@@ -51,7 +52,7 @@ def spread(x: Array, order: Order) -> Array:
     return x.index_select(0, order.token)
 
 
-def multiply(rows: Array, w: Array | Sequence[Matrix], bias: Array | None, order: Order) -> Array:
+def multiply(rows: Array, w: Array | Quantised | Sequence[Matrix], bias: Array | None, order: Order) -> Array:
     """rows [T*k, in], w [E, out, in] or E matrices -> [T*k, out]: each row by the matrix of its expert."""
 
     def one(e: int, part: Array) -> Array:

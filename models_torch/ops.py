@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from engine.mesh import RULES
 from engine.model.spec import Norm
 from models_torch.packed import Packed
+from models_torch.quantised import Quantised
 
 Array: TypeAlias = torch.Tensor
-Matrix: TypeAlias = torch.Tensor | Packed
+Matrix: TypeAlias = torch.Tensor | Packed | Quantised
 """A weight that is multiplied with."""
 
 
@@ -42,7 +43,7 @@ Stream: TypeAlias = torch.Tensor | Sum
 class Joined:
     """Matrices of one input, one below the other [sum(sizes), in], multiplied at once. bias [sum(sizes)] or None."""
 
-    body: Array
+    body: Array | Quantised
     sizes: tuple[int, ...]
     bias: Array | None = None
 
@@ -86,7 +87,7 @@ def over(comm: Comm | None) -> Iterator[None]:
 
 def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
     """x [T, in], w [out, in] -> [T, out]."""
-    if isinstance(w, Packed):
+    if isinstance(w, Packed | Quantised):
         y = w.multiply(x)
         return y if bias is None else y.add_(bias)
     row = kernel("row", x.device.type)
@@ -121,13 +122,13 @@ def gated(x: Array, p: Mapping[str, Any], act: str) -> Array:
 
 def heads(x: Array, w: Matrix, bias: Array | None) -> Array:
     """x [T, hidden], w [heads, head_dim, hidden] -> [T, heads, head_dim]."""
-    matrix = w if isinstance(w, Packed) else w.flatten(0, 1)
+    matrix = w if isinstance(w, Packed | Quantised) else w.flatten(0, 1)
     return linear(x, matrix, None if bias is None else bias.flatten()).view(x.shape[0], w.shape[0], w.shape[1])
 
 
 def merge(o: Array, w: Matrix) -> Array:
     """o [T, heads, head_dim], w [hidden, heads, head_dim] -> [T, hidden]; a partial sum where heads are split."""
-    return linear(o.flatten(1), w if isinstance(w, Packed) else w.flatten(1), None)
+    return linear(o.flatten(1), w if isinstance(w, Packed | Quantised) else w.flatten(1), None)
 
 
 @lru_cache(maxsize=64)
@@ -228,7 +229,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], -1)
 
 
-def embed(tokens: Array, w: Matrix) -> Array:
+def embed(tokens: Array, w: torch.Tensor | Packed) -> Array:
     """tokens int32[T], w [vocab, hidden] -> [T, hidden]. A device looks up the part of the vocabulary that it holds."""
     if parts("vocab") == 1:
         return _look_up(tokens, w)
@@ -239,7 +240,7 @@ def embed(tokens: Array, w: Matrix) -> Array:
     return psum(_look_up(local.clamp(0, size - 1), w).masked_fill_(~held[:, None], 0), "vocab")
 
 
-def _look_up(tokens: Array, w: Matrix) -> Array:
+def _look_up(tokens: Array, w: torch.Tensor | Packed) -> Array:
     return w.look_up(tokens) if isinstance(w, Packed) else F.embedding(tokens, w)
 
 

@@ -18,7 +18,7 @@ from backends.probe import probe
 from engine.config import Config, dotted, keys, load, show
 from engine.errors import ConfigError
 from engine.model.groups import cache_groups
-from engine.model.spec import Attention, Layer, Mlp, ModelSpec, Rope
+from engine.model.spec import Attention, Experts, Layer, Mlp, ModelSpec, Rope
 from engine.resolve import Device, plan_memory, resolve
 from engine.sched.admission import capacity
 
@@ -149,6 +149,19 @@ def test_nothing_is_mutated(tmp_path: Path) -> None:
     assert (given, list(show(config)), spec, facts) == ({"cache.page": 8}, before, model(), device())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.cache.page = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("size", "kind", "says"), [(256, "int8", ""), (192, "int8", "192"), (192, "none", "192")])
+def test_experts_that_no_kernel_reads_are_told(size: int, kind: str, says: str) -> None:
+    spec = model()
+    feed = Experts(count=4, top_k=2, size=size, renormalised=True)
+    spec = dataclasses.replace(spec, layers=tuple(dataclasses.replace(layer, feed=feed) for layer in spec.layers))
+    for platform in ("cpu", "tpu"):
+        _, decisions = resolve(load(None, {"model.quantise": kind}), spec, device(platform))
+        why = next(d for d in decisions if d.field == "quantise").why
+        told = platform == "tpu" and bool(says)
+        assert (f"experts of {size} inputs on a device, no multiple of 128, are multiplied by XLA" in why) == told
+        assert ("which widens them all in each step" in why) == (told and kind != "none")
 
 
 def test_every_decision_has_a_reason_and_is_what_was_resolved() -> None:

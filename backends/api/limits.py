@@ -27,7 +27,8 @@ class Limits:
     max_masks: rows of a step that may be masked. max_copies, max_bias, max_history: entries of a step.
     max_logprobs: alternatives per token. adapters: LoRA indices. whole_rows: a prompt may not be chunked.
     taps: named inner values may be asked for. sharing: what it costs to read a prefix once for a group of rows
-    (ScheduleStep.shared), in positions that are read: (of the group, of each row); None = of no use here.
+    (ScheduleStep.shared), in positions that are read: (of the group, of each row, how many of 100 that rows read by
+    themselves it counts as read); None = of no use here.
     """
 
     groups: tuple[CacheGroup, ...]
@@ -54,7 +55,7 @@ class Limits:
     adapters: int = 0
     whole_rows: bool = False
     taps: bool = False
-    sharing: tuple[int, int] | None = None
+    sharing: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, config: Resolved, **built: Any) -> Limits:

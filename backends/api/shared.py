@@ -21,8 +21,8 @@ def covered(shared: I32, rows: int) -> I32:
 
 def wrong(step: ScheduleStep, limits: Limits) -> Wrong | None:
     """What in a step's groups, whose entries are in range, can't be: they are nested, those of a row lie end to end
-    from position 0, what they read is cached before the step, and what the step's edits say of their pages is the same
-    for all rows."""
+    from position 0, whole pages, what they read is cached before the step, and what the step's edits say of their pages
+    is the same for all rows."""
     if all(group.kind != "full" for group in limits.groups):
         return "only full groups keep a prefix", range(0)
     reach, around = [0] * len(step.slots), list[int]()
@@ -38,23 +38,33 @@ def wrong(step: ScheduleStep, limits: Limits) -> Wrong | None:
             return "a group begins elsewhere than what is around it ends, or comes before it", rows
         reach[first : last + 1] = [end + 1] * len(rows)
         around.append(last)
+    covers = np.array(reach, np.int32)
     cached = np.where(step.starts >= 0, step.starts, step.upper - step.lens)
-    for row in np.flatnonzero(np.array(reach) > cached).tolist():
+    for row in np.flatnonzero(covers > cached).tolist():
         return "positions that are not cached before the step", range(row, row + 1)
     for group, table in zip(limits.groups, step.tables, strict=True):
-        if group.kind == "full" and isinstance(table, PageTable) and (found := _differ(step, group.page, table.edits)):
+        if group.kind != "full" or not isinstance(table, PageTable):
+            continue
+        if np.count_nonzero(step.shared[:, 2] % group.page | (step.shared[:, 3] + 1) % group.page):
+            return f"groups are no whole pages of {group.page}", range(0)
+        if found := _differ(step, group.page, table.edits, covers):
             return found
     return None
 
 
-def _differ(step: ScheduleStep, page: int, edits: I32) -> Wrong | None:
-    """Rows of a group whose tables are set to different pages where all of them read."""
-    if not len(edits):
+def _differ(step: ScheduleStep, page: int, edits: I32, reach: I32) -> Wrong | None:
+    """Rows of a group whose tables are set to different pages where all of them read. reach int32[R]: of `covered`."""
+    row = np.full(int(edits[:, 0].max(initial=0)) + 1, -1)
+    known = np.flatnonzero(step.slots < len(row))
+    row[step.slots[known]] = known
+    at = row[edits[:, 0]]
+    inside = (at >= 0) & (edits[:, 1] * page < reach[at])
+    if not np.count_nonzero(inside):
         return None
-    told = {(slot, index): at for slot, index, at in edits.tolist()}
-    slots = step.slots.tolist()
+    told = dict(zip(zip(at[inside].tolist(), edits[inside, 1].tolist(), strict=True), edits[inside, 2], strict=True))
     for first, last, begin, end in step.shared.tolist():
-        for index in range(begin // page, end // page + 1):
-            if len({told[slot, index] for slot in slots[first : last + 1] if (slot, index) in told}) > 1:
-                return f"entry {index} of the tables is not the same page", range(first, last + 1)
+        rows = range(first, last + 1)
+        for index in {index for _, index in told if begin // page <= index <= end // page}:
+            if len({told[r, index] for r in rows if (r, index) in told}) > 1:
+                return f"entry {index} of the tables is not the same page", rows
     return None

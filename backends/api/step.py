@@ -110,9 +110,9 @@ class ScheduleStep:
     masked bool[R]: this row's vocabulary mask arrives in sample(). adapters int32[R]: LoRA index, 0 = none.
     tables: one per cache group. copies int32[C, 4]: (group, shard, src, dst), done before the forward, in order.
     shared int32[G, 4]: (first row, last row, first position, last position), all inclusive, of rows that read the same
-    pages there in every full group, cached before the step. Nested, outermost first; those of a row lie end to end from
-    position 0. Empty is always right. embeds int32[N, 4]: (first token, handle, first row, count). positions: None or
-    int32[T, 3]. taps: named inner values to return; () compiles to nothing.
+    whole pages there in every full group, cached before the step. Nested, outermost first; those of a row lie end to
+    end from position 0. Empty is always right. embeds int32[N, 4]: (first token, handle, first row, count). positions:
+    None or int32[T, 3]. taps: named inner values to return; () compiles to nothing.
     """
 
     step: int

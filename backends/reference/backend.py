@@ -76,7 +76,7 @@ class ReferenceBackend:
             max_draft=draft,
             run_ahead=config.depth if draft else 0,
             taps=True,
-            sharing=(0, 0),  # told of all, it looks whether it is so
+            sharing=(0, 0, 100),  # told of all, it looks whether it is so
             **choosing(config),
         )
         self._reset()

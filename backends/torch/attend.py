@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from backends.api.limits import Limits
+from backends.torch.branches import Branches
 from backends.torch.buckets import Shape
 from backends.torch.caches import DTYPES as HELD
 from backends.torch.caches import Caches, narrow, put, take, widen
@@ -23,6 +24,7 @@ from engine.config import Resolved
 from engine.model.groups import Place
 from engine.model.spec import Attention
 from kernels_cuda import attention as gpu
+from kernels_cuda import cascade
 from models_torch import ops
 
 Array: TypeAlias = torch.Tensor
@@ -55,7 +57,8 @@ def choose(a: Attention, config: Resolved) -> tuple[str, str]:
             store=store,
         )
         if name == "triton":
-            return name, why
+            together = config.cascade != "off" and a.window is None
+            return name, why + (", shared prefixes once for all rows where it pays" if together else "")
     if a.cap is not None or a.sinks:
         odd = "a soft cap" if a.cap is not None else "sinks"
         return "explicit", f"matmul and softmax over gathered pages, {what}: fused kernels have no {odd}"
@@ -181,6 +184,9 @@ class Attend:
         self.write = [aim(batch, table, g, positions, limits.groups[g].page) for g, table in enumerate(self.tables)]
         self.sights: dict[int, tuple[Sight, ...]] = {}
         self.rows: dict[int, tuple[gpu.Rows, gpu.Plan]] = {}
+        self.branches = batch.branches
+        if batch.branches is not None:
+            self.branches = Branches(cascade.Tiles(*(x.int() for x in batch.branches.tiles)), batch.branches.shape)
 
     def __call__(
         self,
@@ -204,15 +210,17 @@ class Attend:
 
     def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None) -> Array:
         group = self.limits.groups[g]
-        if g not in self.rows:
-            self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
-        rows, plan = self.rows[g]
+        rows, plan = self._rows(g)
         plain = a.window is None and a.cap is None and sinks is None
         if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
             return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
-        return gpu.attention(
-            q, store, rows, plan, page=group.page, scale=a.scale, window=a.window, cap=a.cap, sinks=sinks, scales=by
-        )
+        how = {"page": group.page, "scale": a.scale, "window": a.window, "cap": a.cap, "sinks": sinks, "scales": by}
+        return gpu.attention(q, store, rows, plan, **how, shared=None if group.window else self.branches)
+
+    def _rows(self, g: int) -> tuple[gpu.Rows, gpu.Plan]:
+        if g not in self.rows:
+            self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
+        return self.rows[g]
 
     def _gathered(
         self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None
@@ -222,8 +230,15 @@ class Attend:
             self.sights[g] = look(
                 self.batch, self.tables[g], g, self.before, self.positions, self.limits, len(store) - 1, dtype
             )
-        parts = []
+        parts, told = [], None if self.limits.groups[g].window else self.branches
+        if told is not None:  # rows of one token, which lead
+            made, page = torch.zeros_like(q[: told.shape.rows]), self.limits.groups[g].page
+            how = {"page": page, "scale": a.scale, "cap": a.cap, "sinks": sinks, "scales": by}
+            cascade.plain(q, store, made, self._rows(g)[0], told.tiles, told.shape, **how)
+            parts.append(made)
         for bunch, sight in zip(self.batch.order.bunches, self.sights[g], strict=True):
+            if told is not None and bunch.queries == 1:
+                continue
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])
             kv = widen(take(store, sight.read).view(query.shape[0], -1, *store.shape[1:]), q.dtype, by)
             o = kernel(a, query, kv[:, :, 0], kv[:, :, 1], sight.mask, sinks)

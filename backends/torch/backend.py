@@ -19,7 +19,8 @@ from backends.api.limits import Limits, choosing
 from backends.api.protocol import Member, Status
 from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import F32, I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
-from backends.torch import caches, joined, mesh, params, step, warmup
+from backends.torch import attend, caches, joined, mesh, params, step, warmup
+from backends.torch.branches import Layout, layout, pays
 from backends.torch.buckets import Shape, ladder
 from backends.torch.choosing import Scores, seat, send_masks, wishes
 from backends.torch.comm import Comm
@@ -32,6 +33,7 @@ from engine.model.scales import calibrated
 from engine.model.spec import ModelSpec, eight
 from engine.model.weights import WeightSource
 from engine.resolve import graph_bytes
+from kernels_cuda.cascade import COST
 from models_torch.ops import over
 
 
@@ -86,7 +88,9 @@ class TorchBackend:
         self.device = mesh.open_device(config, member)
         self.rank = 0 if member is None else member.rank
         self.comm = None if member is None else Comm(config.mesh, member, self.device)
-        self.limits = Limits.of(spec, config, taps=True, **choosing(config))
+        self.layout = self._layout()
+        sharing = None if self.layout is None else (0, 0, 100) if config.cascade == "on" else COST
+        self.limits = Limits.of(spec, config, taps=True, sharing=sharing, **choosing(config))
         self.weights: dict[str, Any] = {}
         self.version, self.ready, self.closed = 0, False, False
         self.graphs: Graphs | None = None
@@ -101,15 +105,17 @@ class TorchBackend:
         """Take weights; steps that are out keep the old ones. The new stand beside the old until they are whole, so
         that a ModelError (which names the tensor) changes nothing."""
         with self._device():
-            dtype = params.DTYPES[self.config.dtype]
             weights = calibrated(weights, self.spec, self.config.scales, self.config.cache_dtype)
-            tree = params.upload(self.spec, weights, dtype, self.device, self.config.mesh, self.rank)
+            tree = params.upload(self.spec, self.config, weights, self.device, self.rank)
             if self.device.type != "cpu":
                 joined.join(tree)
             if self.graphs is None:
                 self.weights = tree
             else:  # in order with the steps, whose captures read this memory
                 joined.renew(self.weights, tree)
+            if self.device.type != "cpu":
+                del tree
+                torch.cuda.empty_cache()  # what other streams made is not theirs to use again while steps read it
         self.version = version
 
     def warmup(self) -> None:
@@ -126,7 +132,8 @@ class TorchBackend:
             with self._device():
                 self._empty()
                 if not self.config.deterministic:
-                    warmup.attend(self.spec, self.config, self.caches, params.DTYPES[self.config.dtype])
+                    dtype = params.DTYPES[self.config.dtype]
+                    warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
             if self.config.graphs and self.graphs is None:
                 self.capture(Graph())
         self.late.listen(self.device)
@@ -142,9 +149,9 @@ class TorchBackend:
         def sample(fed: step.Fed) -> torch.Tensor:
             return step.sample(fed, config, self.caches)[0]
 
-        graphs = Graphs(limits, self.device, forward, sample, graph_bytes(spec, config))
+        graphs = Graphs(limits, self.device, forward, sample, graph_bytes(spec, config), self.layout)
         with self._device():
-            graphs.record(recorder, ladder(limits) if shapes is None else shapes)
+            graphs.record(recorder, ladder(limits, self.layout) if shapes is None else shapes)
         self.graphs = graphs
 
     def forward(self, step_: ScheduleStep) -> Ticket:
@@ -156,7 +163,8 @@ class TorchBackend:
         before = self.seats.before(step_, asks)
         asked = scored(step_, before)
         most = 0 if asked is None else int(asked.asked.max())
-        shape = self._shape(step_, asks, asked)
+        branched = pays(self.layout, step_)
+        shape = self._shape(step_, asks, asked, branched)
         with self._device(), self.late.inside(self.ready):
             started = self._mark()
             if len(step_.copies):
@@ -168,7 +176,8 @@ class TorchBackend:
                     seat(self.caches.counts, more)
                     fed = replace(fed, batch=replace(fed.batch, wishes=more))
             else:
-                batch = pack(step_, self.limits, self.device, asks, asked)
+                layout = self.layout if branched else None
+                batch = pack(step_, self.limits, self.device, asks, asked, layout)
                 order = batch.order
                 taps = step_.taps
                 fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, taps, most)
@@ -178,14 +187,22 @@ class TorchBackend:
         )
         return step_.step
 
-    def _shape(self, step_: ScheduleStep, asks: Asks, asked: Scored | None) -> Shape | None:
+    def _layout(self) -> Layout | None:
+        """How rows that read the same pages are attended together; None where each is by itself."""
+        if self.config.cascade == "off":
+            return None
+        mixers = [layer.mixer for layer in self.spec.layers if layer.mixer.window is None]
+        kernel = self.device.type != "cpu" and all(attend.choose(m, self.config)[0] == "triton" for m in mixers)
+        return layout(self.spec, self.config, attend.processors(self.device), kernel)
+
+    def _shape(self, step_: ScheduleStep, asks: Asks, asked: Scored | None, branched: bool) -> Shape | None:
         """What a step is padded to, to be replayed; None where it must be run call by call: it is large, returns inner
         values or scores of prompts, or asks for more where a row returns no token."""
         if self.graphs is None or step_.taps or (asked is not None and len(asked.at)):
             return None
         if asks.any and not (step_.output & TOKEN).all():
             return None
-        return self.graphs.fit(len(step_.lens), len(step_.tokens))
+        return self.graphs.fit(len(step_.lens), len(step_.tokens), branched)
 
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
         """Choose tokens, and send them on their way to the host."""

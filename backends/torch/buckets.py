@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from backends.api.limits import Limits
+from backends.torch.branches import FEWEST, Layout
+from kernels_cuda import cascade
 
 FEW = 32
 """Up to so many rows, steps of decode rows are padded to powers of two; beyond, to multiples of this."""
@@ -16,12 +18,13 @@ MIXED = (64, 128, 256, 512)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """rows, tokens: padded. edits: of each group's page tables, what rows that go on can need. even: every row has one
-    token."""
+    token. branches: of steps whose rows read pages together; None = each by itself."""
 
     rows: int
     tokens: int
     edits: tuple[int, ...]
     even: bool
+    branches: cascade.Shape | None = None
 
     def fields(self) -> dict[str, int]:
         """The parts of the packed buffer, in order, and their sizes; of each group g: base, entries and pages of its
@@ -31,6 +34,8 @@ class Shape:
         out |= {"first": rows + 1, "tokens": tokens, "row": tokens, "offset": tokens}
         for g, edits in enumerate(self.edits):
             out |= {f"base{g}": rows, f"entry{g}": edits, f"page{g}": edits}
+        if self.branches is not None:
+            out |= {"tiles": 5 * self.branches.tiles, "covered": rows, "used": rows}
         return out | {"seed": 2 * rows} | dict.fromkeys(("top_k", "temperature", "top_p", "min_p"), rows)
 
 
@@ -44,14 +49,17 @@ def parts(shape: Shape) -> tuple[dict[str, slice], int]:
     return out, at
 
 
-def ladder(limits: Limits) -> tuple[Shape, ...]:
-    """The shapes that are captured, the largest first."""
+def ladder(limits: Limits, layout: Layout | None = None) -> tuple[Shape, ...]:
+    """The shapes that are captured, the largest first. layout: of rows that read pages together."""
     most = limits.max_rows
     few = [1 << i for i in range(FEW.bit_length()) if 1 << i < most]
     rows = sorted({*few, *range(2 * FEW, most, FEW), most})
     mixed = [tokens for tokens in MIXED if tokens <= limits.max_tokens]
     shapes = [_shape(n, n, limits, True) for n in rows]
     shapes += [_shape(min(tokens, most), tokens, limits, False) for tokens in mixed]
+    if layout is not None:
+        more = [s for s in shapes if s.even and s.rows >= FEWEST]
+        shapes += [replace(s, branches=layout.bound(s.rows, limits.max_len)) for s in more]
     return tuple(sorted(shapes, key=lambda s: (s.tokens, s.rows), reverse=True))
 
 
@@ -60,8 +68,10 @@ def _shape(rows: int, tokens: int, limits: Limits, even: bool) -> Shape:
     return Shape(rows=rows, tokens=tokens, edits=edits, even=even)
 
 
-def fit(shapes: tuple[Shape, ...], rows: int, tokens: int) -> Shape | None:
-    """The smallest of these shapes (largest first) for so many rows and tokens; None where none is."""
+def fit(shapes: tuple[Shape, ...], rows: int, tokens: int, branched: bool = False) -> Shape | None:
+    """The smallest of these shapes (largest first) for so many rows and tokens; None where none is. branched: one whose
+    rows read pages together, where there is one."""
     even = rows == tokens
     fits = [s for s in shapes if s.even == even and s.rows >= rows and s.tokens >= tokens]
-    return fits[-1] if fits else None
+    found = [s for s in fits if (s.branches is not None) == (branched and even and fits[-1].rows >= FEWEST)]
+    return found[-1] if found else None

@@ -15,6 +15,7 @@ import torch
 
 from backends.api.limits import Limits
 from backends.api.step import ScheduleStep
+from backends.torch.branches import Layout
 from backends.torch.buckets import Shape, fit
 from backends.torch.caches import Caches
 from backends.torch.inputs import Batch, Draws, Order, fill, spread
@@ -92,8 +93,9 @@ class Graphs:
         forward: Callable[[Batch, torch.Tensor], Fed],
         sample: Callable[[Fed], torch.Tensor],
         memory: int,
+        layout: Layout | None = None,
     ) -> None:
-        self.limits, self.device, self.memory = limits, device, memory
+        self.limits, self.device, self.memory, self.layout = limits, device, memory, layout
         self._forward, self._sample = forward, sample
         self.shapes: tuple[Shape, ...] = ()
         self.captured: dict[Shape, Captured] = {}
@@ -141,15 +143,15 @@ class Graphs:
             drawn=recorder(lambda: choose(batch.draws)),
         )
 
-    def fit(self, rows: int, tokens: int) -> Shape | None:
+    def fit(self, rows: int, tokens: int, branched: bool) -> Shape | None:
         """The shape that a step of so many rows and tokens is padded to; None where it is run call by call."""
-        return fit(self.shapes, rows, tokens)
+        return fit(self.shapes, rows, tokens, branched)
 
     def start(self, step: ScheduleStep, shape: Shape, caches: Caches) -> tuple[Fed, Order]:
         """Enqueue the forward of a step: one copy and one replay. Doesn't wait."""
         one = self.captured[shape]
         host = torch.empty(len(one.buffer), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        order, more = fill(step, self.limits, shape, host.numpy())
+        order, more = fill(step, self.limits, shape, host.numpy(), self.layout)
         for table, edits in zip(caches.tables, more, strict=True):
             if len(edits):
                 sent = torch.from_numpy(edits)

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from backends.api.limits import Limits
 from backends.api.seats import Asks, Scored
 from backends.api.step import TOKEN, PageTable, Sampling, ScheduleStep
+from backends.torch import branches
+from backends.torch.branches import Branches, Layout
 from backends.torch.buckets import Shape, parts
 from backends.torch.choosing import Wishes, lay_out, read, send
+from kernels_cuda import cascade
 
 I64: TypeAlias = NDArray[np.int64]
 ONE = np.float64(1).view(np.int64)
@@ -79,7 +82,8 @@ class Batch:
     slots, starts, lens [R]; first [R+1]: of each row's tokens; tokens, row, offset [T]: token, its row, its place in
     it. base [R] and edits (flat entry, page) for each group. ends [O]: last token of each chosen row; chosen [O]: its
     row; into [O]: the slot whose last token is made. draws: None = all are greedy. wishes: None = no row asks for more.
-    shape: of a padded step, whose tokens of padding have offset -1; None = nothing is padded.
+    shape: of a padded step, whose tokens of padding have offset -1; None = nothing is padded. branches: rows that read
+    pages together.
     """
 
     order: Order
@@ -98,12 +102,14 @@ class Batch:
     draws: Draws | None
     wishes: Wishes | None
     shape: Shape | None = None
+    branches: Branches | None = None
 
 
-def arrange(step: ScheduleStep, limits: Limits) -> Order:
-    """Order rows by length fed, then by reach, so that rows that batch well stand side by side."""
+def arrange(step: ScheduleStep, limits: Limits, together: bool = False) -> Order:
+    """Order rows by length fed, then by reach, so that rows that batch well stand side by side; together: instead, as
+    they stand in the step."""
     lens, upper = step.lens, step.upper
-    rows = np.lexsort((upper, lens))
+    rows = np.argsort(lens, kind="stable") if together else np.lexsort((upper, lens))
     n, ends = lens[rows], np.cumsum(lens)
     offset = np.repeat((ends - lens)[rows] - (np.cumsum(n) - n), n)
     bases = [t.base[rows] if isinstance(t, PageTable) else 0 for t in step.tables]
@@ -137,10 +143,16 @@ def _bunch(lens: list[int], upper: list[int], reaches: list[NDArray[Any]]) -> tu
 
 
 def pack(
-    step: ScheduleStep, limits: Limits, device: torch.device, asks: Asks | None = None, asked: Scored | None = None
+    step: ScheduleStep,
+    limits: Limits,
+    device: torch.device,
+    asks: Asks | None = None,
+    asked: Scored | None = None,
+    layout: Layout | None = None,
 ) -> Batch:
-    """Bring a step to the device: everything in one int64 buffer, floats as bits of float64. Doesn't wait."""
-    order = arrange(step, limits)
+    """Bring a step to the device: everything in one int64 buffer, floats as bits of float64. Doesn't wait. layout: of
+    its groups of rows, which it has."""
+    order = arrange(step, limits, layout is not None)
     rows, n = order.rows, step.lens[order.rows]
     ends = np.cumsum(n)
     slots = step.slots[rows]
@@ -179,10 +191,13 @@ def pack(
         edits=tuple(zip(groups[1::3], groups[2::3], strict=True)),
         draws=_draws(rest, sampling, noisy, limits.vocab, every) if len(drawn) else None,
         wishes=read(wishes) if more else None,
+        branches=None if layout is None else branches.send(step, layout, rows, device),
     )
 
 
-def fill(step: ScheduleStep, limits: Limits, shape: Shape, buffer: I64) -> tuple[Order, list[I64]]:
+def fill(
+    step: ScheduleStep, limits: Limits, shape: Shape, buffer: I64, layout: Layout | None = None
+) -> tuple[Order, list[I64]]:
     """Write a step, padded to a shape, to a buffer; its order, and the edits that did not fit, [E, 2] of each group
     (flat entry, page), which go ahead of it.
 
@@ -217,6 +232,10 @@ def fill(step: ScheduleStep, limits: Limits, shape: Shape, buffer: I64) -> tuple
         part[f"entry{g}"][:] = void * width
         part[f"entry{g}"][: len(last)], part[f"page{g}"][: len(last)] = last.T
         more.append(edits[: max(0, len(edits) - room)])
+    if shape.branches is not None and layout is not None and len(step.shared):
+        told = cascade.pad(branches.tell(step, layout, rows, shape.branches), shape.branches)
+        for name, value in zip(("tiles", "covered", "used"), told, strict=True):
+            part[name][:] = value.ravel()
     high, low, *rest = _choices(step.sampling, rows, limits.vocab)
     part["seed"][: 2 * count : 2], part["seed"][1 : 2 * count : 2] = high, low
     for name, value in zip(("top_k", "temperature", "top_p", "min_p"), rest, strict=True):
@@ -268,6 +287,9 @@ def spread(buffer: torch.Tensor, limits: Limits, shape: Shape, numbers: torch.Te
         draws=draws,
         wishes=None,
         shape=shape,
+        branches=None
+        if shape.branches is None
+        else Branches(cascade.Tiles(part["tiles"].view(-1, 5), part["covered"], part["used"]), shape.branches),
     )
 
 

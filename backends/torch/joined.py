@@ -6,30 +6,38 @@ from typing import Any
 
 import torch
 
+from models_torch import quantised
 from models_torch.ops import Joined
+from models_torch.quantised import Quantised
 
 SETS = (("attention", "qkv", ("q", "k", "v")), ("mlp", "gate_up", ("gate", "up")))
 """Part of a layer, what is joined, of what."""
 
 
 def join(tree: dict[str, Any]) -> None:
-    """Join in place, layer by layer, so that no more than one layer's matrices stand twice; what is no plain matrix, or
-    of another dtype than its neighbour, stays."""
+    """Join in place, layer by layer, so that no more than one layer's matrices stand twice; what is packed, of another
+    dtype than its neighbour or would share a block of scales with it, stays."""
     for layer in tree["layers"]:
         for where, name, of in SETS:
             part = layer.get(where, {})
-            parts = [part.get(each) for each in of]
-            if all(isinstance(each, torch.Tensor) for each in parts) and len({each.dtype for each in parts}) == 1:
-                part[name] = _join(parts, [part.pop(f"{each}_bias", None) for each in of])
-                for each in of:
-                    del part[each]
+            body, sizes = _join([part.get(each) for each in of])
+            if body is None:
+                continue
+            biases = [part.pop(f"{each}_bias", None) for each in of]
+            bias = None if biases[0] is None else torch.cat([each.flatten() for each in biases])
+            part[name] = Joined(body=body, sizes=sizes, bias=bias)
+            for each in of:
+                del part[each]
 
 
-def _join(parts: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Joined:
-    """[..., in] each, one below the other."""
-    flat = [each.flatten(0, -2) for each in parts]
-    bias = None if biases[0] is None else torch.cat([each.flatten() for each in biases if each is not None])
-    return Joined(body=torch.cat(flat), sizes=tuple(len(each) for each in flat), bias=bias)
+def _join(parts: list[Any]) -> tuple[torch.Tensor | Quantised | None, tuple[int, ...]]:
+    """[..., in] each, one below the other, and their rows; None where they can't be."""
+    if all(isinstance(each, Quantised) for each in parts):
+        return quantised.join(parts), tuple(len(each.body) for each in parts)
+    if all(isinstance(each, torch.Tensor) for each in parts) and len({each.dtype for each in parts}) == 1:
+        flat = [each.flatten(0, -2) for each in parts]
+        return torch.cat(flat), tuple(len(each) for each in flat)
+    return None, ()
 
 
 def renew(old: Any, new: Any) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from backends.torch.attend import choose
+from backends.torch.branches import Layout
 from backends.torch.caches import Caches
 from engine.config import Resolved
 from engine.mesh import share
 from engine.model.groups import places
 from engine.model.spec import ModelSpec
 from kernels_cuda import attention as gpu
+from kernels_cuda import cascade
 
 
-def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype) -> None:
+def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype, layout: Layout | None = None) -> None:
     """Run each kind of layer over an empty cache, with one row short, of several tokens and long, in all numbers of
-    parts that a plan may come to. Writes nothing."""
+    parts that a plan may come to; and as rows that read pages together, where a layout says how. Writes nothing."""
     seen = set()
     for layer, place in zip(spec.layers, places(spec), strict=True):
         a, store = layer.mixer, caches.groups[place.group][place.rank]
@@ -31,6 +33,11 @@ def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype
         given = {"page": config.page, "scale": a.scale, "window": a.window, "cap": a.cap, "sinks": sinks}
         if store.dtype in gpu.EIGHT:
             given["scales"] = torch.ones((2, kv_heads), device=store.device)
+        if layout is not None and a.window is None:
+            tiles = cascade.Tiles(none.new_zeros((1, 5)), none, none)
+            shape = cascade.Shape(tiles=1, rows=1, wide=1, slots=1, parts=1)
+            plan = gpu.Plan(rows=1, tokens=1, short=1, few=1, reach=gpu.PART, sms=1)
+            gpu.attention(q, store, rows, plan, **given, shared=(tiles, shape))
         for plan in plans(kv_heads):
             gpu.attention(q, store, rows, plan, **given)
 

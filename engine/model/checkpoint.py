@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ModelError
+from engine.model.narrow import stored_as
+from engine.model.pairs import Pairs
 from engine.model.params import params
+from engine.model.quant import SIDE
 from engine.model.registry import FAMILIES
 from engine.model.rules import Origin, origins
-from engine.model.shards import DTYPES, Tensor
+from engine.model.shards import DTYPES, FLOAT8, Tensor
 from engine.model.spec import ModelSpec
 from engine.model.stores import equal, map_file, open_tensors
 from engine.model.weights import SCALES, check_scales
@@ -37,6 +40,10 @@ class Checkpoint:
         self.path = Path(path)
         self._params = params(spec)
         self._files = {t.file: map_file(t.file) for t in found.values()}
+        self._pairs = None if spec.narrow is None else Pairs(found, spec.narrow, self._files)
+        self._kind = None if spec.narrow is None else stored_as(spec.narrow)
+        if self._pairs is not None:
+            found = self._pairs.tensors
         for pattern in family.BUFFERS:
             for i in layers:
                 found.pop(pattern.replace("{i}", str(i)), None)
@@ -77,6 +84,34 @@ class Checkpoint:
             number = np.array(tensor.view(self._files[tensor.file]), np.float32).reshape(1)
             out[side] = check_scales(number, f"{tensor.file}: tensor {tensor.name!r}")
         return out
+
+    def has(self, name: str, kind: str) -> bool:
+        """Whether a parameter's matrices are stored as `kind` (engine.model.quant), whole blocks of them."""
+        pairs, parts = self._pairs, self._parts.get(name, [])
+        if pairs is None or kind != self._kind:
+            return False
+        rows = [origin.rows(name) if tensor.name in pairs else None for tensor, origin in parts]
+        step = SIDE if kind == "fp8" else 1
+        return all(
+            r is not None and r.start % step == 0 and (r.stop % step == 0 or r.stop == tensor.shape[0])
+            for r, (tensor, _) in zip(rows, parts, strict=True)
+        )
+
+    def quantised(self, name: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Such a parameter, [*lead, out, in] and its scales, as engine.model.quant has them."""
+        made = [self._stored(name, tensor, origin) for tensor, origin in self._parts[name]]
+        if self._parts[name][0][1].expert is None:
+            return made[0]
+        return np.stack([body for body, _ in made]), np.stack([scale for _, scale in made])
+
+    def _stored(self, name: str, tensor: Tensor, origin: Origin) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        rows = origin.rows(name)
+        assert self._pairs is not None
+        assert rows is not None
+        body, scale = self._pairs.body(tensor.name)[rows], self._pairs.scale(tensor.name)
+        if self._kind == "fp8":
+            return body, scale[rows.start // SIDE : -(-rows.stop // SIDE)]
+        return body, np.ascontiguousarray(scale[rows].T)
 
     def _whole(self, name: str, part: tuple[Tensor, Origin]) -> NDArray[Any]:
         """A view of what one tensor holds of a parameter."""
@@ -133,5 +168,8 @@ def _check(tensor: Tensor, origin: Origin) -> None:
     if tensor.shape != origin.shape:
         what = f"{at} has shape {list(tensor.shape)}, config.json asks for {list(origin.shape)}"
         raise ModelError(f"{what}; they are not of one model", field=tensor.name)
+    if tensor.dtype == FLOAT8:
+        what = f"{at} has dtype {FLOAT8}, and config.json has no quantization_config to say how it is scaled"
+        raise ModelError(what, field=tensor.name)
     if tensor.dtype not in DTYPES:
         raise ModelError(f"{at} has dtype {tensor.dtype}; {', '.join(DTYPES)} are supported", field=tensor.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.model.fields import Fields, read_dtype, read_eos
+from engine.model.narrow import read_narrow
 from engine.model.rope import Rope
 from engine.model.spec import Attention, Layer, ModelSpec
 
@@ -52,6 +53,7 @@ def finish(
         max_len=max_len,
         dtype=read_dtype(fields),
         eos=read_eos(fields, vocab, absent=eos),
+        narrow=read_narrow(fields),
         **own,
     )
     fields.close()

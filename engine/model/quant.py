@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -19,11 +19,15 @@ from engine.model.weights import WeightSource
 By: TypeAlias = Literal["row", "block"]
 SIDE = 128
 """Rows and columns of a block."""
-BY: dict[str, By] = {"int8": "row", "fp8": "block"}
+BY: dict[str, By] = {"int8": "row", "fp8": "block", "fp8-row": "row"}
 """What has a scale of its own: a row of the matrix, which makes one output, or each SIDE x SIDE of it."""
-MOST = {"int8": 127.0, "fp8": 448.0}
+MOST = {"int8": 127.0, "fp8": 448.0, "fp8-row": 448.0}
 """The largest number, which the largest of a row or block becomes."""
-DTYPES: dict[str, Any] = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+DTYPES: dict[str, Any] = {
+    "int8": np.dtype(np.int8),
+    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8-row": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 INNER = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 """Last part of the name of a matrix of a layer -> how many trailing dimensions a product sums over."""
 
@@ -150,16 +154,52 @@ def _each(scale: NDArray[np.float32], shape: tuple[int, ...], kind: str) -> NDAr
     return scale.repeat(SIDE, -2)[..., : shape[-2], :].repeat(SIDE, -1)[..., : shape[-1]]
 
 
+@runtime_checkable
+class Narrow(Protocol):
+    """A source that may have matrices quantised as they are wanted."""
+
+    def has(self, name: str, kind: str) -> bool:
+        """Whether it has parameter `name` as `kind`."""
+        ...
+
+    def quantised(self, name: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """One that it has: [*lead, out, in] and its scales, as `quantise` gives them."""
+        ...
+
+
+def has(source: WeightSource, made: Form) -> bool:
+    """Whether a source has a matrix quantised as it is wanted, so that nothing is left to do."""
+    return isinstance(source, Narrow) and source.has(made.param.name, made.kind)
+
+
+def read_whole(source: WeightSource, p: Param) -> NDArray[Any]:
+    """A whole parameter, as the source has it. Raises ModelError naming one of another shape."""
+    read = source.read(p.name, tuple(slice(0, n) for n in p.shape))
+    if read.shape != p.shape:
+        raise ModelError(f"{p.name}: has shape {list(read.shape)}, not {list(p.shape)}", field=p.name)
+    return read
+
+
+def not_finite(made: Form) -> ModelError:
+    """A parameter that can't be quantised."""
+    name = made.param.name
+    return ModelError(f"{name}: has numbers that are not finite, which {made.kind} can't hold", field=name)
+
+
 def read_quantised(source: WeightSource, made: Form) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """A whole parameter, quantised: [*lead, out, in] and its scales. The whole, whatever a device holds of it, so that
     a mesh changes no number. Raises ModelError naming a parameter that is not finite."""
     p = made.param
-    read = source.read(p.name, tuple(slice(0, n) for n in p.shape))
-    if read.shape != p.shape:
-        raise ModelError(f"{p.name}: has shape {list(read.shape)}, not {list(p.shape)}", field=p.name)
-    if not np.isfinite(read).all():
-        raise ModelError(f"{p.name}: has numbers that are not finite, which {made.kind} can't hold", field=p.name)
-    return quantise(np.asarray(read).reshape(made.flat(p.shape)), made.kind)
+    if isinstance(source, Narrow) and source.has(p.name, made.kind):
+        body, scale = source.quantised(p.name)
+    else:
+        read = read_whole(source, p)
+        if not np.isfinite(read).all():
+            raise not_finite(made)
+        return quantise(np.asarray(read).reshape(made.flat(p.shape)), made.kind)
+    if not np.isfinite(scale).all() or np.isnan(body.astype(np.float32)).any():
+        raise not_finite(made)
+    return body, scale
 
 
 class Dequantised:

@@ -59,6 +59,13 @@ class Origin:
                 return at[part].reshape(param.shape[0 if self.expert is None else 1 :])
         raise KeyError(name)
 
+    def rows(self, name: str) -> slice | None:
+        """Which rows of the tensor, a matrix, are the parameter `name`, or one expert of it; None where they are no
+        run, or its columns are rows here."""
+        if self.rule.dim or self.rule.interleaved or self.rule.transposed:
+            return None
+        return next(part[0] for param, part in self._parts() if param.name == name)
+
     def join(self, values: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """The tensor of the parameters' values, in the order of `params`: the inverse of `cut`."""
         turned = self.shape[:-2] + self.shape[:-3:-1] if self.rule.transposed else self.shape

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ConfigError
-from engine.model.quant import MOST
+from engine.model.quant import MOST, Narrow
 from engine.model.spec import ModelSpec
 from engine.model.weights import LEAST, SCALES, WeightSource
 
@@ -82,6 +82,20 @@ class Scaled:
     def __init__(self, source: WeightSource, largest: Mapping[str, NDArray[np.float32]], cache_dtype: str) -> None:
         most = np.float32(MOST[cache_dtype])
         self._source, self._scales = source, {name: one / most for name, one in largest.items()}
+
+    @property
+    def plain(self) -> WeightSource:
+        """The weights under it."""
+        return self._source
+
+    def has(self, name: str, kind: str) -> bool:
+        """As engine.model.quant.Narrow has it."""
+        return isinstance(self._source, Narrow) and self._source.has(name, kind)
+
+    def quantised(self, name: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """As engine.model.quant.Narrow has it."""
+        assert isinstance(self._source, Narrow)
+        return self._source.quantised(name)
 
     def read(self, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
         """As WeightSource has it."""

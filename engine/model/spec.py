@@ -80,12 +80,23 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Narrow:
+    """How a checkpoint holds matrices in float8_e4m3fn. suffix: in place of ".weight" names the tensor of scales. by:
+    what has one. inputs: it has scales of what is multiplied, too."""
+
+    suffix: str
+    by: Literal["tensor", "row", "block"]
+    inputs: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A decoder-only language model.
 
     family: name of the file in archs that made it. norm_eps, norm: of every RMSNorm. tied: the head is the embedding.
     max_len: positions the model was made for. dtype: of the checkpoint. eos: ids that end a text.
     embed_scale: multiplies embeddings, rounded to their dtype. logit_cap: a logit y becomes cap * tanh(y / cap).
+    narrow: how the checkpoint holds matrices that are in 8 bits.
     """
 
     family: str
@@ -100,6 +111,7 @@ class ModelSpec:
     norm: Norm = "plain"
     embed_scale: float = 1.0
     logit_cap: float | None = None
+    narrow: Narrow | None = None
 
     def period(self) -> int:
         """The smallest p such that layer i equals layer i - p: length of the pattern that can be scanned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,8 +178,9 @@ def _publisher(resolved: Resolved) -> Publisher | None:
 
 
 def other_weights(decided: Decided, path: str) -> Checkpoint:
-    """The weights in another folder, for the model that is served. Of its config.json, dtype, eos and max_len may be
-    others; they stay what they were. Raises ModelError naming what is not the same, or the tensor at fault."""
+    """The weights in another folder, for the model that is served. Of its config.json, dtype, eos, max_len and what is
+    in 8 bits may be others; what is served stays as it was. Raises ModelError naming what is not the same, or the
+    tensor at fault."""
     try:
         return _same(decided.spec, Path(path))
     except ConfigError as error:
@@ -190,11 +191,11 @@ def other_weights(decided: Decided, path: str) -> Checkpoint:
 
 def _same(served: ModelSpec, path: Path) -> Checkpoint:
     spec = fit(read_spec(path), served.max_len)
-    for name in sorted({f.name for f in fields(ModelSpec)} - {"dtype", "eos", "max_len"}):
+    for name in sorted({f.name for f in fields(ModelSpec)} - {"dtype", "eos", "max_len", "narrow"}):
         theirs, ours = getattr(spec, name), getattr(served, name)
         if theirs != ours:
             if name == "layers":
                 at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
                 theirs, ours = (len(theirs), len(ours)) if at is None else (f"layer {at} of another shape", "as served")
             raise ModelError(f"{path}: another model: {name}: {theirs}, not {ours}", field=name)
-    return Checkpoint(path, served)
+    return Checkpoint(path, replace(served, narrow=spec.narrow))

@@ -151,11 +151,12 @@ def alike(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 @lru_cache(maxsize=1024)
-def nest(same: tuple[int, ...], page: int, fixed: int, each: int) -> list[Group]:
+def nest(same: tuple[int, ...], page: int, fixed: int, each: int, read: int) -> list[Group]:
     """The groups that pay of two rows or more, outermost first.
 
     same: of each row, pages in common with the row before. fixed, each: what a group costs, and each of its rows, in
-    positions that are read. A group saves what its parts, which are rows or groups within it, would read but for one.
+    positions that are read. A group saves what its parts, which are rows or groups within it, would read, of which
+    `read` in 100 count, but for reading it once.
     One that doesn't pay is left out, and those within it begin where it would have begun.
     """
     out, todo = list[Group](), [(0, len(same), 0)]
@@ -163,7 +164,8 @@ def nest(same: tuple[int, ...], page: int, fixed: int, each: int) -> list[Group]
         low, high, begin = todo.pop()
         end = min(same[low + 1 : high])
         cuts = [i for i in range(low + 1, high) if same[i] == end]
-        if end > begin and len(cuts) * (end - begin) * page > fixed + each * (high - low):
+        saves = ((len(cuts) + 1) * read - 100) * (end - begin) * page // 100
+        if end > begin and saves > fixed + each * (high - low):
             out.append((low, high - 1, begin * page, end * page - 1))
             begin = end
         if len(cuts) < high - low - 1:  # some have more in common

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas import attention, kv_write
 from kernels_pallas.blocks import KEYS, tile
 from kernels_pallas.chip import chip
+from radixmesh.bench import matmul_cases
 from radixmesh.bench.kernels import Case, Shape
 
 Q_HEADS, KV_HEADS, HEAD, PAGE, PAGES = 32, 8, 128, 16, 8192
@@ -24,7 +25,14 @@ I32, BF16 = jnp.int32, jnp.bfloat16
 
 def cases(v3: ModuleType | None) -> list[Case]:
     """v3: tpu-inference's kernel, where it is there."""
-    return [*_ours(), _write(ROWS, ROWS), _write(PROMPT, PROMPT // PAGE), *_builtin(), *(_v3(v3) if v3 else [])]
+    return [
+        *_ours(),
+        _write(ROWS, ROWS),
+        _write(PROMPT, PROMPT // PAGE),
+        *_builtin(),
+        *(_v3(v3) if v3 else []),
+        *matmul_cases.cases(),
+    ]
 
 
 def _work(tokens: int, rows: int, keys: int) -> dict[str, Any]:
@@ -59,7 +67,13 @@ def _ours() -> list[Case]:
 
         # decode runs as the smallest tile, a prompt as the largest
         out.append(
-            Case(name=f"attention {name}", lower=lower, least=rows > 1, **_work(tokens, rows, KEYS[chip().name]))
+            Case(
+                name=f"attention {name}",
+                lower=lower,
+                least=rows > 1,
+                trips=(KV_HEADS - 1) // 2,  # two products a turn
+                **_work(tokens, rows, KEYS[chip().name]),
+            )
         )
     return out
 

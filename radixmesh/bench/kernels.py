@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -36,7 +36,11 @@ Shape: TypeAlias = Callable[..., Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """lower: from a way to make shapes to a lowered call. turns: of the loop that multiplies; 0 = cycles are not
-    estimated. least: it is the shortest of the loops that multiply, not the longest.
+    estimated. least: it is the shortest of the loops that multiply, not the longest. trips: of a loop inside of it that
+    multiplies too, if there is one.
+
+    nest: for a kernel that is a grid instead: turns of the grid, and inside of each over columns and down the summed
+    dimension; and of a loop that keeps rows of what was multiplied. What is 1 is no loop. All loops count then.
 
     moved, flops: bytes and operations that the work needs, whoever does it.
     """
@@ -45,6 +49,8 @@ class Case:
     lower: Callable[[Shape], Any]
     turns: int = 0
     least: bool = False
+    trips: int = 0
+    nest: tuple[int, ...] = ()
     moved: float = 0
     flops: float = 0
 
@@ -65,8 +71,10 @@ def loops(text: str) -> list[Loop]:
     """The loops of a final schedule as the compiler prints it."""
     out: list[Loop] = []
     stack = [[0, 0, 0, 0]]
+    ended: dict[int, list[int]] = {}
 
     def close() -> None:
+        ended[len(stack) - 1] = stack[-1]
         depth, (bundles, products, copies, spills) = len(stack) - 1, stack.pop()
         out.append(Loop(depth=depth, bundles=bundles, products=products, copies=copies, spills=spills))
 
@@ -79,14 +87,36 @@ def loops(text: str) -> list[Loop]:
             close()
         if label == "LB" and depth and len(stack) - 1 == depth and stack[-1][0]:
             close()
+        if label != "LB" and len(stack) == depth and depth in ended:
+            # a bundle of a loop that holds work of the loop around it is printed as the latter's
+            while out.pop().depth != depth:
+                pass
+            stack.append(ended[depth])
         while len(stack) - 1 < depth:
             stack.append([0, 0, 0, 0])
+        for deeper in [k for k in ended if k > depth]:
+            del ended[deeper]
         stack[-1][0] += 1
         stack[-1][1] += len(re.findall(r"= vmatmul|vmatpush|vmatprep", bundle))
         stack[-1][2] += len(re.findall(r"dma\.\w+_to", bundle))
         stack[-1][3] += len(re.findall(r"vst[^;]*_spill", bundle))
     while stack:
         close()
+    return out
+
+
+def nested(found: list[Loop], trips: int) -> list[Loop]:
+    """The loops that multiply at the least depth, each as long as one of its turns with `trips` of those inside."""
+    multiply = [loop for loop in found if loop.products]
+    least, inside, out = min(loop.depth for loop in multiply), [], []
+    for loop in multiply:
+        if loop.depth > least:
+            inside.append(loop)
+            continue
+        bundles = loop.bundles + trips * sum(each.bundles for each in inside)
+        spills = loop.spills + trips * sum(each.spills for each in inside)
+        out.append(replace(loop, bundles=bundles, spills=spills))
+        inside = []
     return out
 
 
@@ -108,12 +138,21 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     text = max(folder.glob("*[0-9]-final_bundles.txt"), key=lambda f: f.stat().st_size).read_text()
     found = [loop for loop in loops(text) if loop.depth]
     row["bundles"] = sum(1 for line in text.splitlines() if re.match(r"\s*0x", line))
+    row["spills"] = len(re.findall(r"vst[^;]*_spill", text))
+    if case.nest:
+        row["schedule_cycles"] = scheduled(found, case.nest)
+        row["roofline_cycles"] = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
+        row["estimated_cycles"] = max(row["schedule_cycles"], row["roofline_cycles"])
+        return row
     multiply = [loop for loop in found if loop.products]
     if not multiply:
         return row
     inner = (min if case.least else max)(multiply, key=lambda loop: loop.bundles)
     # where copies of a block start apart from the product, the schedule is both
     issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == inner.depth), default=0)
+    if case.trips:
+        inner = (min if case.least else max)(nested(found, case.trips), key=lambda loop: loop.bundles)
+        issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == inner.depth), default=0)
     row["spilled"] = inner.spills
     row["turn"] = inner.bundles + (0 if inner.copies else issue)
     if case.turns:
@@ -121,6 +160,28 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
         row["roofline_cycles"] = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
         row["estimated_cycles"] = max(row["schedule_cycles"], row["roofline_cycles"])
     return row
+
+
+def scheduled(found: list[Loop], nest: tuple[int, ...]) -> int:
+    """Cycles of all turns of a grid's loops. nest: as a Case has it.
+
+    The grid's own loop is the longest of depth 1. Of the others, one that multiplies runs in every turn of those that
+    nest has, and one that holds such a loop in every turn but of the innermost; one that does neither keeps rows, or is
+    too short to be (loops that issue copies are of 1 to 30 instructions).
+    """
+    steps, across, down, keeps = nest
+    grid = max((loop for loop in found if loop.depth == 1), key=lambda loop: loop.bundles)
+    inside = [loop for loop in found if loop.depth > 1]
+    deepest = max((loop.depth for loop in inside if loop.products), default=0)
+    cycles = grid.bundles
+    for loop in inside:
+        if loop.products and loop.depth == deepest:
+            cycles += across * down * loop.bundles
+        elif loop.depth < deepest:
+            cycles += across * loop.bundles
+        else:
+            cycles += across * keeps * loop.bundles
+    return steps * cycles
 
 
 def peer(folder: Path) -> ModuleType | None:

@@ -104,7 +104,7 @@ def limits_of(slots: int, tokens: int) -> Limits:
         max_len=MAX_LEN,
         max_edits=table + TOKENS // PAGE + 2 * slots,
         vocab=VOCAB,
-        sharing=(64, 16),
+        sharing=(64, 16, 50),
     )
 
 

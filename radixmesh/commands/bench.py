@@ -220,7 +220,9 @@ def scheduler(
 
 
 def kernels(
-    target: Annotated[str, typer.Option(help="tpu:v6e, tpu:v5e, tpu:v5p, tpu:7x, several, or all.")] = "all",
+    target: Annotated[
+        str, typer.Option(help="tpu:v6e, tpu:v5e, tpu:v5p, tpu:7x, several, all; or gpu: the one that is here.")
+    ] = "all",
     only: Annotated[str, typer.Option(help="Cases whose name holds this.")] = "",
     peers: Annotated[Path | None, typer.Option(help="Folder with the tpu-inference package, for its kernel.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
@@ -229,18 +231,53 @@ def kernels(
     from radixmesh.bench import kernels as bench
     from radixmesh.bench.record import write
 
+    if target == "gpu":
+        return _kernels_gpu(only, peers, out)
     chips = list(bench.TOPOLOGY) if target == "all" else [name.removeprefix("tpu:") for name in target.split(",")]
     for chip in chips:
         if chip not in bench.TOPOLOGY:
             raise ConfigError(f"target: unknown {chip!r}; there are {', '.join(bench.TOPOLOGY)}", field="target")
     figures: list[dict[str, Any]] = []
-    fields = ("compile_s", "vmem", "spilled", "turn", "schedule_cycles", "roofline_cycles", "estimated_cycles")
-    print(f"{'case':18} {'chip':5} " + " ".join(f"{field:>16}" for field in fields))
+    fields = (
+        "compile_s",
+        "vmem",
+        "spills",
+        "spilled",
+        "turn",
+        "schedule_cycles",
+        "roofline_cycles",
+        "estimated_cycles",
+    )
+    print(f"{'case':34} {'chip':5} " + " ".join(f"{field:>16}" for field in fields))
     for chip in chips:
         for row in bench.run(chip, str(peers or ""), only):
             figures.append(row)
             said = row.get("error") or " ".join(f"{row.get(field, '-'):>16}" for field in fields)
-            print(f"{row['case']:18} {row['chip']:5} {said}", flush=True)
+            print(f"{row['case']:34} {row['chip']:5} {said}", flush=True)
+    if out is not None:
+        write(out, "kernels", figures)
+
+
+def _kernels_gpu(only: str, peers: Path | None, out: Path | None) -> None:
+    """Attention on the present GPU."""
+    from importlib.util import find_spec
+
+    from radixmesh.bench.record import write
+
+    if peers is not None:
+        raise ConfigError("peers: are kernels of TPUs", field="peers")
+    if find_spec("torch") is None or find_spec("triton") is None:
+        raise ConfigError("target gpu: torch and triton are needed: pip install 'radixmesh[cuda]'", field="target")
+    import torch
+
+    from radixmesh.bench import kernels_gpu
+
+    if not torch.cuda.is_available():
+        raise ConfigError("target gpu: this torch sees no GPU", field="target")
+    figures = []
+    for row in kernels_gpu.measure(only):
+        figures.append(row)
+        print(f"{row['case']:32} " + ", ".join(f"{k} {v}" for k, v in row.items() if k != "case"), flush=True)
     if out is not None:
         write(out, "kernels", figures)
 

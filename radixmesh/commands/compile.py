@@ -28,7 +28,9 @@ def register(app: typer.Typer) -> None:
 
 
 def compile(
-    target: Annotated[str | None, typer.Option(help="tpu:CHIP:TOPOLOGY such as tpu:v6e:2x4, or cpu.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="tpu:CHIP:TOPOLOGY such as tpu:v6e:2x4, cuda:sm_90, rocm:gfx942, or cpu.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Folder with config.json; no weights needed.")] = None,
     mesh: options.Mesh = None,
     dtype: options.Dtype = None,
@@ -67,6 +69,8 @@ def compile(
     names = EVERY if all_targets else (target or "",)
     asked = options.flags(model, None, mesh, dtype, pairs)
     part = "" if only == "all" else only
+    if target is not None and target.partition(":")[0] in ("cuda", "rocm"):
+        sys.exit(_gpu(target, asked, config, only != "all" or bundle is not None or html is not None, out, as_json))
     wanted = Wanted(only=part, bundle=str(bundle or ""), context=context, temp=temp << 20, quiet=as_json)
     reports = list(_reports(names, asked, config, wanted))
     from radixmesh.bench import record
@@ -137,6 +141,26 @@ def _reports(
             terminal.show(made, console)
             _bundled(wanted.bundle, found)
         yield made
+
+
+def _gpu(name: str, asked: dict[str, Any], file: Path | None, more: bool, out: Path | None, as_json: bool) -> int:
+    """The Triton kernels of a GPU. more: something was asked that only programs have. Exit code."""
+    from engine.config import load
+    from engine.target import Target
+    from radixmesh.bench import record
+    from radixmesh.compile import gpu, show
+    from radixmesh.engine import DEMO
+
+    target = Target.parse(name)
+    if more:
+        raise ConfigError(f"target {target}: has kernels; only, bundle and html are for programs", field="target")
+    made = gpu.report(load(file, asked), target, DEMO, as_json)
+    text = json.dumps(made | {"made": record.made()}, indent=1)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+    print(text) if as_json else gpu.show(made, show.console())
+    return 0 if made["ok"] else 1
 
 
 def _bundled(folder: str, found: Sequence[dict[str, Any]]) -> None:

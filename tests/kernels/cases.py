@@ -50,7 +50,7 @@ class Kind:
 
 
 KINDS = {
-    "grouped": Kind(q_heads=8, kv_heads=2, head=128, dtype="bfloat16"),
+    "grouped": Kind(q_heads=8, kv_heads=4, head=128, dtype="bfloat16"),
     "window, sinks": Kind(q_heads=4, kv_heads=2, head=64, dtype="bfloat16", window=20, sinks=True),
     "float32": Kind(q_heads=2, kv_heads=2, head=128, dtype="float32"),
     "cap, odd group": Kind(q_heads=3, kv_heads=1, head=64, dtype="float32", cap=3.0),

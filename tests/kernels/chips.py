@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -84,17 +86,23 @@ LARGE: dict[str, Case] = {
 }
 
 
-def compile_for(chip: str, case: Case) -> dict[str, int]:
-    """Bytes of temporaries of a call, and how many kernels are in it."""
+def compile_for(chip: str, case: Case, folder: Path) -> dict[str, int]:
+    """Bytes of temporaries of a call, how many kernels are in it, and the registers that they spill. folder: where the
+    compiler writes its schedules."""
     function, shapes = case
+    for old in folder.iterdir():
+        old.unlink()
     mesh = Mesh(np.array(topologies.get_topology_desc(CHIPS[chip], "tpu").devices[:1]), ("tp",))
     with jax.set_mesh(mesh):
         whole = NamedSharding(mesh, PartitionSpec())
         given = [jax.ShapeDtypeStruct(shape, kind, sharding=whole) for shape, kind in shapes]
         compiled = jax.jit(function).lower(*given).compile()
+    texts = [file.read_text() for file in folder.glob("*_matmul*[0-9]-final_bundles.txt")]
     return {
         "temp": compiled.memory_analysis().temp_size_in_bytes,
         "kernels": compiled.as_text().count("tpu_custom_call"),
+        "bundles": sum(text.count("{") for text in texts),
+        "spills": sum(len(re.findall(r"vst[^;]*_spill", text)) for text in texts),
     }
 
 
@@ -106,18 +114,21 @@ def run(which: str) -> dict[str, dict[str, dict[str, int]]]:
         "TPU_STDERR_LOG_LEVEL": "3",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock is for real chips
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.chips", which],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.kernels.chips", which, folder],
+            cwd=ROOT,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            timeout=280 if which == "small" else 1100,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
     cases = SMALL if sys.argv[1] == "small" else LARGE
-    print(json.dumps({chip: {name: compile_for(chip, case) for name, case in cases.items()} for chip in CHIPS}))
+    into = Path(sys.argv[2])
+    print(json.dumps({chip: {name: compile_for(chip, case, into) for name, case in cases.items()} for chip in CHIPS}))

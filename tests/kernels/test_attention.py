@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -30,8 +31,8 @@ from tests.kernels.cases import (
     want,
 )
 
-BLOCKS = Blocks(queries=(1, 4, 8), keys=128)
-ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128)
+BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, looped=True)
+ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128, large=64)
 """The same body once: it compiles sooner."""
 SMALL = Chip(name="v5e", vmem=16 << 20, smem=1 << 20)
 FITS: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head": 128, "page": 16, "rows": 64, "entries": 512}
@@ -112,6 +113,8 @@ FAULTS = {
     "page off by one": ("source = r.table[entry + p] + r.at[0]", "source = r.table[entry + p + 1] + r.at[0]"),
     "what nobody sees is not cleared": ("_clear(form, r, i, b, half)\n", "pass\n"),
     "a query does not see itself": ("seen = key <= query", "seen = key < query"),
+    "a query of a large tile does not see itself": ("seen = last >= begin + (c + d)", "seen = last > begin + (c + d)"),
+    "scores of one product weigh another's values": ("weigh, 1 - turn, c)", "weigh, turn, c)"),
 }
 LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
 
@@ -120,14 +123,16 @@ LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
 def test_a_planted_fault_is_caught(fault: str) -> None:
     from tests.kernels.cases import planted
 
-    case = make(KINDS["float32"], 5, BLOCKS.queries[-1], LONG)
-    with planted("kernels_pallas.ragged", *FAULTS[fault], "kernels_pallas.attention") as broken:
-        assert caught(case, broken)
+    large, above = list(FAULTS).index(fault) > 5, ["kernels_pallas.ragged", "kernels_pallas.attention"]
+    module = "kernels_pallas.softmax" if list(FAULTS).index(fault) > 4 else above.pop(0)
+    case = make(KINDS["grouped" if large else "float32"], 5, BLOCKS.queries[-1], LONG)
+    with planted(module, *FAULTS[fault], *above) as broken:
+        assert caught(case, broken, replace(BLOCKS, queries=ONE.queries) if large else ONE)
 
 
-def caught(case: Case, broken: ModuleType) -> bool:
+def caught(case: Case, broken: ModuleType, blocks: Blocks) -> bool:
     try:
-        return worst(case, call(broken, case.kind, *given(case), blocks=ONE)) > limit(case.kind)
+        return worst(case, call(broken, case.kind, *given(case), blocks=blocks)) > limit(case.kind)
     except (IndexError, jax.errors.JaxRuntimeError) as error:  # a page that isn't there
         return "out of bounds" in str(error) or "Out-of-bounds" in str(error)
 

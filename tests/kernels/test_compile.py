@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from radixmesh.bench.kernels import TOPOLOGY, loops
+from radixmesh.bench.kernels import TOPOLOGY, loops, nested
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -109,6 +109,18 @@ def test_loops_are_read_from_a_schedule() -> None:
     found = {loop.depth: loop for loop in loops(text)}
     assert (found[2].bundles, found[2].products) == (1, 1)
     assert (found[1].bundles, found[1].copies, found[1].spills) == (3, 1, 1)
+
+
+def test_a_turn_holds_the_loops_inside_of_it() -> None:
+    text = """
+ 0x1 LB: > { %b = vmatmul.f32 %v }
+ 0x2 LB: >> { %d = vmatmul.f32 %v ;; %c = vst [vmem:[#allocation1_spill]] %v }
+ 0x3   : >> { %e = sadd }
+ 0x4   : > { %e = sadd }
+ 0x5   :  { %f = halt }
+"""
+    (turn,) = nested(loops(text), 3)
+    assert (turn.bundles, turn.spills) == (2 + 3 * 2, 3)
 
 
 if __name__ == "__main__":

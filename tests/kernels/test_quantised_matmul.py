@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -10,18 +11,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-import kernels_pallas.quantised_matmul as kernel
 from kernels_pallas.chip import INTERPRETED, Chip
-from kernels_pallas.product import multiply_blocks
+from kernels_pallas.product import Turn
 from kernels_pallas.quantised_matmul import Blocks, choose, quantised_matmul, supports
+from tests.kernels.cases import planted
 
 WATCHED = pltpu.InterpretParams(detect_races=True)
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 F32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 Draw = np.random.Generator
+TURN = Turn(columns=128, depth=128, across=128, part=128)
 
 
 @pytest.fixture
@@ -72,25 +73,31 @@ def test_equals_the_product_with_what_it_stands_for(
 def test_many_shapes(draw: Draw) -> None:
     for _ in range(20):
         shape = tuple(int(n) for n in draw.integers((1, 1, 1), (150, 500, 500)))
-        blocks = Blocks(rows=int(draw.choice([16, 32, 64])), columns=int(draw.choice([128, 256])))
+        across, part = (int(n) for n in draw.choice([128, 256], 2))
+        wide, turn = int(draw.choice([128, 256])), Turn(columns=256, depth=256, across=across, part=part)
+        blocks = Blocks(rows=int(draw.choice([16, 32, 64])), columns=wide, turn=turn.fit(wide, shape[1]))
         by, narrow = str(draw.choice(["row", "block"])), [INT8, FP8][draw.integers(2)]
         sweep(draw, shape, by, narrow, [F32, BF16][draw.integers(2)], 3, blocks)
 
 
-def test_a_wrong_block_of_scales_is_caught(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "multiply_blocks", lambda x, w, scale, first: multiply_blocks(x, w, scale, first + 1))
-    with pytest.raises(AssertionError):
-        sweep(draw, (8, 128, 384), "block", FP8, F32, 1)
+FAULTS = {
+    "scale of the wrong block": ("jnp.minimum(first + row + r, last)", "jnp.minimum(first + row + r + 1, last)"),
+    "scale of the turn before": ("into.start // SIDE, summed.start // SIDE", "into.start // SIDE, 0"),
+    "the sum of the turn before is kept": ("total[...] = jnp.zeros(total.shape, jnp.float32)", "pass"),
+    "a turn is left out": ("repeat(whole, lambda k, _:", "repeat(whole - 1, lambda k, _:"),
+    "the same turn again": ("summed = pl.ds(at(k, turn.depth, a)", "summed = pl.ds(at(0, turn.depth, a)"),
+    "a part off by one": ("into = pl.ds(at(j, turn.columns, b)", "into = pl.ds(at(j, turn.columns, 0)"),
+    "a turn goes to another's place": ("keep(pl.ds(at(j, turn.columns, 0)", "keep(pl.ds(at(0, turn.columns, 0)"),
+}
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_matrix_widened_at_the_wrong_time_is_caught(draw: Draw, monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
-    """Where the widened matrix of other columns is used again (0: widened once), or none is there yet (1: too late)."""
-    right = pl.program_id
-    wrong = {0: lambda i: right(0) if i == 1 else right(i), 1: lambda i: 1 - right(1) if i == 1 else right(i)}[axis]
-    monkeypatch.setattr(kernel.pl, "program_id", wrong)
-    with pytest.raises(AssertionError):
-        sweep(draw, (64, 64, 384), "row", INT8, F32, 1)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(draw: Draw, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with planted("kernels_pallas.product", *FAULTS[fault], "kernels_pallas.quantised_matmul") as broken:
+        monkeypatch.setattr(sys.modules[__name__], "quantised_matmul", broken.quantised_matmul)
+        turn = broken.Turn(columns=256, depth=128, across=128, part=128)
+        with pytest.raises(AssertionError):
+            sweep(draw, (8, 384, 500), "block", FP8, F32, 2, broken.Blocks(rows=16, columns=512, turn=turn))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +108,7 @@ def test_a_matrix_widened_at_the_wrong_time_is_caught(draw: Draw, monkeypatch: p
         ((8, 64, 64, jnp.bfloat16, jnp.bfloat16), "matrices of bfloat16 with scales"),
         ((8, 64, 1 << 21, jnp.bfloat16, jnp.int8), "bytes of VMEM"),
         ((8, 1 << 17, 4096, jnp.bfloat16, jnp.float8_e4m3fn), "bytes of SMEM"),
-        ((8, 64, 64, jnp.bfloat16, jnp.int8, Blocks(rows=8, columns=96)), "a multiple of 128"),
+        ((8, 64, 64, jnp.bfloat16, jnp.int8, Blocks(rows=8, columns=96, turn=TURN)), "a multiple of 128 and of a turn"),
     ],
 )
 def test_what_is_not_supported_is_said(given: Any, says: str) -> None:

@@ -563,7 +563,7 @@ def test_llama3_frequencies_take_all_three_branches() -> None:
         ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": -1}, "max_window_layers"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_window"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias"),
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.quant_method"),
         ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map"),
         ("llama", {"logit_scale": 0.5}, "logit_scale"),
         ("llama", {"dtype": "float64"}, "dtype"),

@@ -1,8 +1,8 @@
-"""One model on meshes, in a process of its own: `python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT`.
+"""One model on meshes, in a process of its own: python -m tests.parity.meshed BACKEND SIZES FOLDER PROMPTS OUT PAIRS
 
 How many devices jax has is settled when it starts, so meshes have a process, the largest first (SIZES: "4,2"). It reads
 the prompts (JSON) and writes what it found to OUT: inner values and tokens on each mesh, whole and chunked, and on one
-device; what the engine says, cold and warm; the collectives of jax's programs.
+device; what the engine says, cold and warm; the collectives of jax's programs. PAIRS: more keys, KEY=VALUE each.
 """
 
 from __future__ import annotations
@@ -140,4 +140,5 @@ def main(backend: str, sizes: str, folder: Path, prompts: Path, target: Path) ->
 
 
 if __name__ == "__main__":
+    SMALL |= dict(pair.split("=", 1) for pair in sys.argv[6:])
     main(sys.argv[1], sys.argv[2], *(Path(p) for p in sys.argv[3:6]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,24 +13,32 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from backends.api.ties import first_difference, near_tie
 from backends.probe import probe
 from engine.config import load
-from engine.errors import ConfigError
 from engine.model import quant
 from engine.model.checkpoint import Checkpoint
 from engine.model.params import params
 from engine.model.quant import Dequantised
-from engine.model.registry import FAMILIES
+from engine.model.registry import FAMILIES, read_spec
 from engine.model.rules import origins
+from engine.model.spec import fit
 from engine.model.weights import WeightSource
 from engine.resolve import plan_memory, resolve
 from radixmesh.parity.compare import Verdict, compare
 from radixmesh.parity.readings import Reading, read_backend, read_oracle
+from tests.parity import meshed
 from tests.parity.test_families import PROMPT, opened, spec_of, worst
 from tests.tiny import SHAPES, Tiny, prompt, tiny
 
 MADE = 24
-CASES = (("llama-grouped", "int8"), ("qwen3_moe-some-dense", "fp8"), ("mixtral-window", "int8"))
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))
+CASES = (
+    ("llama-grouped", "int8"),
+    ("qwen3_moe-some-dense", "fp8"),
+    ("mixtral-window", "int8"),
+    ("llama-grouped", "fp8-row"),
+)
 Judge = Callable[[str, str], tuple[Tiny, Reading]]
 
 
@@ -70,7 +81,7 @@ def verdict_of(judged: tuple[Tiny, Reading], backend: str, **more: Any) -> Verdi
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES)
-@pytest.mark.parametrize("backend", ["jax", "reference"])
+@pytest.mark.parametrize("backend", ["jax", "torch", "reference"])
 def test_is_transformers_with_what_the_numbers_stand_for(judge: Judge, backend: str, shape: str, kind: str) -> None:
     """Layer by layer, then greedy tokens. Mixtral is scanned on jax: the form that TPUs run."""
     scan = {"backend.jax.stack": "scan"} if (backend, shape) == ("jax", "mixtral-window") else {}
@@ -97,20 +108,58 @@ def test_a_wrong_scale_shows(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> N
     assert verdict.first == "layers.0.attention"
 
 
-def test_memory_counts_it_and_torch_refuses(judge: Judge) -> None:
+def test_memory_counts_it(judge: Judge) -> None:
     model, _ = judge("llama-grouped", "int8")
     spec, sizes = spec_of(model), {}
-    for backend, kind in (("jax", "none"), ("jax", "int8"), ("reference", "int8"), ("torch", "int8")):
+    cases = (("jax", "none"), ("jax", "int8"), ("torch", "int8"), ("torch", "fp8"), ("reference", "int8"))
+    for backend, kind in cases:
         config = load(None, {"model": str(model.path), "backend": backend, "model.quantise": kind})
-        device = probe(backend, "cpu")
-        if backend == "torch":
-            with pytest.raises(ConfigError, match=r"model\.quantise: not built in the torch backend yet"):
-                resolve(config, spec, device)
-            continue
-        resolved, decisions = resolve(config, spec, device)
+        resolved, decisions = resolve(config, spec, probe(backend, "cpu"))
         sizes[backend, kind] = plan_memory(spec, resolved).weights
         assert next(d for d in decisions if d.field == "quantise").why.startswith("model.quantise")
         with opened(model, backend, **{"model.quantise": kind}) as opened_backend:
-            if backend == "jax":
+            if backend != "reference":
                 assert opened_backend.status().memory["weights"] == sizes[backend, kind]
     assert sizes["reference", "int8"] == sizes["jax", "none"] > 1.5 * sizes["jax", "int8"]
+    assert sizes["torch", "int8"] == sizes["jax", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "kind", "shape"),
+    [
+        ("llama", (2,), "int8", {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 100}),
+        pytest.param("qwen3-moe", (4, 2), "int8", SHAPES["qwen3_moe-some-dense"], marks=SLOW),
+        pytest.param("mixtral", (4, 2), "int8", SHAPES["mixtral-window"], marks=SLOW),
+        pytest.param(
+            "llama-blocks", (4, 2), "fp8", {"q_heads": 4, "kv_heads": 4, "head_dim": 128, "ffn": 512}, marks=SLOW
+        ),
+    ],
+)
+def test_a_mesh_of_quantised_parts_is_one_device(
+    tmp_path: Path, name: str, sizes: tuple[int, ...], kind: str, shape: dict[str, Any]
+) -> None:
+    """Layer by layer and token by token as on one device; the engine's tokens as transformers', of what the numbers
+    stand for."""
+    model, less = tiny(tmp_path / name, **shape), tmp_path / "less"
+    write_dequantised(model, kind, less)
+    spec = fit(read_spec(model.path), meshed.SMALL["model.max_len"])
+    prompts = [prompt(model, PROMPT), prompt(model, 9, seed=2)]
+    asked, target = tmp_path / "prompts.json", tmp_path / "found.npz"
+    asked.write_text(json.dumps(prompts))
+    command = [sys.executable, "-m", "tests.parity.meshed", "jax", ",".join(map(str, sizes))]
+    command += [str(model.path), str(asked), str(target), f"model.quantise={kind}"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=250 * len(sizes), check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    with np.load(target) as found:
+        alone = meshed.restore(found, "alone")
+        readings = {size: meshed.restore(found, f"{size}/whole") for size in sizes}
+        facts = json.loads(str(found["facts"]))
+    oracles = [read_oracle(spec, less, p, meshed.MADE) for p in prompts]
+    for size in sizes:
+        for right in (alone, oracles[0]):
+            verdict = compare(right, readings[size])
+            assert verdict.ok, f"tp={size} beside {right.name}: first {verdict.first}, tokens {verdict.differs}"
+        for tokens in facts[str(size)]["engine"]["tokens"][:2]:
+            for made, oracle in zip(tokens, oracles, strict=True):
+                at = first_difference(oracle.tokens, made)
+                assert at is None or near_tie(oracle.margins[at], 1e-5), f"token {at}, margin {oracle.margins[at]}"

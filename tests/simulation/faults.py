@@ -137,12 +137,8 @@ FAULTS = [
             "while at < end and a[at - 1] == b[at - 1]:",
         ),
         ("between two rows, what only one has with those between", "min(self._same[a + 1 : b + 1])", "self._same[b]"),
-        ("a run that is gone stands between", "del self._keys[at], self._runs[at], self._same[at]", "pass"),
         ("what remains is not compared", "self._same[at]\n        self._meet(at)\n", "self._same[at]\n"),
-        ("a level that doesn't pay is told", "if end > begin and len(cuts) *", "if end > begin or len(cuts) *"),
-        ("a level begins where the one around it does", "            begin = end\n", ""),
-        ("rows of one chunk are taken for rows that decode", "LAST if row.end else places", "places"),
-        ("nothing is shared", "if not self._joined:", "if True:"),
+        ("a level that doesn't pay is told", "if end > begin and saves", "if end > begin or saves"),
     ),
     *faults(
         "engine.sched.seating",

@@ -45,7 +45,7 @@ class Stage:
             max_copies=keys.pop("max_copies", 8),
             max_history=keys.pop("max_history", 0),
             max_logprobs=3,
-            sharing=keys.pop("sharing", (0, 0)),
+            sharing=keys.pop("sharing", (0, 0, 100)),
         )
         self.scheduler = Scheduler(limits, **keys)
         self.toy = Toy(limits, 0, lambda slot, length: [], lambda out: self.turn == self.broken)
@@ -162,14 +162,16 @@ def what_costs_more_than_it_saves_is_left_out() -> None:
     root, branch = prompt(rng, 16), prompt(rng, 8)
     for sharing, want in (
         (None, []),
-        ((0, 0), [(0, 3, 0, 15), (0, 1, 16, 23)]),
-        ((7, 0), [(0, 3, 0, 15), (0, 1, 16, 23)]),
-        ((8, 0), [(0, 3, 0, 15)]),
-        ((0, 4), [(0, 3, 0, 15)]),
-        ((31, 0), [(0, 3, 0, 15)]),
-        ((32, 0), []),
-        ((0, 8), [(0, 1, 0, 23)]),
-        ((0, 12), []),
+        ((0, 0, 100), [(0, 3, 0, 15), (0, 1, 16, 23)]),
+        ((7, 0, 100), [(0, 3, 0, 15), (0, 1, 16, 23)]),
+        ((8, 0, 100), [(0, 3, 0, 15)]),
+        ((0, 4, 100), [(0, 3, 0, 15)]),
+        ((31, 0, 100), [(0, 3, 0, 15)]),
+        ((32, 0, 100), []),
+        ((0, 8, 100), [(0, 1, 0, 23)]),
+        ((0, 12, 100), []),
+        ((15, 0, 75), [(0, 3, 0, 15)]),
+        ((20, 0, 75), []),
     ):
         stage = Stage(sharing=sharing)
         for i in range(4):
@@ -183,13 +185,13 @@ def what_costs_more_than_it_saves_is_left_out() -> None:
 def groups_are_true_whatever_comes_and_goes() -> None:
     """Little room, forks, aborts, priorities and drafts of trees of prompts: the device looks at each step. What is
     saved is much of what could be."""
-    for seed in range(6):
-        rng = random.Random(seed)
-        page = rng.choice([1, 2, 4])
-        stage = Stage(slots=6, page=page, pages=rng.choice([150, 260, 1000]) // page, max_tokens=rng.choice([20, 64]))
+    lost = 0
+    for page, pages, tokens in ((1, 130, 64), (2, 65, 20), (4, 33, 64)):
+        rng = random.Random(page)
+        stage = Stage(slots=9, page=page, pages=pages, max_tokens=tokens)
         stage.scheduler.estimate.share = 0.0
         trunk = prompt(rng, 24)
-        for i in range(40):
+        for i in range(14):
             text = trunk[: rng.choice([5, 11, 24])] + [rng.randrange(2) for _ in range(rng.randrange(1, 12))]
             for j in range(rng.choice([1, 1, 3])):
                 stage.ask(f"{i}.{j}", text, made=rng.randrange(1, 30), group=f"{i}", priority=rng.choice([0, 0, 12]))
@@ -198,8 +200,10 @@ def groups_are_true_whatever_comes_and_goes() -> None:
             stage.to(stage.turn + rng.randrange(4))
         stage.run()
         seen = stage.toy.shared
-        assert seen["inner"] > 30, seen
+        assert seen["inner"] > 20, seen
         assert seen["saved"] > stage.toy.fed, (seen, stage.toy.fed)
+        lost += stage.scheduler.preemptions
+    assert lost > 2, lost
 
 
 def prefixes_behind_a_window_or_a_state_are_computed_once() -> None:

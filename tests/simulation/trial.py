@@ -254,7 +254,7 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     """Run one random configuration; AssertionError says what differs. Returns what happened."""
     rng = random.Random(seed)
     limits, window = make_limits(rng)
-    limits = replace(limits, sharing=random.Random(seed).choice([None, (0, 0), (0, 0), (2, 1)]))
+    limits = replace(limits, sharing=random.Random(seed).choice([None, (0, 0, 100), (0, 0, 100), (2, 1, 80)]))
     truth = Truth(kinds=tuple(g.kind for g in limits.groups), window=window)
     chaos, flaky = rng.random() < 0.5, rng.random() < 0.2
     cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}

@@ -184,21 +184,23 @@ def _tables(good: ScheduleStep, limits: Limits) -> Iterator[Violation]:
     rows = len(good.slots)
     for shared, what in (((0, rows, 0, 1), "row"), ((1, 0, 0, 1), "order"), ((0, 1, 0, limits.max_len), "position")):
         yield Violation(step=replace(good, shared=np.array([shared], np.int32)), field="shared", what=what)
-    for groups, what in (
-        ([(0, 1, 0, limits.max_len - 1)], "not cached"),
-        ([(0, 1, 1, 2)], "not from the beginning"),
-        ([(0, 1, 0, 1), (0, 0, 1, 2)], "an overlap"),
-        ([(0, 1, 0, 1), (0, 0, 3, 3)], "a gap"),
-        ([(0, 0, 0, 1), (0, 1, 0, 1)], "the inner one first"),
-        *([([(0, 1, 0, 1), (1, 2, 0, 1)], "neither nested nor apart")] if rows > 2 else []),
-    ):
-        yield Violation(step=replace(good, shared=np.array(groups, np.int32)), field="shared", what=what)
     full = next((g for g, group in enumerate(limits.groups) if group.kind == "full"), None)
     if full is not None:
+        p = limits.groups[full].page
+        for groups, what in (
+            ([(0, 1, 0, limits.max_len // p * p - 1)], "not cached"),
+            ([(0, 1, 0, p)], "not whole pages"),
+            ([(0, 1, p, 2 * p - 1)], "not from the beginning"),
+            ([(0, 1, 0, 2 * p - 1), (0, 0, p, 2 * p - 1)], "an overlap"),
+            ([(0, 1, 0, p - 1), (0, 0, 2 * p, 3 * p - 1)], "a gap"),
+            ([(0, 0, 0, p - 1), (0, 1, 0, p - 1)], "the inner one first"),
+            *([([(0, 1, 0, p - 1), (1, 2, 0, p - 1)], "neither nested nor apart")] if rows > 2 else []),
+        ):
+            yield Violation(step=replace(good, shared=np.array(groups, np.int32)), field="shared", what=what)
         two = np.array([(slot, 0, i) for i, slot in enumerate(good.slots[:2])], np.int32)
         apart = _table(good, full, PageTable(edits=two, base=np.zeros(rows, np.int32)))
-        step = replace(apart, shared=np.array([[0, 1, 0, 0]], np.int32))
-        yield Violation(step=step, field="shared", what="other pages", rows=(0, 1))
+        step = replace(apart, shared=np.array([[0, 1, 0, p - 1]], np.int32))
+        yield Violation(step=step, field="shared", what="other pages")
     if limits.max_copies:
         for copy in (
             (len(limits.groups), 0, 0, 1),

@@ -1,0 +1,104 @@
+"""What the kernel of attention is compiled for, and what it reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kernels_pallas.blocks import Blocks
+
+LANES, SUBLANES = 128, 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What is fixed when a call is compiled. head: head_dim; entries: of a row's page table; page: tokens; scaled: the
+    cache holds numbers over their scales."""
+
+    q_heads: int
+    kv_heads: int
+    head: int
+    page: int
+    entries: int
+    scale: float = 1.0
+    window: int | None = None
+    cap: float | None = None
+    scaled: bool = False
+    blocks: Blocks | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key-value head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def fold(self) -> int:
+        """Key-value heads of one product."""
+        full = (f for f in range(1, self.kv_heads + 1) if not self.kv_heads % f and not f * self.group % SUBLANES)
+        return next(full, self.kv_heads)
+
+    @property
+    def products(self) -> int:
+        return self.kv_heads // self.fold
+
+    @property
+    def rows(self) -> int:
+        """Of one query in one product, padded to whole registers."""
+        return -(-self.fold * self.group // SUBLANES) * SUBLANES
+
+    def large(self, size: int) -> bool:
+        """Whether a product of a tile of `size` queries has more scores than registers hold."""
+        return size >= self.blocks.large
+
+    def unfolds(self, size: int) -> bool:
+        """Whether a tile of `size` queries asks one key-value head a product, though registers then hold several
+        queries."""
+        return self.large(size) and self.fold > 1 and self.fold * self.group == SUBLANES and not size % self.fold
+
+    def many(self, size: int) -> int:
+        """Rows of a product of a tile of `size` queries."""
+        return size * self.rows // (self.fold if self.unfolds(size) else 1)
+
+    @property
+    def step(self) -> int:
+        """Keys of a large tile whose scores are made at once."""
+        return min(self.blocks.step, self.blocks.keys)
+
+    @property
+    def lanes(self) -> int:
+        """Of one head's keys, widened to whole registers: a head of 64 takes its values' lanes along."""
+        return -(-self.head // LANES) * LANES
+
+    @property
+    def line(self) -> int:
+        """Numbers of one token in the cache."""
+        return self.kv_heads * 2 * self.head
+
+
+class Refs(NamedTuple):
+    """What the kernel reads and writes. Of each row of a query, heads holds its sink and the scales of its keys and its
+    values. Of large tiles, scores holds two products' scores, and last of each row its query in the tile, less the
+    lane. Buffers have two halves; done: semaphores of (queries, keys, output)."""
+
+    row: Any
+    token: Any
+    count: Any
+    position: Any
+    total: Any
+    at: Any
+    table: Any
+    base: Any
+    q: Any
+    cache: Any
+    heads: Any
+    out: Any
+    asked: Any
+    keys: Any
+    made: Any
+    query: Any
+    top: Any
+    sum: Any
+    acc: Any
+    scores: Any
+    last: Any
+    done: Any

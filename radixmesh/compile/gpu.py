@@ -1,0 +1,86 @@
+"""`radixmesh compile` for a GPU that need not be here: every Triton kernel that serving the model would run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from backends.target import check, examine_gpu
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.model.registry import read_spec
+from engine.resolve import Device, resolve
+from engine.target import GIB, Target
+
+MEMORY = {"sm_80": 80, "sm_89": 48, "sm_90": 80, "sm_100": 180, "gfx942": 192, "gfx950": 288}
+"""GiB of the card that an architecture is known by: how long a request may be follows from it."""
+FIELDS = ("compile_s", "shared", "registers", "spilled")
+
+
+def report(config: Config, target: Target, default: Path, quiet: bool) -> dict[str, Any]:
+    """Compile, and tell of each kernel as it is done. Raises ConfigError for another backend, or what can't be
+    decided."""
+    check(target)
+    if config.backend.name not in ("auto", "torch"):
+        raise ConfigError(
+            f"backend: {config.backend.name} has no kernels for {target}; torch has them", field="backend.name"
+        )
+    path = Path(config.model.path) if config.model.path is not None else default
+    device = Device(
+        backend="torch",
+        why="target",
+        platform="gpu",
+        kind=target.arch,
+        count=config.mesh.dp * config.mesh.pp * config.mesh.tp * config.mesh.ep,
+        memory_bytes=MEMORY[target.arch] * GIB,
+        bf16=True,
+    )
+    spec = read_spec(path)
+    resolved, _ = resolve(config, spec, device)
+    layers, kernels = [], []
+    for record in examine_gpu(spec, resolved, target.arch):
+        (layers if "layer" in record else kernels).append(record)
+        if not quiet and "case" in record:
+            print(f"{target}: {record['case']}: {record.get('error') or said(record)}", file=sys.stderr, flush=True)
+    return {
+        "target": str(target),
+        "model": str(path),
+        "family": spec.family,
+        "dtype": resolved.dtype,
+        "cache_dtype": resolved.cache_dtype,
+        "mesh": str(resolved.mesh),
+        "max_len": resolved.max_len,
+        "layers": layers,
+        "kernels": kernels,
+        "ok": all("error" not in k for k in kernels),
+    }
+
+
+def said(kernel: Mapping[str, Any]) -> str:
+    """What the compiler said of a kernel."""
+    return (
+        f"{kernel['compile_s']:.1f} s, {kernel['shared']} bytes shared, {kernel['registers']} registers, "
+        f"{kernel['spilled']} bytes spilled"
+    )
+
+
+def show(made: Mapping[str, Any], console: Console) -> None:
+    """The kernels as a table, and which layers have none."""
+    console.print(
+        f"{made['target']}: {made['model']} ({made['family']}), {made['mesh']}, {made['dtype']}", markup=False
+    )
+    for layer in made["layers"]:
+        if layer["plain"]:
+            console.print(f"{layer['layer']}: plain torch, {layer['plain']}", markup=False)
+    table = Table("kernel", *FIELDS, box=None, pad_edge=False)
+    for kernel in made["kernels"]:
+        table.add_row(kernel["case"], *(str(kernel.get(name, kernel.get("error", ""))) for name in FIELDS))
+    console.print(table)
+    spilled = sum(k.get("spilled", 0) > 0 for k in made["kernels"])
+    failed = sum("error" in k for k in made["kernels"])
+    console.print(f"{len(made['kernels'])} kernels, {failed} failed, {spilled} spill registers")
