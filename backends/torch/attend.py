@@ -211,10 +211,10 @@ class Attend:
     def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None) -> Array:
         group = self.limits.groups[g]
         rows, plan = self._rows(g)
-        plain = group.window is None and a.cap is None and sinks is None
+        plain = a.window is None and a.cap is None and sinks is None
         if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
             return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
-        how = {"page": group.page, "scale": a.scale, "window": group.window, "cap": a.cap, "sinks": sinks, "scales": by}
+        how = {"page": group.page, "scale": a.scale, "window": a.window, "cap": a.cap, "sinks": sinks, "scales": by}
         return gpu.attention(q, store, rows, plan, **how, shared=None if group.window else self.branches)
 
     def _rows(self, g: int) -> tuple[gpu.Rows, gpu.Plan]:
