@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from typing import Any
 import pytest
 
 from backends import target
+from engine.config import load
+from engine.errors import BackendLost
 from engine.run.start import Decided
 from engine.target import Target
 from radixmesh import cli
 from radixmesh.compile import run
+from radixmesh.engine import DEMO
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "benchmarks" / "golden" / "models"
@@ -212,3 +216,29 @@ def test_of_all_targets_those_that_cannot_hold_a_model_are_told(
     assert why in (tmp_path / "p.html").read_text()
     assert call(monkeypatch, "compile", "--all-targets", "--mesh", "tp=3") == 2
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("crashes", [1, 2])
+def test_a_compiler_that_crashed_is_asked_once_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, crashes: int
+) -> None:
+    """What it had told is not told again."""
+    child = tmp_path / "child"
+    child.write_text(
+        f"""#!/bin/sh
+echo '{{"held": 1}}'; echo '{{"program": "a"}}'
+echo x >> {tmp_path}/runs
+[ $(wc -l < {tmp_path}/runs) -gt {crashes} ] || kill -SEGV $$
+echo '{{"program": "b"}}'
+"""
+    )
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    aim = Target.parse("cpu")
+    told = []
+    lost = pytest.raises(BackendLost, match="ended with -11") if crashes == 2 else nullcontext()
+    with lost:
+        for record in run.records(run.decide(load(), aim, DEMO), aim):
+            told.append(record.get("program"))
+    assert told == [None, "a", "b"][: 4 - crashes]
+    assert len((tmp_path / "runs").read_text().split()) == 2
