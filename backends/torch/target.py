@@ -12,11 +12,13 @@ from engine.mesh import share
 from engine.model.spec import ModelSpec
 from kernels_cuda import build, cases
 from kernels_cuda.attention import FEW, PART, splits, supports
+from kernels_cuda.step_cases import step
 
 
 def kernels(spec: ModelSpec, config: Resolved, arch: str) -> list[cases.Case]:
     """Of every kind of layer: rows of one token or a few and tiles of prompts, with the keys in every number of parts
-    that a step may have; each once. Empty where no kernel is for the model: it runs in plain torch."""
+    that a step may have, and rows that read the same pages; and what a step is beside attention. Each once. Attention
+    that no kernel is for runs in plain torch."""
     dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
     lengths = (PART << i for i in range(((config.max_len - 1) // PART).bit_length() + 1))
     parts = sorted({splits(1, length, 1 << 20) for length in lengths})  # of a device with no end of processors
@@ -24,7 +26,30 @@ def kernels(spec: ModelSpec, config: Resolved, arch: str) -> list[cases.Case]:
     for layer in kinds(spec, config):
         for case in cases.attention(layer, dtype, store, arch, (1, FEW, 0), tuple(parts)):
             found.setdefault(case.key, case)
+        for case in cases.branches(layer, dtype, store, arch) if config.cascade != "off" else ():
+            found.setdefault(case.key, case)
+    for case in beside(spec, config):
+        found.setdefault(case.key, case)
     return list(found.values())
+
+
+def beside(spec: ModelSpec, config: Resolved) -> Iterator[cases.Case]:
+    """The kernels of a step that are not attention, as one device of the mesh runs them."""
+    shapes = {
+        (a.q_heads, a.kv_heads, a.head_dim, a.head_dim if a.rope is None else a.rope.dim, feed.size)
+        for a, feed in ((layer.mixer, layer.feed) for layer in spec.layers)
+    }
+    for q_heads, kv_heads, head_dim, dim, ffn in sorted(shapes):
+        yield from step(
+            hidden=spec.hidden,
+            ffn=share(ffn, "ffn", config.mesh),
+            q_heads=share(q_heads, "q_heads", config.mesh),
+            kv_heads=share(kv_heads, "kv_heads", config.mesh),
+            head_dim=head_dim,
+            dim=dim,
+            vocab=spec.vocab,
+            dtype=DTYPES[config.dtype],
+        )
 
 
 def kinds(spec: ModelSpec, config: Resolved) -> list[cases.Layer]:

@@ -139,7 +139,7 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     found = [loop for loop in loops(text) if loop.depth]
     row["bundles"] = sum(1 for line in text.splitlines() if re.match(r"\s*0x", line))
     row["spills"] = len(re.findall(r"vst[^;]*_spill", text))
-    if case.nest:
+    if case.nest and any(loop.depth == 1 for loop in found):  # one turn alone is no loop, and has no estimate
         row["schedule_cycles"] = scheduled(found, case.nest)
         row["roofline_cycles"] = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
         row["estimated_cycles"] = max(row["schedule_cycles"], row["roofline_cycles"])
