@@ -104,7 +104,7 @@ def records(decided: Decided, target: Target, only: str = "", bundle: str = "") 
     for last in (False, True):
         try:
             for record in _compiled(decided, target, only, bundle):
-                key = record.get("program"), record.get("layers")
+                key = (record["program"], record["layers"]) if "program" in record else tuple(record)
                 if key not in told:
                     told.add(key)
                     yield record

@@ -229,10 +229,10 @@ def test_a_compiler_that_crashed_is_asked_once_more(
     child = tmp_path / "child"
     child.write_text(
         f"""#!/bin/sh
-echo '{{"held": 1}}'; echo '{{"program": "a"}}'
+echo '{{"held": 1}}'; echo '{{"program": "a", "layers": 2}}'
 echo x >> {tmp_path}/runs
 [ $(wc -l < {tmp_path}/runs) -gt {crashes} ] || kill -SEGV $$
-echo '{{"program": "b"}}'
+echo '{{"program": "a", "layers": 4}}'; echo '{{"bundle": 1}}'
 """
     )
     child.chmod(0o755)
@@ -242,6 +242,6 @@ echo '{{"program": "b"}}'
     lost = pytest.raises(BackendLost, match="ended with -11") if crashes == 2 else nullcontext()
     with lost:
         for record in run.records(run.decide(load(), aim, DEMO), aim):
-            told.append(record.get("program"))
-    assert told == [None, "a", "b"][: 4 - crashes]
+            told.append(record.get("layers"))
+    assert told == [None, 2, 4, None][: 6 - 2 * crashes]
     assert len((tmp_path / "runs").read_text().split()) == 2
