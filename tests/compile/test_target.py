@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from backends import target
 from backends.probe import described
 from backends.target import check, check_pair, wanted
 from engine.config import load
@@ -93,13 +91,6 @@ def test_the_pair_that_works_is_said() -> None:
 
 def test_this_environment_has_the_pair() -> None:
     check(Target.parse("tpu:v6e:2x4"))
-
-
-def test_gpus_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    check(Target.parse("rocm:gfx942"))
-    monkeypatch.setattr(target, "_version", lambda name: "" if name == "triton" else version(name))
-    with pytest.raises(ConfigError, match=r"triton is not installed: pip install 'radixmesh\[rocm\]'"):
-        check(Target.parse("rocm:gfx942"))
 
 
 def test_what_does_not_fit_says_by_how_much_and_where_it_would() -> None:

@@ -1,0 +1,65 @@
+"""Kernels of GPUs compiled with none here. They need torch and triton, which `make test-next` has not."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from backends import target
+from backends.target import check
+from engine.errors import ConfigError
+from engine.target import Target
+from tests.compile.test_command import call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("compile", "--target", "rocm:gfx942", "--set", "backend.name=jax"), "jax has no kernels for rocm:gfx942"),
+        (("compile", "--target", "cuda:sm_90", "--mesh", "tp=8"), "does not divide q_heads=4"),
+    ],
+)
+def test_bad_input_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_the_demo_model_on_a_gpu_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every kernel with what the compiler says of it; one that does not compile is an exit code."""
+    from kernels_cuda import build
+
+    command = ("compile", "--target", "rocm:gfx942", "--set", "model.max_len=128", "--out", str(tmp_path / "r.json"))
+    assert call(monkeypatch, *command) == 0
+    made = json.loads((tmp_path / "r.json").read_text())
+    assert made["layers"] == [{"layer": "4/2 heads of 64", "plain": ""}]
+    assert {"norm", "gated", "rope_write", "row", "largest", "edges", "tree"} <= {
+        k["case"].split()[0] for k in made["kernels"]
+    }
+    assert len(made["kernels"]) == 14
+    for kernel in made["kernels"]:
+        assert kernel["compile_s"] >= 0
+        assert 0 <= kernel["shared"] <= 1 << 16
+        assert kernel["registers"] > 0
+        assert kernel["spilled"] == 0
+    assert "14 kernels, 0 failed, 0 spill" in capsys.readouterr().out
+
+    monkeypatch.setattr(build, "build", lambda case, arch: {"case": case.name, "arch": arch, "error": "too large"})
+    assert call(monkeypatch, *command, "--json") == 1
+    assert not json.loads(capsys.readouterr().out)["ok"]
+
+
+def test_gpus_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(Target.parse("rocm:gfx942"))
+    monkeypatch.setattr(target, "_version", lambda name: "" if name == "triton" else version(name))
+    with pytest.raises(ConfigError, match=r"triton is not installed: pip install 'radixmesh\[rocm\]'"):
+        check(Target.parse("rocm:gfx942"))
