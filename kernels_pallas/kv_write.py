@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.cached import TYPES, narrow, stored, widen
+from kernels_pallas.cached import TYPES, narrow, widen
 from kernels_pallas.chip import Chip, chip
 
 Array: TypeAlias = jax.Array
@@ -76,20 +76,18 @@ def vmem(page: int, line: int, size: int) -> int:
     return RING * (2 * page + (2 if size == 1 else 1) * STEP) * line * size
 
 
-def write(
-    lines: Array, cache: Array, spots: Spots, at: Any, scales: Array | None = None, *, interpret: Any = False
-) -> Array:
+def write(lines: Array, cache: Array, spots: Spots, at: Any, *, interpret: Any = False) -> Array:
     """Put lines [T, L] into the cache [pages, page, L], in place where it is donated. at: added to pages.
 
-    scales float32[2, kv_heads]: lines are numbers to be stored over them (see `stored`); without, what is stored.
-    Raises ValueError for what can't be compiled.
+    Lines are what the cache is to hold: of 8 bits, numbers over their scales. Raises ValueError for what can't be
+    compiled.
     """
     page, line = cache.shape[1:]
     why = supports(page=page, line=line, dtype=str(cache.dtype))
     if why:
         raise ValueError(f"kv_write: {why}")
     # whatever place a page begins at, what is copied for it is there
-    lines = lines.astype(cache.dtype) if scales is None else stored(lines, scales, cache.dtype)
+    lines = lines.astype(cache.dtype)
     unit = step(str(cache.dtype))
     lines = jnp.pad(lines, ((page, page + unit + (-lines.shape[0]) % unit), (0, 0)))
     count, size = spots.page.shape[0], cache.dtype.itemsize

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -32,6 +33,17 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main()
     return int(end.value.code or 0)
+
+
+def check_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: Sequence[str], says: str
+) -> None:
+    """A command line is refused, in one line that says why."""
+    assert call(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
 
 
 @pytest.mark.parametrize(
@@ -62,11 +74,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
 ) -> None:
-    assert call(monkeypatch, *arguments) == 2
-    said = capsys.readouterr()
-    assert says in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    check_one_line(monkeypatch, capsys, arguments, says)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from backends import target
 from backends.target import check
 from engine.errors import ConfigError
 from engine.target import Target
-from tests.compile.test_command import call
+from tests.compile.test_command import call, check_one_line
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,7 @@ from tests.compile.test_command import call
 def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
 ) -> None:
-    assert call(monkeypatch, *arguments) == 2
-    said = capsys.readouterr()
-    assert says in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    check_one_line(monkeypatch, capsys, arguments, says)
 
 
 def test_the_demo_model_on_a_gpu_that_is_not_here(

@@ -49,7 +49,7 @@ def compile_all(chip: str, names: list[str]) -> dict[str, Any]:
         def step(
             q: Any, lines: Any, cache: Any, tiles: Any, spots: Any, *rest: Any, scales: Any = None, attend: Any = attend
         ) -> Any:
-            cache = kv_write.write(lines, cache, spots, rest[-1], scales)
+            cache = kv_write.write(lines, cache, spots, rest[-1])
             return attend(q, cache, tiles, *rest, None, scales), cache
 
         line, many, one = kv_heads * 2 * head, of(tokens), of()
