@@ -512,7 +512,7 @@ def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> 
     if config.backend.torch.graphs == "off":
         return no("backend.torch.graphs")
     if config.backend.deterministic:
-        return no("auto: deterministic steps choose row by row, call by call")
+        return no("auto: deterministic steps are run call by call")
     if mesh.size > 1:
         return no("auto: steps over several devices are run call by call")
     if any(isinstance(layer.feed, Experts) for layer in spec.layers):

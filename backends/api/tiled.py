@@ -1,6 +1,6 @@
 """Deterministic mode: a backend that computes every token in a step of one shape.
 
-What a token gets must not depend on what else is in the step. So a step is cut into tiles, steps of exactly `TILE`
+What a token gets must not depend on what else is in the step. So a step is cut into tiles, steps of exactly `tile`
 tokens for the backend within, the last ones padded by a row of their own: one shape for every matmul, for whatever
 batch, chunk or cache. What is left to the backend is that a row's place in its tile changes nothing, and that attention
 reduces over fixed absolute blocks of the cache. docs/decisions/0014-deterministic.md says what it costs.
@@ -35,7 +35,9 @@ from engine.errors import DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
 from engine.model.weights import WeightSource
 
-TILE = 8
+TILE, LARGE = 8, 64
+"""Tokens of a tile; large ones are torch's on a GPU, where few tokens take as long as many. No more, as one tile of a
+product then has them all, and none is summed otherwise than its neighbour."""
 FEATURES = (
     "max_draft",
     "device_draft",
@@ -70,35 +72,40 @@ class Flight:
     sampled: int = 0
 
 
+def size(config: Resolved) -> int:
+    """Tokens of a tile; one row may have them all."""
+    return min(LARGE if (config.backend, config.platform) == ("torch", "gpu") else TILE, config.max_len)
+
+
 def within(config: Resolved) -> Resolved:
     """The configuration of the backend within: steps of a tile, and a slot and pages for the row that pads."""
-    most = config.max_rows + -(-config.max_tokens // TILE)
+    tile = size(config)
     return replace(
         config,
-        max_tokens=TILE,
-        max_rows=TILE,
-        token_buckets=(TILE,),
+        max_tokens=tile,
+        max_rows=tile,
+        token_buckets=(tile,),
         slots=config.slots + 1,
-        pages=tuple(n + spare(config.page) for n in config.pages),
-        depth=config.depth * most,
+        pages=tuple(n + spare(tile, config.page) for n in config.pages),
+        depth=config.depth * (config.max_rows + -(-config.max_tokens // tile)),
     )
 
 
-def spare(page: int) -> int:
+def spare(tile: int, page: int) -> int:
     """Pages of each group that the row that pads writes to."""
-    return -(-TILE // page)
+    return -(-tile // page)
 
 
-def cut(step: ScheduleStep, edits: Sequence[I32], room: int) -> list[list[Piece]]:
+def cut(step: ScheduleStep, edits: Sequence[I32], room: int, tile: int = TILE) -> list[list[Piece]]:
     """Tiles of a step, in the order of its rows. A row's guesses stay together, and its page edits (edits[g] int32[R]:
-    how many) come with its first piece; room: edits of each group in one tile."""
+    how many) come with its first piece; room: edits of each group in one tile of `tile` tokens."""
     tiles: list[list[Piece]] = [[]]
-    free, left = TILE, [room] * len(edits)
+    free, left = tile, [room] * len(edits)
 
     def turn() -> None:
         nonlocal free, left
         tiles.append([])
-        free, left = TILE, [room] * len(edits)
+        free, left = tile, [room] * len(edits)
 
     for row, (n, drafts) in enumerate(zip(step.lens.tolist(), step.drafts.tolist(), strict=True)):
         need = [int(e[row]) for e in edits]
@@ -113,7 +120,7 @@ def cut(step: ScheduleStep, edits: Sequence[I32], room: int) -> list[list[Piece]
                 left = [b - a for a, b in zip(need, left, strict=True)]
             tiles[-1].append(Piece(row=row, first=at, count=count, last=count == rest))
             at, free = at + count, free - count
-    return [tile for tile in tiles if tile]
+    return [pieces for pieces in tiles if pieces]
 
 
 class Tiled:
@@ -121,6 +128,7 @@ class Tiled:
 
     def __init__(self, spec: ModelSpec, config: Resolved, make: Callable[[ModelSpec, Resolved], Backend]) -> None:
         """make: opens the backend within."""
+        self.tile = size(config)
         self.inner = make(spec, within(config))
         built: dict[str, Any] = {name: getattr(self.inner.limits, name) for name in FEATURES}
         self.limits = replace(
@@ -149,7 +157,7 @@ class Tiled:
         if step.step in self.flights:
             raise StepRefused(f"step: step {step.step} is out already", field="step")
         check_step(step, self.limits)
-        flight = Flight(step=step, tiles=cut(step, self._counts(step), self.inner.limits.max_edits))
+        flight = Flight(step=step, tiles=cut(step, self._counts(step), self.inner.limits.max_edits, self.tile))
         self._go(flight, None)
         self.flights[step.step] = self.waiting = flight
         return step.step
@@ -222,7 +230,7 @@ class Tiled:
     def _tile(self, flight: Flight, tile: Sequence[Piece]) -> ScheduleStep:
         """The step of a tile, with the row that pads it."""
         step, first = flight.step, not flight.tickets
-        s, pad = step.sampling, TILE - sum(p.count for p in tile)
+        s, pad = step.sampling, self.tile - sum(p.count for p in tile)
         begins, ends = np.cumsum(step.lens) - step.lens, step.lens
         rows = np.array([p.row for p in tile], np.int32)
         opening, closing = np.array([p.first == 0 for p in tile]), np.array([p.last for p in tile])
@@ -273,7 +281,8 @@ class Tiled:
         self, g: int, step: ScheduleStep, rows: I32, opening: Any, pad: int, first: bool
     ) -> PageTable | StateTable:
         """One group's table for a tile. Entries of slots without a row in the step come with its first tile."""
-        table, spares = step.tables[g], self.limits.pages[g] + np.arange(spare(self.limits.groups[g].page or TILE))
+        table, page = step.tables[g], self.limits.groups[g].page or self.tile
+        spares = self.limits.pages[g] + np.arange(spare(self.tile, page))
         if isinstance(table, StateTable):
             read = np.where(opening, table.read[rows], table.write[rows])
             return StateTable(

@@ -60,7 +60,7 @@ def forward(
         tokens = torch.where(tokens >= 0, tokens, caches.last[batch.slots[batch.row]])
     attend: Any
     if config.deterministic:
-        attend = fixed.Attend(fixed.locate(batch, caches, positions, limits))
+        attend = fixed.Attend(config, batch, caches, positions, limits)
     else:
         attend = Attend(config, batch, caches, before, positions, limits)
     hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps)

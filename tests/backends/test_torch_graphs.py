@@ -186,7 +186,7 @@ def test_matrices_are_joined_to_what_they_are_apart() -> None:
     ("why", "given"),
     [
         ("backend.torch.graphs", {"backend.torch.graphs": "off"}),
-        ("choose row by row", {"backend.deterministic": True}),
+        ("run call by call", {"backend.deterministic": True}),
         ("over several devices", {"mesh": "tp=2"}),
         ("captured at warm-up", {}),
     ],

@@ -215,22 +215,22 @@ def plant(name: str, folder: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def run(cache: str) -> dict[str, Any]:
+def run(name: str) -> dict[str, Any]:
     """Whether the torch backend makes the same tokens with these kernels as without: chunks, decode, a window."""
+    from backends import open_backend
     from backends.api.build import Host
     from backends.api.conformance.bench import SPEC, Ask, Weights, config, generate, prompt
     from backends.torch import attend
-    from backends.torch.backend import TorchBackend
 
     asks = [Ask(prompt=prompt(n, seed=n), make=3, chunk=20) for n in (30, 1)]
     made, plain = [], attend.choose
     for kernel in (lambda a, c: ("triton", ""), plain):
         attend.choose = kernel
-        backend = TorchBackend(SPEC, config("torch", cache_dtype=cache, max_tokens=32))
+        backend = open_backend("torch", SPEC, config("torch", max_tokens=32, **BACKENDS[name]))
         backend.load(Weights())
         made.append([m.tokens for m in generate(Host(backend), asks)])
         backend.close()
-    return {"backend": cache, "same": made[0] == made[1]}
+    return {"backend": name, "same": made[0] == made[1]}
 
 
 def prompts() -> dict[str, Any]:
@@ -250,8 +250,12 @@ def prompts() -> dict[str, Any]:
     return {"case": "fresh prompts", "error": worst, "clean": clean}
 
 
-BACKENDS = ("float32", "fp8")
-"""Caches of the backend that is run."""
+BACKENDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fp8": {"cache_dtype": "fp8"},
+    "deterministic": {"deterministic": True},
+}
+"""Settings of the backend that is run."""
 
 
 def main(seed: int) -> None:
@@ -260,8 +264,8 @@ def main(seed: int) -> None:
     for name in CASES:
         print(json.dumps(measure(name, seed)), flush=True)
     print(json.dumps(prompts()), flush=True)
-    for cache in BACKENDS:
-        print(json.dumps(run(cache)), flush=True)
+    for backend in BACKENDS:
+        print(json.dumps(run(backend)), flush=True)
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:
             plant(fault, Path(folder))

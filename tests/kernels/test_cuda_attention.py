@@ -45,9 +45,9 @@ def test_fresh_prompts_attend_over_their_own_keys(told: dict[str, dict[str, Any]
     assert found["clean"]
 
 
-@pytest.mark.parametrize("cache", interpreted.BACKENDS)
-def test_the_backend_makes_the_same_tokens_with_it(cache: str, told: dict[str, dict[str, Any]]) -> None:
-    assert told[cache]["same"]
+@pytest.mark.parametrize("backend", interpreted.BACKENDS)
+def test_the_backend_makes_the_same_tokens_with_it(backend: str, told: dict[str, dict[str, Any]]) -> None:
+    assert told[backend]["same"]
 
 
 @pytest.mark.parametrize("fault", interpreted.FAULTS)
