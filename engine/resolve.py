@@ -511,8 +511,8 @@ def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> 
         return no("only torch on a GPU has graphs to capture")
     if config.backend.torch.graphs == "off":
         return no("backend.torch.graphs")
-    if config.backend.deterministic:
-        return no("auto: deterministic steps are run call by call")
+    if config.backend.deterministic and any(layer.mixer.window for layer in spec.layers):
+        return no("auto: deterministic attention over a window gathers its pages, call by call")
     if mesh.size > 1:
         return no("auto: steps over several devices are run call by call")
     if any(isinstance(layer.feed, Experts) for layer in spec.layers):

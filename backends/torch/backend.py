@@ -21,7 +21,7 @@ from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import F32, I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
 from backends.torch import attend, caches, joined, mesh, params, step, warmup
 from backends.torch.branches import Layout, layout, pays
-from backends.torch.buckets import Shape, ladder
+from backends.torch.buckets import Shape, ladder, one
 from backends.torch.choosing import Scores, seat, send_masks, wishes
 from backends.torch.comm import Comm
 from backends.torch.graphs import Graph, Graphs, Recorder
@@ -134,13 +134,14 @@ class TorchBackend:
                 if not self.config.deterministic:
                     dtype = params.DTYPES[self.config.dtype]
                     warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
-            if self.config.graphs and self.graphs is None:
+            if self.config.graphs and self.graphs is None and self._paged():
                 self.capture(Graph())
         self.late.listen(self.device)
         self.ready = True
 
     def capture(self, recorder: Recorder, shapes: Sequence[Shape] | None = None) -> None:
-        """Capture steps of these shapes, those of the ladder where none are given; no step may be out."""
+        """Capture steps of these shapes, where none are given those of the ladder, or the one of deterministic mode; no
+        step may be out."""
         spec, config, limits = self.spec, self.config, self.limits
 
         def forward(batch: Batch, out: torch.Tensor) -> step.Fed:
@@ -150,8 +151,10 @@ class TorchBackend:
             return step.sample(fed, config, self.caches)[0]
 
         graphs = Graphs(limits, self.device, forward, sample, graph_bytes(spec, config), self.layout)
+        if shapes is None:
+            shapes = one(limits) if config.deterministic else ladder(limits, self.layout)
         with self._device():
-            graphs.record(recorder, ladder(limits, self.layout) if shapes is None else shapes)
+            graphs.record(recorder, shapes)
         self.graphs = graphs
 
     def forward(self, step_: ScheduleStep) -> Ticket:
@@ -186,6 +189,12 @@ class TorchBackend:
             step=step_, fed=fed, asked=asked, version=self.version, started=started, order=order, shape=shape
         )
         return step_.step
+
+    def _paged(self) -> bool:
+        """Whether no layer gathers pages, of which the host must know how many there are."""
+        mixers = [layer.mixer for layer in self.spec.layers]
+        own = self.config.deterministic and any(m.window is not None for m in mixers)
+        return not own and all(attend.choose(m, self.config)[0] == "triton" for m in mixers)
 
     def _layout(self) -> Layout | None:
         """How rows that read the same pages are attended together; None where each is by itself."""

@@ -63,6 +63,11 @@ def ladder(limits: Limits, layout: Layout | None = None) -> tuple[Shape, ...]:
     return tuple(sorted(shapes, key=lambda s: (s.tokens, s.rows), reverse=True))
 
 
+def one(limits: Limits) -> tuple[Shape, ...]:
+    """The shape of a backend whose steps all have as many tokens, one a row or several."""
+    return (_shape(limits.max_rows, limits.max_tokens, limits, False),)
+
+
 def _shape(rows: int, tokens: int, limits: Limits, even: bool) -> Shape:
     edits = tuple(rows + tokens // group.page for group in limits.groups)
     return Shape(rows=rows, tokens=tokens, edits=edits, even=even)
@@ -71,7 +76,7 @@ def _shape(rows: int, tokens: int, limits: Limits, even: bool) -> Shape:
 def fit(shapes: tuple[Shape, ...], rows: int, tokens: int, branched: bool = False) -> Shape | None:
     """The smallest of these shapes (largest first) for so many rows and tokens; None where none is. branched: one whose
     rows read pages together, where there is one."""
-    even = rows == tokens
+    even = rows == tokens and any(s.even for s in shapes)
     fits = [s for s in shapes if s.even == even and s.rows >= rows and s.tokens >= tokens]
     found = [s for s in fits if (s.branches is not None) == (branched and even and fits[-1].rows >= FEWEST)]
     return found[-1] if found else None

@@ -80,7 +80,7 @@ class Attend:
         by, written = scales or (None, None)
         q = attend.write(q, k, v, turn, self.write[g], store, written)
         # a window's table begins where its first page happens to, and with it the kernel's blocks
-        if self.limits.groups[g].window is None and attend.choose(a, self.config)[0] == "triton":
+        if not self.limits.groups[g].window and attend.choose(a, self.config)[0] == "triton":
             return self._paged(a, q, cache, place, sinks, by), cache
         if g not in self.blocks:
             self.blocks[g] = blocks(self.batch, cache, self.positions, self.limits, g)

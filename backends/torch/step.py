@@ -67,7 +67,9 @@ def forward(
     logits = None
     if "logits" in taps or config.deterministic:  # the head too has one shape
         found["logits"] = _logits(spec, weights, hidden)
-        logits = found["logits"][batch.ends]
+        logits = (
+            found["logits"][batch.ends] if out is None else torch.index_select(found["logits"], 0, batch.ends, out=out)
+        )
     elif len(batch.ends):
         last = hidden if len(batch.ends) == len(hidden) else hidden.index_select(0, batch.ends)
         logits = _logits(spec, weights, last, out)

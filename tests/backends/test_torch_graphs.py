@@ -186,7 +186,7 @@ def test_matrices_are_joined_to_what_they_are_apart() -> None:
     ("why", "given"),
     [
         ("backend.torch.graphs", {"backend.torch.graphs": "off"}),
-        ("run call by call", {"backend.deterministic": True}),
+        ("over a window gathers", {"backend.deterministic": True}),
         ("over several devices", {"mesh": "tp=2"}),
         ("captured at warm-up", {}),
     ],
