@@ -97,6 +97,11 @@ def add(x: Stream, y: Array) -> Stream:
     return x + y
 
 
+def pick(x: Stream, at: Array) -> Array:
+    """Rows of x [T, size], at int[O] -> [O, size]."""
+    return x[at]
+
+
 def rms_norm(x: Array, w: Array, eps: float, kind: Norm = "plain") -> Array:
     """Over the last dimension, in float32."""
     h = x.astype(jnp.float32)

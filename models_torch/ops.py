@@ -153,6 +153,11 @@ def whole(x: Stream) -> Array:
     return x.value
 
 
+def pick(x: Stream, at: Array) -> Array:
+    """Rows of x [T, size], at int[O] -> [O, size]."""
+    return whole(x).index_select(0, at)
+
+
 def rms_norm(x: Stream, w: Array, eps: float, kind: Norm = "plain") -> Array:
     """Over the last dimension, in float32.
 

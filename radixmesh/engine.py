@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,7 +19,7 @@ from engine.errors import InvalidRequest
 from engine.run.answer import Answer, several
 from engine.run.client import Streams
 from engine.run.local import LocalClient
-from engine.run.messages import Abort, Flush, Load, Submit
+from engine.run.messages import Flush, Load, Submit
 from engine.run.start import decide, start
 from engine.sampling import SamplingParams, scoring
 from engine.sched.admission import check_request, deadline
@@ -142,18 +141,10 @@ class Engine:
         scores, _ = scoring(return_logprob, logprob_start_len, top_logprobs_num)
         spell = self._spell(return_text_in_logprobs)
         answers, many = self._answers(prompts, token_ids, sampling_params, scores, cache_salt, timeout)
-        unread: list[str] = []
-        try:
-            for answer in answers:
-                self._submit(answer)
-                unread.append(answer.request.rid)
-            for answer in answers:
-                unread.remove(answer.request.rid)
-                self._read(answer)
-        finally:
-            for rid in unread:  # interrupted
-                self._client.say(Abort(rid=rid))
-                deque(self._streams.read(rid), maxlen=0)
+        by_rid = {answer.request.rid: answer for answer in answers}
+        with closing(self._streams.gather([Submit(request=answer.request) for answer in answers])) as outputs:
+            for output in outputs:
+                by_rid[output.rid].take(output)
         results = [answer.result(spell) for answer in answers]
         return results if many else results[0]
 
@@ -186,7 +177,7 @@ class Engine:
         return self._stream(answers[0], self._spell(return_text_in_logprobs))
 
     def _stream(self, answer: Answer, spell: Callable[[int], str] | None) -> Iterator[Result]:
-        self._submit(answer)
+        self._streams.open(Submit(request=answer.request), answer.request.rid)
         with closing(self._streams.read(answer.request.rid)) as outputs:
             for output in outputs:
                 answer.take(output)
@@ -200,15 +191,6 @@ class Engine:
         if tokenizer is None:
             raise InvalidRequest("return_text_in_logprobs: there is no tokenizer", field="return_text_in_logprobs")
         return lambda token: tokenizer.piece(token)[0]
-
-    def _submit(self, answer: Answer) -> None:
-        self._streams.open(Submit(request=answer.request), answer.request.rid)
-
-    def _read(self, answer: Answer) -> None:
-        """Take all that a request makes; an interrupt aborts it."""
-        with closing(self._streams.read(answer.request.rid)) as outputs:
-            for output in outputs:
-                answer.take(output)
 
     def _answers(
         self,
@@ -293,6 +275,8 @@ def _wanted(given: Params, scores: Mapping[str, Any]) -> tuple[SamplingParams, i
 
 def _integers(values: Any) -> tuple[int, ...]:
     values = values.tolist() if hasattr(values, "tolist") else values
+    if set(map(type, values)) <= {int}:
+        return tuple(values)
     for v in values:
         if isinstance(v, bool) or not hasattr(v, "__index__"):
             raise InvalidRequest(f"token_ids: must be integers, not {v!r}", field="token_ids")

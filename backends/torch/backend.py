@@ -90,7 +90,9 @@ class TorchBackend:
         self.comm = None if member is None else Comm(config.mesh, member, self.device)
         self.layout = self._layout()
         sharing = None if self.layout is None else (0, 0, 100) if config.cascade == "on" else COST
-        self.limits = Limits.of(spec, config, taps=True, sharing=sharing, **choosing(config))
+        limits = Limits.of(spec, config, taps=True, sharing=sharing, **choosing(config))
+        most = max(limits.max_edits, max(limits.max_row_pages) * limits.slots)  # whatever all slots need
+        self.limits = replace(limits, max_edits=most)
         self.weights: dict[str, Any] = {}
         self.version, self.ready, self.closed = 0, False, False
         self.graphs: Graphs | None = None
@@ -134,6 +136,7 @@ class TorchBackend:
                 if not self.config.deterministic:
                     dtype = params.DTYPES[self.config.dtype]
                     warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
+                    warmup.products(self.weights, self.limits.max_tokens)
             if self.config.graphs and self.graphs is None and self._paged():
                 self.capture(Graph())
         self.late.listen(self.device)

@@ -49,11 +49,15 @@ def parts(shape: Shape) -> tuple[dict[str, slice], int]:
     return out, at
 
 
+def padded(rows: int) -> int:
+    """Rows that so many are padded to, where a step has room for them."""
+    return 1 << (rows - 1).bit_length() if rows <= FEW else -(-rows // FEW) * FEW
+
+
 def ladder(limits: Limits, layout: Layout | None = None) -> tuple[Shape, ...]:
     """The shapes that are captured, the largest first. layout: of rows that read pages together."""
     most = limits.max_rows
-    few = [1 << i for i in range(FEW.bit_length()) if 1 << i < most]
-    rows = sorted({*few, *range(2 * FEW, most, FEW), most})
+    rows = sorted({min(padded(n), most) for n in range(1, most + 1)})
     mixed = [tokens for tokens in MIXED if tokens <= limits.max_tokens]
     shapes = [_shape(n, n, limits, True) for n in rows]
     shapes += [_shape(min(tokens, most), tokens, limits, False) for tokens in mixed]

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from backends.api.limits import Limits
 from backends.torch import fixed
 from backends.torch.attend import Attend
+from backends.torch.buckets import padded
 from backends.torch.caches import Caches
 from backends.torch.choosing import Scores, adjust, count, score, score_prompts, seat
 from backends.torch.inputs import Batch
@@ -63,7 +65,8 @@ def forward(
         attend = fixed.Attend(config, batch, caches, positions, limits)
     else:
         attend = Attend(config, batch, caches, before, positions, limits)
-    hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps)
+    ends = _ends(batch, config, taps)
+    hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps, ends)
     logits = None
     if "logits" in taps or config.deterministic:  # the head too has one shape
         found["logits"] = _logits(spec, weights, hidden)
@@ -71,8 +74,8 @@ def forward(
             found["logits"][batch.ends] if out is None else torch.index_select(found["logits"], 0, batch.ends, out=out)
         )
     elif len(batch.ends):
-        last = hidden if len(batch.ends) == len(hidden) else hidden.index_select(0, batch.ends)
-        logits = _logits(spec, weights, last, out)
+        last = hidden if ends is not None or _every(batch) else hidden.index_select(0, batch.ends)
+        logits = _logits(spec, weights, last, out)[: len(batch.ends)]
     prompts = None
     if wishes is not None and len(wishes.at) and config.deterministic:
         prompts = fixed.score(found["logits"].index_select(0, wishes.at), wishes.token, alternatives)
@@ -80,6 +83,23 @@ def forward(
         prompts = score_prompts(hidden, wishes, alternatives, lambda x: _logits(spec, weights, x))
     inner = {name: found[name].float() for name in taps}
     return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner, prompts=prompts)
+
+
+def _every(batch: Batch) -> bool:
+    """Whether the last tokens of the rows that return one are all tokens of the step, in order."""
+    return len(batch.ends) == len(batch.tokens) and (batch.shape is None or batch.shape.even)
+
+
+def _ends(batch: Batch, config: Resolved, taps: Sequence[str]) -> torch.Tensor | None:
+    """The tokens that the last layer is computed to its end for; None: all of them. One, whatever it is, where none is
+    asked for. On a GPU as many as a captured step of so many rows has, whose kernels are loaded: the first launch of
+    another makes the host wait for the device."""
+    scores = batch.wishes is not None and len(batch.wishes.at) > 0
+    if taps or scores or config.deterministic or _every(batch):
+        return None
+    ends = batch.ends if len(batch.ends) else batch.first[:1]
+    more = 0 if ends.device.type == "cpu" or batch.shape is not None else padded(len(ends)) - len(ends)
+    return functional.pad(ends, (0, more)) if more else ends
 
 
 def _logits(

@@ -1,11 +1,15 @@
-"""Kernels of attention that no step of the warm-up happens to need, compiled ahead."""
+"""Kernels that no step of the warm-up happens to need, compiled and loaded ahead."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from backends.torch.attend import choose
 from backends.torch.branches import Layout
+from backends.torch.buckets import MIXED
 from backends.torch.caches import Caches
 from engine.config import Resolved
 from engine.mesh import share
@@ -13,6 +17,10 @@ from engine.model.groups import places
 from engine.model.spec import ModelSpec
 from kernels_cuda import attention as gpu
 from kernels_cuda import cascade
+from models_torch.ops import Joined
+
+STRIDE = 256
+"""Tokens between sizes of a step that may have other kernels."""
 
 
 def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype, layout: Layout | None = None) -> None:
@@ -40,6 +48,22 @@ def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype
             gpu.attention(q, store, rows, plan, **given, shared=(tiles, shape))
         for plan in plans(kv_heads):
             gpu.attention(q, store, rows, plan, **given)
+
+
+def products(weights: Mapping[str, Any], tokens: int) -> None:
+    """The matrix products of the first layer, over steps of every size from the largest captured one to `tokens`. A
+    library loads a kernel when it first launches it, for which the host waits for the device, and takes others for
+    other sizes."""
+    layer = weights["layers"][0]
+    for part in (layer["attention"], layer.get("mlp", {})):
+        for name, w in part.items():
+            body = w.body if isinstance(w, Joined) else w
+            if not isinstance(body, torch.Tensor) or body.ndim < 2 or not body.is_floating_point():
+                continue
+            matrix = body.flatten(1) if name == "out" else body.flatten(0, -2)
+            x = torch.zeros((tokens, matrix.shape[1]), dtype=matrix.dtype, device=matrix.device)
+            for n in range(MIXED[-1] + STRIDE, tokens + 1, STRIDE):
+                torch.nn.functional.linear(x[:n], matrix)
 
 
 def plans(kv_heads: int) -> list[gpu.Plan]:

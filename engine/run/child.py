@@ -31,7 +31,7 @@ from engine.run.ipc import (
 )
 from engine.run.lifeline import die_with, end
 from engine.run.loop import Carrier
-from engine.run.messages import Message
+from engine.run.messages import MOST, Message
 from engine.run.start import Started, decide, start
 from engine.run.watchdog import Watchdog
 from engine.text.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ class Link:
     def receive(self, block: bool) -> Sequence[Message] | None:
         """As a Carrier wants it. What can't be read is named on stderr and dropped."""
         messages: list[Message] = []
-        while self._orders.poll(None if block and not messages else 0):
+        while len(messages) < MOST and self._orders.poll(None if block and not messages else 0):
             order = self._next()
             if isinstance(order, Shutdown):
                 return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
 from engine.errors import BackendLost, RadixmeshError
-from engine.run.messages import Abort, Info, Message, News
+from engine.run.messages import Abort, Info, Message, News, Submit
 from engine.sched.request import Output
 
 
@@ -43,12 +43,13 @@ class Streams:
         self._lock = threading.Lock()
         client.listen(self._take)
 
-    def open(self, message: Message, rid: str) -> None:
-        """Say something that is answered by Outputs of `rid`. Raises BackendLost."""
+    def open(self, message: Message, rid: str, stream: queue.SimpleQueue[Output] | None = None) -> None:
+        """Say something that is answered by Outputs of `rid`, in a stream of its own or a given one. Raises
+        BackendLost."""
         with self._lock:
             if self._lost is not None:
                 raise self._lost
-            self._streams[rid] = queue.SimpleQueue()
+            self._streams[rid] = queue.SimpleQueue() if stream is None else stream
         try:
             self._client.say(message)
         except RadixmeshError:
@@ -68,6 +69,28 @@ class Streams:
             if not ended:
                 with suppress(BackendLost):
                     self._client.say(Abort(rid=rid))
+
+    def gather(self, messages: Sequence[Submit]) -> Generator[Output, None, None]:
+        """Open requests together: what comes back of any, as it comes, until all have ended. Closing the iterator early
+        aborts those that have not, and waits until they have. Raises BackendLost."""
+        stream: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        unread: dict[str, None] = {}
+        try:
+            for message in messages:
+                self.open(message, message.request.rid, stream)
+                unread[message.request.rid] = None
+            while unread:
+                output = stream.get()
+                if output.finish is not None:
+                    del unread[output.rid], self._streams[output.rid]
+                yield output
+        finally:
+            for rid in unread:
+                self._client.say(Abort(rid=rid))
+            while unread:
+                output = stream.get()
+                if output.finish is not None:
+                    del unread[output.rid], self._streams[output.rid]
 
     def _take(self, news: News) -> None:
         with self._lock:

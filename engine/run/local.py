@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from engine.errors import RadixmeshError
 from engine.run.loop import Carrier
-from engine.run.messages import Flush, Info, Load, Message, News, Submit
+from engine.run.messages import MOST, Flush, Info, Load, Message, News, Submit
 from engine.run.start import Started
 from engine.sched.request import Output
 from engine.sched.stop import Finish
@@ -77,7 +77,7 @@ class LocalClient:
     def _receive(self, block: bool) -> Sequence[Message] | None:
         messages: list[Message] = []
         try:
-            while True:
+            while len(messages) < MOST:
                 message = self._inbox.get(block=block and not messages)
                 if message is None and messages:
                     self._inbox.put(None)  # first what was said before it
@@ -86,7 +86,8 @@ class LocalClient:
                     return None
                 messages.append(message)
         except queue.Empty:
-            return messages
+            pass
+        return messages
 
     def _send(self, news: News) -> None:
         if news.lost is not None:  # nothing is left without an answer: neither what ran nor what was said and not heard

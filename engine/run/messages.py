@@ -12,6 +12,9 @@ from engine.resolve import Decision
 from engine.sched.request import Output, Request
 from engine.sched.store import Account
 
+MOST = 64
+"""Messages that are taken before a step: the device may wait for it while they are read."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:

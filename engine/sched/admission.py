@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from math import ceil, isfinite
 
 import numpy as np
 
 from backends.api.limits import Limits
+from engine.cache.radix import as_key
 from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.sched.features import check_features
 from engine.sched.request import Request, Run
@@ -81,23 +82,35 @@ def deadline(timeout: float | None, now: float) -> float | None:
     return now + timeout
 
 
-def check_request(request: Request, limits: Limits, room: int, taken: Container[str]) -> None:
-    """Raise InvalidRequest or ContextOverflow for what can't be honoured. room: positions a request may reach."""
-    tokens = np.asarray(request.tokens)
+def check_request(request: Request, limits: Limits, room: int, taken: Container[str]) -> bytes:
+    """Raise InvalidRequest or ContextOverflow for what can't be honoured. room: positions a request may reach. Gives
+    the prompt as the tree compares it."""
     if request.rid in taken:
         raise InvalidRequest(f"rid: {request.rid!r} is in use", field="rid")
-    if tokens.size == 0:
+    if not len(request.tokens):
         raise InvalidRequest("prompt: is empty; give at least one token", field="prompt")
-    if tokens.dtype.kind not in "iu":
-        raise InvalidRequest("token_ids: must be integers", field="token_ids")
-    if tokens.min() < 0 or tokens.max() >= limits.vocab:
-        bad = int(tokens[(tokens < 0) | (tokens >= limits.vocab)][0])
-        raise InvalidRequest(f"token_ids: {bad} is not in the vocabulary of {limits.vocab}", field="token_ids")
-    if tokens.size >= room:
+    key = _key(request.tokens, limits.vocab)
+    if len(request.tokens) >= room:
         raise ContextOverflow(
-            f"prompt: {tokens.size} tokens, and the context holds {room} with at least one for the answer",
+            f"prompt: {len(request.tokens)} tokens, and the context holds {room} with at least one for the answer",
             field="prompt",
         )
     if request.deadline is not None and not isfinite(request.deadline):
         raise InvalidRequest("deadline: must be a finite number of seconds", field="deadline")
     check_features(request, limits)
+    return key
+
+
+def _key(tokens: Sequence[int], vocab: int) -> bytes:
+    """engine.cache.radix.as_key of ids of the vocabulary. Raises InvalidRequest."""
+    try:
+        key = as_key(tokens)
+        ids = np.frombuffer(key, np.int32)
+        if ids.min() >= 0 and ids.max() < vocab:
+            return key
+    except TypeError:
+        raise InvalidRequest("token_ids: must be integers", field="token_ids") from None
+    except OverflowError:
+        pass
+    bad = next(int(token) for token in tokens if not 0 <= token < vocab)
+    raise InvalidRequest(f"token_ids: {bad} is not in the vocabulary of {vocab}", field="token_ids")

@@ -70,6 +70,8 @@ class Feeding:
             return
         if run.fed in run.stops and run.settled < run.fed:
             return  # what others wait for is shared before more of it leaves the window
+        if draft.fed and draft.tokens < min(self.store.page, run.length - run.fed):
+            return  # a row more for a few tokens, which the next step feeds with others
         n = self._chunk(run, draft.tokens)
         makes = run.fed + n == run.length and run.most > 0
         if n <= 0 or (makes and not self._mask_in_time(run, draft)):
@@ -99,6 +101,7 @@ class Feeding:
             score=score if score <= min(run.fed, prompt - 1) else NONE,
         )
         draft.add(row, run.cache)
+        draft.fed = True
         run.upper += n
         run.lower += n
         run.pending += 1

@@ -32,13 +32,14 @@ class Plan:
 class Draft:
     """Step `number` being planned, and what is left of it: free rows, tokens, history, masks, bias, page-table edits.
 
-    edits: (slot, index, page), for each cache group. copies: (group, shard, src, dst).
+    edits: (slot, index, page), for each cache group. copies: (group, shard, src, dst). fed: whether there is a chunk of
+    what must be fed.
     """
 
-    __slots__ = ("bias", "copies", "edits", "free", "history", "masks", "most", "number", "rows", "tokens")
+    __slots__ = ("bias", "copies", "edits", "fed", "free", "history", "masks", "most", "number", "rows", "tokens")
 
     def __init__(self, limits: Limits, copies: list[tuple[int, int, int, int]], number: int) -> None:
-        self.number = number
+        self.number, self.fed = number, False
         self.rows: list[Row] = []
         self.edits: list[list[tuple[int, int, int]]] = [[] for _ in limits.groups]
         self.copies = copies

@@ -10,7 +10,6 @@ import numpy as np
 
 from backends.api.limits import Limits
 from backends.api.step import OK, U32, Logprobs, StepResult
-from engine.cache.radix import as_key
 from engine.errors import ConfigError, DeadlineExceeded, Overloaded, RadixmeshError, RequestFailed, StepRefused
 from engine.sched.admission import capacity, check_request
 from engine.sched.feeding import Feeding
@@ -71,13 +70,10 @@ class Scheduler:
 
     # Requests
 
-    def check(self, request: Request) -> None:
-        """Raise InvalidRequest or ContextOverflow, naming the field, for what can't be honoured."""
-        check_request(request, self.limits, self.room, self._runs)
-
     def submit(self, request: Request, now: float) -> None:
-        """Queue a request; now: seconds. Raises as `check` does, or Overloaded, and then nothing was queued."""
-        self.check(request)
+        """Queue a request; now: seconds. Raises InvalidRequest or ContextOverflow, naming the field, for what can't be
+        honoured, or Overloaded; then nothing was queued."""
+        key = check_request(request, self.limits, self.room, self._runs)
         self._bound(request)
         self._orders += 1
         params, masks = request.params, masks_of(request, self.limits.vocab)
@@ -93,7 +89,7 @@ class Scheduler:
             space=self.store.space(request),
             fill=request.tokens,
             length=len(request.tokens),
-            key=as_key(request.tokens),
+            key=key,
         )
         self._runs[request.rid] = run
         self.store.enter(run)

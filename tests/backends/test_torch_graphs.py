@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from backends.api.build import Host
 from backends.api.conformance import CHECKS, Opener
 from backends.api.conformance.bench import ASKS, FULL, SPEC, Ask, Made, Weights, config, generate, prompt
+from backends.torch import step as steps
 from backends.torch.backend import TorchBackend
-from backends.torch.buckets import fit, ladder
+from backends.torch.buckets import fit, ladder, padded
 from backends.torch.graphs import Play
+from backends.torch.inputs import fill, spread
 from backends.torch.joined import join
 from backends.torch.params import held
 from engine.config import load
@@ -118,7 +121,32 @@ def test_shapes_hold_what_they_are_for() -> None:
         assert shape is not None
         assert (shape.tokens, shape.even) == (want, rows == tokens_)
     assert fit(shapes, 100, 513) is None
+    assert [padded(n) for n in (1, 3, 32, 33, 64, 97)] == [1, 4, 32, 64, 64, 128]
     assert fit(shapes, 65, 66) is not None  # more rows than the smallest has tokens
+
+
+@pytest.mark.parametrize("lens", [(20, 7), (1, 3), (64,)])
+def test_a_padded_step_gives_the_logits_of_each_rows_last_token(
+    lens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many rows as tokens, too, where these are not one and the same."""
+    host = opened(slots=64, max_rows=64, max_tokens=64)
+    limits, backend = host.limits, host.backend
+    step = host.step([(text, host.row(text, prompt(n))) for text, n in ((host.open(), n) for n in lens)])
+    shape = next(s for s in ladder(limits) if not s.even and s.rows == s.tokens)
+    buffer = torch.zeros(sum(shape.fields().values()), dtype=torch.int64)
+    order, _ = fill(step, limits, shape, buffer.numpy())
+    batch = spread(buffer, limits, shape, torch.arange(64))
+
+    def forward(spec: Any, weights: Any, tokens: torch.Tensor, *rest: Any) -> Any:
+        numbers = torch.arange(len(tokens))[:, None].float()
+        return numbers if rest[-1] is None else numbers[rest[-1]], None, {}
+
+    monkeypatch.setattr(steps.decoder, "forward", forward)
+    monkeypatch.setattr(steps, "_logits", lambda spec, weights, x, out=None: x)
+    fed = steps.forward(SPEC, backend.config, limits, {}, backend.caches, batch, ())
+    assert fed.logits is not None
+    assert fed.logits[: len(lens), 0].tolist() == [end - 1 for end in np.cumsum(np.array(lens)[order.rows])]
 
 
 def test_a_long_list_of_edits_goes_ahead() -> None:

@@ -410,6 +410,10 @@ def test_streams_over_it(model: Tiny) -> None:
     streams.open(ask("a", (1, 2)), "a")
     outputs = list(streams.read("a"))
     assert [t for o in outputs for t in o.tokens] == model.greedy([1, 2], 8)
+    prompts = {"c": (1, 2), "d": (3,), "e": (4, 5, 6)}
+    together = list(streams.gather([ask(rid, tokens) for rid, tokens in prompts.items()]))
+    for rid, tokens in prompts.items():
+        assert [t for o in together if o.rid == rid for t in o.tokens] == model.greedy([*tokens], 8)
     client.shutdown()
     with pytest.raises(BackendLost):
         streams.open(ask("b", (1, 2)), "b")
