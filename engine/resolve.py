@@ -14,7 +14,7 @@ from engine.model.groups import ITEMSIZE, CacheGroup, cache_groups
 from engine.model.narrow import stored_as
 from engine.model.params import params
 from engine.model.quant import BY, local_bytes
-from engine.model.spec import EIGHT, Experts, ModelSpec, eight
+from engine.model.spec import EIGHT, Experts, Layer, ModelSpec, eight
 
 GIB = 1 << 30
 SHARE = {"cpu": 0.25, "gpu": 0.85, "tpu": 0.85}
@@ -131,7 +131,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
             why="backend.jax.bundle" if config.backend.jax.bundle else "auto: programs are compiled",
         ),
         _early(config, device),
-        _graphs(config, spec, device, mesh),
+        _graphs(config, device, mesh),
         _cascade(config, spec, device),
         Decision(field="log", value=config.sched.log or "", why="sched.log" if config.sched.log else "auto: none"),
     ]
@@ -174,11 +174,17 @@ def graph_bytes(spec: ModelSpec, resolved: Resolved) -> int:
         return 0
     tokens = max(CAPTURED[0], resolved.max_rows)
     width = max(
-        6 * spec.hidden + layer.mixer.head_dim * (layer.mixer.q_heads + 2 * layer.mixer.kv_heads) + 3 * layer.feed.size
+        6 * spec.hidden + layer.mixer.head_dim * (layer.mixer.q_heads + 2 * layer.mixer.kv_heads) + _inside(spec, layer)
         for layer in spec.layers
     )
     between = 4 * tokens * width * ITEMSIZE[resolved.dtype]
     return 8 * resolved.max_rows * spec.vocab + between + CAPTURED[1] + CAPTURED[2] * len(spec.layers)
+
+
+def _inside(spec: ModelSpec, layer: Layer) -> int:
+    """Numbers of a token inside of a layer's feed-forward; each expert that it goes through gives some."""
+    feed = layer.feed
+    return feed.top_k * (feed.size + spec.hidden) if isinstance(feed, Experts) else 3 * feed.size
 
 
 def check_mesh(mesh: MeshSpec, spec: ModelSpec, device: Device) -> None:
@@ -501,7 +507,7 @@ def _early(config: Config, device: Device) -> Decision:
     return Decision(field="ready_early", value=asked, why="sched.ready_early")
 
 
-def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> Decision:
+def _graphs(config: Config, device: Device, mesh: MeshSpec) -> Decision:
     """Whether torch captures small steps."""
 
     def no(why: str) -> Decision:
@@ -515,8 +521,6 @@ def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> 
         return no("auto: deterministic attention over a window gathers its pages, call by call")
     if mesh.size > 1:
         return no("auto: steps over several devices are run call by call")
-    if any(isinstance(layer.feed, Experts) for layer in spec.layers):
-        return no("auto: the host waits for the router of experts")
     return Decision(field="graphs", value=True, why="auto: steps of few tokens are captured at warm-up and replayed")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from engine.model.spec import Experts
 from kernels_pallas.chip import INTERPRETED, chip
 from kernels_pallas.grouped_matmul import grouped_matmul, supports
 from kernels_pallas.product import By
@@ -49,6 +51,15 @@ def sort(chosen: Array, count: int) -> Order:
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
     return Order(order // chosen.shape[1], flat[order], back.reshape(chosen.shape), sizes)
+
+
+def gated(e: Experts, p: Mapping[str, Any], x: Array, order: Order) -> Array:
+    """x [T, hidden] -> act(gate(x)) * up(x) of each choice, by the matrices and biases of those names in p:
+    [T*k, size]."""
+    rows = spread(x, order)
+    gate = multiply(rows, p["gate"], p.get("gate_bias"), order)
+    up = multiply(rows, p["up"], p.get("up_bias"), order)
+    return ops.silu(gate) * up if e.act == "silu" else ops.clamped(gate, up, e.alpha, e.limit)
 
 
 def spread(x: Array, order: Order) -> Array:
@@ -108,9 +119,10 @@ def tiled(rows: Array, w: Matrices, sizes: Array) -> Array:
     return jax.lax.fori_loop(0, ends[-1], one, empty)[:count]
 
 
-def collect(y: Array, share: Array, order: Order) -> Array:
-    """y [T*k, hidden] -> [T, hidden]: the sum of each token's choices, by their shares."""
-    return (y[order.back] * share[:, :, None]).sum(1)
+def collect(h: Array, w: Matrices, share: Array, order: Order) -> Array:
+    """h [T*k, size], w [E, hidden, size] -> [T, hidden]: the sum of what each token's choices make of h, by their
+    shares."""
+    return (multiply(h, w, None, order)[order.back] * share[:, :, None]).sum(1)
 
 
 def mix(bias: Array, share: Array, chosen: Array) -> Array:

@@ -16,9 +16,6 @@ def moe(e: Experts, p: Mapping[str, Any], x: ops.Array) -> tuple[ops.Array, ops.
     """
     share, chosen = experts.route(ops.linear(x, p["router"], p.get("router_bias")), e.top_k, e.renormalised)
     order = experts.sort(chosen, e.count)
-    rows = experts.spread(x, order)
-    gate = experts.multiply(rows, p["gate"], p.get("gate_bias"), order)
-    up = experts.multiply(rows, p["up"], p.get("up_bias"), order)
-    h = ops.silu(gate) * up if e.act == "silu" else ops.clamped(gate, up, e.alpha, e.limit)
-    y = ops.psum(experts.collect(experts.multiply(h, p["down"], None, order), share, order), "ffn")
+    h = experts.gated(e, p, x, order)
+    y = ops.psum(experts.collect(h, p["down"], share, order), "ffn")
     return (y + experts.mix(p["down_bias"], share, chosen) if e.bias else y), chosen

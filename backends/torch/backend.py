@@ -30,10 +30,11 @@ from backends.torch.late import Late
 from engine.config import Resolved
 from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.scales import calibrated
-from engine.model.spec import ModelSpec, eight
+from engine.model.spec import Experts, ModelSpec, eight
 from engine.model.weights import WeightSource
 from engine.resolve import graph_bytes
 from kernels_cuda.cascade import COST
+from models_torch import experts
 from models_torch.ops import over
 
 
@@ -133,11 +134,12 @@ class TorchBackend:
                 host.run([(text, host.row(text, tokens, **drawn))])
             with self._device():
                 self._empty()
+                dtype = params.DTYPES[self.config.dtype]
+                warmup.experts(self.spec, self.weights, limits.max_tokens, dtype, self.device)
                 if not self.config.deterministic:
-                    dtype = params.DTYPES[self.config.dtype]
                     warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
                     warmup.products(self.weights, self.limits.max_tokens)
-            if self.config.graphs and self.graphs is None and self._paged():
+            if self.config.graphs and self.graphs is None and self._paged() and not self._waits():
                 self.capture(Graph())
         self.late.listen(self.device)
         self.ready = True
@@ -198,6 +200,11 @@ class TorchBackend:
         mixers = [layer.mixer for layer in self.spec.layers]
         own = self.config.deterministic and any(m.window is not None for m in mixers)
         return not own and all(attend.choose(m, self.config)[0] == "triton" for m in mixers)
+
+    def _waits(self) -> bool:
+        """Whether the host waits for a router in each step, which no capture can."""
+        feeds = [layer.feed for layer in self.spec.layers]
+        return any(isinstance(feed, Experts) and experts.waits(feed, self.device) for feed in feeds)
 
     def _layout(self) -> Layout | None:
         """How rows that read the same pages are attended together; None where each is by itself."""

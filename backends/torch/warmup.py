@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from backends.torch.caches import Caches
 from engine.config import Resolved
 from engine.mesh import share
 from engine.model.groups import places
-from engine.model.spec import ModelSpec
+from engine.model.spec import Experts, ModelSpec
 from kernels_cuda import attention as gpu
 from kernels_cuda import cascade
+from models_torch.experts import waits
+from models_torch.moe import moe
 from models_torch.ops import Joined
 
 STRIDE = 256
@@ -75,3 +77,28 @@ def plans(kv_heads: int) -> list[gpu.Plan]:
         out.append(gpu.Plan(rows=1, tokens=1, short=0, few=1, reach=reach, sms=parts * kv_heads))
         parts *= 4
     return out
+
+
+def experts(spec: ModelSpec, weights: Mapping[str, Any], most: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Send tokens through each kind of experts, as many as have tiles of every height that steps of up to `most` tokens
+    come to."""
+    seen = set()
+    for layer, parts in zip(spec.layers, weights["layers"], strict=True):
+        e = layer.feed
+        if not isinstance(e, Experts) or e in seen or waits(e, device):
+            continue
+        seen.add(e)
+        for tokens in heights(e, most):
+            moe(e, parts["moe"], torch.zeros((tokens, spec.hidden), dtype=dtype, device=device))
+
+
+def heights(e: Experts, most: int) -> Iterator[int]:
+    """Numbers of tokens, up to `most`, that differ in the kernels that they are sorted and multiplied by."""
+    from kernels_cuda import route
+
+    seen = set()
+    for tokens in sorted({*(1 << i for i in range(most.bit_length())), most}):
+        made = 1 if tokens == 1 else route.height(tokens * e.top_k, e.count), route.chunk(tokens * e.top_k)
+        if made not in seen:
+            seen.add(made)
+            yield tokens

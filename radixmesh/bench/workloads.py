@@ -17,8 +17,24 @@ from radixmesh.engine import Engine
 
 LOW, HIGH = 256, 31000
 """Of the random ids: plain ones in every model that is measured."""
+LLAMA3: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "mlp_bias": False,
+}
+ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama 3.1
+        **LLAMA3,
+        "rope_scaling": ROPE | {"factor": 8.0},
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
@@ -29,6 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "1b": {  # Llama 3.2
+        **LLAMA3,
+        "rope_scaling": ROPE | {"factor": 32.0},
         "hidden_size": 2048,
         "intermediate_size": 8192,
         "num_hidden_layers": 16,
@@ -37,6 +55,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "vocab_size": 128256,
         "tie_word_embeddings": True,
+    },
+    "30b-a3b": {  # Qwen3
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
     },
 }
 """Shapes that are measured with random weights: config.json alone, no checkpoint on disk."""
@@ -95,26 +132,8 @@ def make_config(folder: Path, shape: str) -> Path:
     """Write the config.json of a named shape, with no weights beside it. Raises ConfigError for an unknown name."""
     if shape not in SHAPES:
         raise ConfigError(f"shape: unknown {shape!r}; there are {', '.join(SHAPES)}", field="shape")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0 if shape == "8b" else 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": "bfloat16",
-        **SHAPES[shape],
-    }
-    path = folder / f"llama-{shape}"
+    config = {"hidden_act": "silu", "attention_bias": False, "torch_dtype": "bfloat16", **SHAPES[shape]}
+    path = folder / shape
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config, indent=1))
     return path

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 def offline(
     model: options.Model = None,
     shape: Annotated[
-        str | None, typer.Option(help="A random Llama instead: 25m or 100m; of a workload 1b or 8b.")
+        str | None, typer.Option(help="A random Llama instead: 25m or 100m; of a workload 1b, 8b or 30b-a3b.")
     ] = None,
     workload: Annotated[
         str | None, typer.Option(help="single, throughput, shared: by name instead, such as single,throughput.")

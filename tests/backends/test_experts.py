@@ -12,6 +12,7 @@ import torch
 
 import models_jax.experts as in_jax
 import models_torch.experts as in_torch
+from engine.model.spec import Experts
 
 FORMS: dict[str, Callable[..., jax.Array]] = {"tiled": in_jax.tiled, "ragged": in_jax.ragged}
 
@@ -40,19 +41,26 @@ def test_choices_are_sorted_multiplied_and_collected(tokens: int) -> None:
     """Both sides against numpy, from scores to sums."""
     draw = np.random.default_rng(tokens)
     x, scores = draw.standard_normal((tokens, 12)).astype(np.float32), draw.standard_normal((tokens, 6)).astype("f4")
-    w, bias = draw.standard_normal((6, 12, 12)).astype(np.float32), draw.standard_normal((6, 12)).astype(np.float32)
+    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    p = {n: draw.standard_normal((6, 12) if "bias" in n else (6, 12, 12)).astype(np.float32) for n in names}
+    e = Experts(count=6, top_k=3, size=12, renormalised=True, act="clamped", limit=2.0, bias=True)
     for renormalised in (False, True):
         expected = np.zeros_like(x)
         for t in range(tokens):
             best = np.argsort(-scores[t])[:3]
             share = np.exp(scores[t])
             share /= share[best].sum() if renormalised else share.sum()
-            expected[t] = sum(share[e] * (w[e] @ x[t] + 2 * bias[e]) for e in best)
+            for i in best:
+                gate, up = (p[n][i] @ x[t] + p[f"{n}_bias"][i] for n in ("gate", "up"))
+                gate, up = gate.clip(max=e.limit), up.clip(-e.limit, e.limit)
+                h = (up + 1) * gate / (1 + np.exp(-e.alpha * gate))
+                expected[t] += share[i] * (p["down"][i] @ h + p["down_bias"][i])
         for side, array in ((in_jax, jnp.asarray), (in_torch, torch.tensor)):
             share, chosen = side.route(array(scores), 3, renormalised)
             order = side.sort(chosen, 6)
-            y = side.multiply(side.spread(array(x), order), array(w), array(bias), order)
-            found = side.collect(y, share, order) + side.mix(array(bias), share, chosen)
+            given = {n: array(value) for n, value in p.items()}
+            h = side.gated(e, given, array(x), order)
+            found = side.collect(h, given["down"], share, order) + side.mix(given["down_bias"], share, chosen)
             np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-4, atol=1e-5)
 
 
