@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import socket
 
     from engine.config import Config
+    from engine.run.messages import Info
     from engine.run.process import ProcessClient
     from engine.serve.service import Service
     from engine.text.tokenizer import Tokenizer
@@ -112,10 +113,21 @@ def _open(config: Config) -> tuple[ProcessClient, Tokenizer]:
         client = ProcessClient(config, DEMO, stage=report.begin)
         try:
             report.begin("")
+            print(f"  {_told(client.info)}", flush=True)
             return client, opened.result()
         except BaseException:
             client.shutdown()
             raise
+
+
+def _told(info: Info) -> str:
+    """What the start made of memory and time."""
+    seconds, memory, gib = dict(info.stages), info.status.memory, 1 << 30
+    weights = memory.get("weights", 0) / gib
+    parts = [f"weights: {weights:.2f} GiB at {weights / max(seconds['weights'], 1e-9):.1f} GiB/s"]
+    parts += [f"{name}: {size / gib:.2f} GiB" for name, size in memory.items() if name != "weights"]
+    parts += [f"{n.partition('.')[2]}: {s:.2f} s" for n, s in info.stages if "." in n]
+    return "; ".join(parts)
 
 
 class _Report:
