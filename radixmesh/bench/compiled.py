@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from radixmesh.bench.workloads import make_config
 
 ROWS, LAYERS = (1, 256, 8192), 4
 HIDDEN, FFN, Q_HEADS, KV_HEADS, HEAD, EPS = 4096, 14336, 32, 8, 128, 1e-5
-MODES: Mapping[str, tuple[int, ...]] = {"default": ROWS, "max-autotune-no-cudagraphs": ROWS[:2]}
-"""Of torch.compile, and rows that they are tried for: the second times many kernels, which takes minutes."""
 Weights = dict[str, torch.Tensor]
 
 
@@ -96,17 +94,14 @@ def measure(rows: int) -> dict[str, Any]:
     out: dict[str, Any] = {"rows": rows, "kernels_us": 1e3 * timed(lambda i: mine(x, layers[i]), LAYERS)}
     expected = mine(x, layers[0]).float()
     out["eager_us"] = 1e3 * timed(lambda i: plain(x, layers[i], cos, sin, store), LAYERS)
-    for mode, only in MODES.items():
-        if rows not in only:
-            continue
-        torch._dynamo.reset()
-        made = torch.compile(plain, mode=mode, dynamic=False)
-        began = time.perf_counter()
-        found = made(x, layers[0], cos, sin, store)
-        torch.cuda.synchronize()
-        out[f"{mode}: compiled in s"] = time.perf_counter() - began
-        out[f"{mode}_us"] = 1e3 * timed(lambda i, made=made: made(x, layers[i], cos, sin, store), LAYERS)
-        out[f"{mode}: off"] = float((found.float() - expected).abs().max() / expected.abs().max())
+    torch._dynamo.reset()
+    made = torch.compile(plain, dynamic=False)
+    began = time.perf_counter()
+    found = made(x, layers[0], cos, sin, store)
+    torch.cuda.synchronize()
+    out["compile_s"] = time.perf_counter() - began
+    out["compiled_us"] = 1e3 * timed(lambda i: made(x, layers[i], cos, sin, store), LAYERS)
+    out["off"] = float((found.float() - expected).abs().max() / expected.abs().max())
     return out
 
 
@@ -116,4 +111,4 @@ if __name__ == "__main__":
         for count in ROWS:
             figures.append(measure(count))
             print(figures[-1], flush=True)
-    write(Path(sys.argv[1]) if sys.argv[1:] else None, "compiled", figures)
+            write(Path(sys.argv[1]) if sys.argv[1:] else None, "compiled", figures)

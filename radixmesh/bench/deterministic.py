@@ -13,7 +13,7 @@ import numpy as np
 from engine.model.registry import read_spec
 from radixmesh.engine import Engine
 
-SHARED, SHORT, LONG = 40, 8, 160
+SHARED, SHORT, LONG = 40, 8, 96
 """Tokens that a half of the prompts begin with, and the bounds of what each has of its own."""
 CHUNK = 72
 """Tokens of a step, where prompts are to be cut elsewhere: no multiple of a page, at least a row of each request."""

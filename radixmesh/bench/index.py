@@ -108,7 +108,7 @@ def _scheduler(figures: Any) -> str:
 
 def _compiled(figures: Any) -> str:
     return "; ".join(
-        f"{f['rows']} rows: kernels {f['kernels_us']:.1f} us, torch.compile {f['default_us']:.1f} us" for f in figures
+        f"{f['rows']} rows: kernels {f['kernels_us']:.1f} us, torch.compile {f['compiled_us']:.1f} us" for f in figures
     )
 
 

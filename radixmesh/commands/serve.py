@@ -121,13 +121,13 @@ def _open(config: Config) -> tuple[ProcessClient, Tokenizer]:
 
 
 def _told(info: Info) -> str:
-    """What the start made of memory and time."""
-    seconds, memory, gib = dict(info.stages), info.status.memory, 1 << 30
-    weights = memory.get("weights", 0) / gib
-    parts = [f"weights: {weights:.2f} GiB at {weights / max(seconds['weights'], 1e-9):.1f} GiB/s"]
-    parts += [f"{name}: {size / gib:.2f} GiB" for name, size in memory.items() if name != "weights"]
-    parts += [f"{n.partition('.')[2]}: {s:.2f} s" for n, s in info.stages if "." in n]
-    return "; ".join(parts)
+    """What the start took of memory, at which speed, and parts of its stages."""
+    seconds, gib = dict(info.stages), 1 << 30
+    parts = [f"{name} {size / gib:.2f} GiB" for name, size in info.status.memory.items()]
+    if "weights" in info.status.memory:
+        parts.append(f"weights at {info.status.memory['weights'] / gib / max(seconds['weights'], 1e-9):.1f} GiB/s")
+    parts += [f"{name.partition('.')[2]} {s:.2f} s" for name, s in info.stages if "." in name]
+    return f"{'memory':<12}{', '.join(parts)}"
 
 
 class _Report:
