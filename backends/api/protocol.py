@@ -26,7 +26,9 @@ class Sources:
 class Status:
     """How a backend stands. programs: that exist; compiles_after_ready: on the way of a step, must stay 0; memory:
     bytes by use ("weights", "cache"), per device; sources: where the programs came from; buckets: (size, steps padded
-    to it, tokens that they had), rising, of backends that pad."""
+    to it, tokens that they had), rising, of backends that pad. ran: steps since the start by how they ran, of backends
+    that have several ways: "replayed" or "called", and of them "together", whose rows read shared pages once. stages:
+    seconds of what warm-up did, in order."""
 
     ready: bool
     version: int
@@ -36,6 +38,8 @@ class Status:
     memory: dict[str, int] = field(default_factory=dict)
     sources: Sources = field(default_factory=Sources)
     buckets: tuple[tuple[int, int, int], ...] = ()
+    ran: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,6 +98,8 @@ class TorchBackend:
         self.version, self.ready, self.closed = 0, False, False
         self.graphs: Graphs | None = None
         self.late = Late()
+        self.ran = {"called": 0, "replayed": 0, "together": 0}
+        self.stages: dict[str, float] = {}
         self.caches: Any = None
         self.seats = Seats(self.limits.slots)
         self.waiting: Waiting | None = None
@@ -125,6 +127,7 @@ class TorchBackend:
         """On a GPU a large step and a small one make its libraries load and reserve memory; then small steps are
         captured. On a CPU there is nothing to do."""
         self._open()
+        began = time.monotonic()
         if self.device.type != "cpu" and self.weights and not self.flights:
             host, limits = Host(self), self.limits
             text, room = host.open(), min(p * g.page for p, g in zip(limits.pages, limits.groups, strict=True))
@@ -139,8 +142,11 @@ class TorchBackend:
                 if not self.config.deterministic:
                     warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
                     warmup.products(self.weights, self.limits.max_tokens)
+            self.stages["kernels"] = time.monotonic() - began
             if self.config.graphs and self.graphs is None and self._paged() and not self._waits():
+                began = time.monotonic()
                 self.capture(Graph())
+                self.stages["captures"] = time.monotonic() - began
         self.late.listen(self.device)
         self.ready = True
 
@@ -190,6 +196,8 @@ class TorchBackend:
                 taps = step_.taps
                 fed = step.forward(self.spec, self.config, self.limits, self.weights, self.caches, batch, taps, most)
         self.seats.take(step_, before, asks)
+        self.ran["called" if shape is None else "replayed"] += 1
+        self.ran["together"] += fed.batch.branches is not None
         self.waiting = Waiting(
             step=step_, fed=fed, asked=asked, version=self.version, started=started, order=order, shape=shape
         )
@@ -279,6 +287,8 @@ class TorchBackend:
             device=mesh.name(self.device),
             memory={"weights": params.held(self.weights), "cache": cache}
             | ({} if graphs is None else {"graphs": graphs.taken}),
+            ran=dict(self.ran),
+            stages=dict(self.stages),
         )
 
     def close(self) -> None:

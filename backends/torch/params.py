@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib.util import find_spec
 from typing import Any
 
@@ -61,6 +62,7 @@ class Reading:
         plain = source.plain if isinstance(source, Scaled) else source
         self._drawn = plain if alone and isinstance(plain, RandomWeights) else None
         self._tapes: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()
 
     def value(self, p: Param) -> Any:
         """A parameter as the model code takes it."""
@@ -84,9 +86,11 @@ class Reading:
         return read_part(self._source, p, self._config.mesh, self._at)
 
     def _draw(self, source: RandomWeights, p: Param) -> torch.Tensor:
-        tape = source.tape(p)
-        if id(tape) not in self._tapes:  # sent twice at worst; the source keeps it, so its id stays its own
-            self._tapes[id(tape)] = self._staging.send(tape)
+        with self._lock:  # made and sent once, and there before another thread's stream reads it
+            tape = source.tape(p)
+            if id(tape) not in self._tapes:
+                self._tapes[id(tape)] = self._staging.send(tape)
+                torch.cuda.current_stream(self._device).synchronize()
         return draw(source, p, self._tapes[id(tape)])
 
     def _quantised(self, made: quant.Form) -> Quantised:

@@ -91,7 +91,7 @@ class News:
 class Info:
     """What a client must know of an engine that is ready. path: folder of the model; limits, room: of a request
     (engine.sched.admission.check_request); eos: ids that end a text; max_len: positions; stages: what the start took,
-    (name, seconds); decisions: what was decided, and why."""
+    (name, seconds), "a.b" is a part of "a"; decisions: what was decided, and why."""
 
     path: str
     architecture: str

@@ -124,6 +124,7 @@ def start(
         stage("programs")
         backend.warmup()
         timed("programs", clock)
+        stages += [(f"programs.{name}", seconds) for name, seconds in backend.status().stages.items()]
         scheduler = Scheduler(
             backend.limits,
             policy=decided.resolved.policy,

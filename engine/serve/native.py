@@ -209,6 +209,7 @@ async def info(x: Exchange) -> None:
             "decisions": [{"field": d.field, "value": _plain(d.value), "why": d.why} for d in told.decisions],
             "limits": _plain(asdict(told.limits)),
             "stages": [{"name": name, "seconds": seconds} for name, seconds in told.stages],
+            "started": _plain(asdict(told.status)),
             "stats": None if service.stats is None else _plain(asdict(service.stats)),
             "ready": service.ready,
             "open_requests": service.open_requests,

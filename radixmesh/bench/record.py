@@ -69,11 +69,17 @@ def made() -> dict[str, Any]:
     return {"command": command(sys.argv[1:]), "commit": commit(), "machine": machine(), "versions": versions()}
 
 
-def write(path: Path, name: str, figures: Any) -> None:
-    """One JSON file: the figures, and where, with what and how they were made."""
+def write(path: Path | None, name: str, figures: Any, plot: Path | None = None) -> None:
+    """One JSON file: the figures, and where, with what and how they were made; and their charts (radixmesh.bench.plot).
+    None: not that."""
     record = {"benchmark": name, **made(), "figures": figures}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    if plot is not None:
+        from radixmesh.bench.plot import draw
+
+        draw(plot, record)
 
 
 def _lines(path: str) -> list[str]:

@@ -50,14 +50,14 @@ class Peer:
 
 
 @contextmanager
-def started(arguments: Sequence[str], key: str | None = None) -> Iterator[Peer]:
+def started(arguments: Sequence[str], key: str | None = None, env: Mapping[str, str] | None = None) -> Iterator[Peer]:
     """A process of python that prints its URL when it listens. Raises ConfigError with its last line if it ends.
 
     What it prints goes to files: a pipe that nobody reads would stop it.
     """
     with tempfile.TemporaryFile("w+") as log, tempfile.NamedTemporaryFile("r") as said:
         with open(said.name, "w") as out:
-            process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=log)
+            process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=log, env=env)
         try:
             until = time.monotonic() + START_SECONDS
             while not (found := URL.search(Path(said.name).read_text())):

@@ -75,6 +75,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "tie_word_embeddings": False,
     },
+    "wide": {  # small, with the heads of a large one
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "vocab_size": 4096,
+        "tie_word_embeddings": False,
+    },
 }
 """Shapes that are measured with random weights: config.json alone, no checkpoint on disk."""
 

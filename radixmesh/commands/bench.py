@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.errors import ConfigError
-from radixmesh.commands import options
+from radixmesh.commands import options, proofs
 
 
 def register(app: typer.Typer) -> None:
@@ -25,9 +25,9 @@ def register(app: typer.Typer) -> None:
     group.command()(scheduler)
     group.command()(serve)
     group.command()(radix)
-    group.command()(start)
     group.command()(dispatch)
     group.command()(kernels)
+    proofs.register(group)
     app.add_typer(group, name="bench")
 
 
@@ -53,18 +53,21 @@ def offline(
     repeats: Annotated[int, typer.Option(help="Timed repeats after a warm-up.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of transformers.")] = 2,
     deterministic: options.Deterministic = False,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
+    plot: options.Plot = None,
     pairs: options.Set = None,
 ) -> None:
     """Greedy tokens per second of backends beside transformers' generate, same checkpoint and run; or workloads."""
     from radixmesh.bench import offline as bench
+    from radixmesh.bench.plot import check
     from radixmesh.bench.record import write
     from radixmesh.engine import DEMO
 
+    check(plot)
     exact = options.read_set(pairs) | options.exact(deterministic)
     if workload is not None:
         names = [name.strip() for name in workload.split(",")]
-        return workloads(model, shape, names, backend, dummy, scale, repeats, out, exact)
+        return workloads(model, shape, names, backend, dummy, scale, repeats, out, plot, exact)
     sizes, settings = [int(b) for b in batch.split(",")], exact
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -82,8 +85,7 @@ def offline(
                     f"{speed.subject:24} {speed.batch:5} {speed.first:8.3f} {speed.whole:8.3f} {speed.decode:12.1f} "
                     f"{speed.spread:7.1%}"
                 )
-    if out is not None:
-        write(out, "offline", figures)
+    write(out, "offline", figures, plot)
 
 
 def workloads(
@@ -95,6 +97,7 @@ def workloads(
     scale: float,
     repeats: int,
     out: Path | None,
+    plot: Path | None,
     settings: dict[str, Any],
 ) -> None:
     """Run workloads by name on one engine, and print a line for each."""
@@ -116,8 +119,7 @@ def workloads(
             f"{f['output_tokens_per_second']:.0f} tokens/s{each}, {f['cached']} prompt tokens from the cache; "
             f"ready after {f['ready']:.1f} s on {f['device']}"
         )
-    if out is not None:
-        write(out, "workloads", figures)
+    write(out, "workloads", figures, plot)
 
 
 def prefix(
@@ -129,7 +131,7 @@ def prefix(
     own: Annotated[int, typer.Option(help="Tokens of each prompt's own.")] = 16,
     made: Annotated[int, typer.Option(help="Tokens made for each.")] = 8,
     repeats: Annotated[int, typer.Option(help="Timed repeats, each with a fresh prefix.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
     pairs: options.Set = None,
 ) -> None:
     """Requests with one prefix, with the prefix cache and without: how many times faster is it?"""
@@ -153,8 +155,7 @@ def prefix(
                 f"{name}: {took[0]:.2f} s with the cache ({both[0]['cached']} of {both[0]['prompt_tokens']} prompt "
                 f"tokens from it), {took[1]:.2f} s without: {times:.1f} times faster"
             )
-    if out is not None:
-        write(out, "prefix", figures)
+    write(out, "prefix", figures)
 
 
 def agree(
@@ -162,7 +163,7 @@ def agree(
     subjects: Annotated[str, typer.Option(help="Two backends.")] = "jax,torch",
     count: Annotated[int, typer.Option(help="Prompts.")] = 100,
     made: Annotated[int, typer.Option(help="Tokens made for each.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
     pairs: options.Set = None,
 ) -> None:
     """The same random prompts through two backends in float32, greedy and seeded: how many sequences are equal?"""
@@ -179,8 +180,7 @@ def agree(
         print(f"{f['kind']}: {f['equal']} of {f['prompts']} sequences of {f['tokens']} tokens equal; {took}")
         if f["differ"]:
             print(f"  (sequence, first token that differs): {f['differ']}")
-    if out is not None:
-        write(out, "agree", figures)
+    write(out, "agree", figures)
 
 
 def scheduler(
@@ -189,7 +189,7 @@ def scheduler(
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 400,
     policies: Annotated[str, typer.Option(help="lpm, fcfs, dfs-weight.")] = "lpm,fcfs,dfs-weight",
     scale: Annotated[int, typer.Option(min=1, help="Divide the prompts of the shared workload by this.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
 ) -> None:
     """Microseconds of a step's plan and commit, on a device that computes nothing; and what shared prefixes save."""
     from engine.config import POLICIES
@@ -215,8 +215,7 @@ def scheduler(
             s = bench.share(order, name, prefix=2048 // scale, own=128 // scale)
             figures.append(asdict(s))
             print(f"{order:12} {name:10} {s.shared:8} {s.cached:8} {s.fed:8}")
-    if out is not None:
-        write(out, "scheduler", figures)
+    write(out, "scheduler", figures)
 
 
 def kernels(
@@ -225,14 +224,17 @@ def kernels(
     ] = "all",
     only: Annotated[str, typer.Option(help="Cases whose name holds this.")] = "",
     peers: Annotated[Path | None, typer.Option(help="Folder with the tpu-inference package, for its kernel.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
+    plot: options.Plot = None,
 ) -> None:
     """Compile the Pallas kernels for TPUs, with none here: seconds, VMEM, spills, cycles; and jax's own beside them."""
     from radixmesh.bench import kernels as bench
+    from radixmesh.bench.plot import check
     from radixmesh.bench.record import write
 
+    check(plot)
     if target == "gpu":
-        return _kernels_gpu(only, peers, out)
+        return _kernels_gpu(only, peers, out, plot)
     chips = list(bench.TOPOLOGY) if target == "all" else [name.removeprefix("tpu:") for name in target.split(",")]
     for chip in chips:
         if chip not in bench.TOPOLOGY:
@@ -254,11 +256,10 @@ def kernels(
             figures.append(row)
             said = row.get("error") or " ".join(f"{row.get(field, '-'):>16}" for field in fields)
             print(f"{row['case']:34} {row['chip']:5} {said}", flush=True)
-    if out is not None:
-        write(out, "kernels", figures)
+    write(out, "kernels", figures, plot)
 
 
-def _kernels_gpu(only: str, peers: Path | None, out: Path | None) -> None:
+def _kernels_gpu(only: str, peers: Path | None, out: Path | None, plot: Path | None) -> None:
     """Attention on the present GPU."""
     from importlib.util import find_spec
 
@@ -278,8 +279,7 @@ def _kernels_gpu(only: str, peers: Path | None, out: Path | None) -> None:
     for row in kernels_gpu.measure(only):
         figures.append(row)
         print(f"{row['case']:32} " + ", ".join(f"{k} {v}" for k, v in row.items() if k != "case"), flush=True)
-    if out is not None:
-        write(out, "kernels", figures)
+    write(out, "kernels", figures, plot)
 
 
 def radix(
@@ -287,7 +287,7 @@ def radix(
     requests: Annotated[int, typer.Option(min=1, help="Requests of 512 to 4,096 tokens.")] = 2000,
     capacity: Annotated[int, typer.Option(min=8192, help="Tokens that the cache holds.")] = 500_000,
     repeats: Annotated[int, typer.Option(min=1, help="Times that the whole is served, each from an empty cache.")] = 7,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
 ) -> None:
     """CPU microseconds of the prefix cache a request: match, lock, evict, take, insert, unlock. No model is needed."""
     from radixmesh.bench import radix as bench
@@ -305,39 +305,7 @@ def radix(
             f"{cost.page:4} {cost.total:10.1f} {cost.best:7.1f} {cost.match:7.1f} {cost.match_best:7.1f} "
             f"{cost.key:7.1f} {cost.cached:7.1%}"
         )
-    if out is not None:
-        write(out, "radix", figures)
-
-
-def start(
-    cases: Annotated[str, typer.Option(help="cold, kept, bundle, early.")] = "cold,kept,bundle,early",
-    repeats: Annotated[int, typer.Option(min=1, help="Starts of each.")] = 3,
-    model: options.Model = None,
-    mesh: options.Mesh = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
-    pairs: options.Set = None,
-) -> None:
-    """Seconds until `serve` is ready, on jax: with nothing kept, with programs kept by an earlier start, from a bundle,
-    and ready early."""
-    from radixmesh.bench import start as bench
-    from radixmesh.bench.record import write
-
-    names = [name.strip() for name in cases.split(",")]
-    for name in names:
-        if name not in bench.CASES:
-            raise ConfigError(f"cases: unknown {name!r}; there are {', '.join(bench.CASES)}", field="cases")
-    flags = [x for key, value in {"--model": model, "--mesh": mesh}.items() if value for x in (key, value)]
-    flags += [x for pair in pairs or () for x in ("--set", pair)]
-    figures = []
-    for name in names:
-        s = bench.measure(name, repeats, flags)
-        figures.append(asdict(s))
-        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in s.stages.items())
-        print(
-            f"{s.case:7} ready in {s.ready:6.2f} s (least {s.least:.2f}, processor {s.cpu:.1f}): {stages}", flush=True
-        )
-    if out is not None:
-        write(out, "start", figures)
+    write(out, "radix", figures)
 
 
 def dispatch(
@@ -345,7 +313,7 @@ def dispatch(
     rows: Annotated[int, typer.Option(min=1, max=4096, help="Rows that decode in each step.")] = 256,
     steps: Annotated[int, typer.Option(min=1, max=4096, help="Steps that are timed.")] = 100,
     stacks: Annotated[str, typer.Option(help="scan, as on TPUs; list, as elsewhere.")] = "scan,list",
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
     pairs: options.Set = None,
 ) -> None:
     """Milliseconds that the host takes to send a step to jax's devices; a CPU is cut into as many as the mesh has."""
@@ -362,8 +330,7 @@ def dispatch(
         figures.append(asdict(d))
         told = f"{d.host:7.3f} {d.host_high:7.3f} {d.wall:7.3f} {d.wall_high:7.3f} {d.turn:8.2f}"
         print(f"{d.mesh:10} {d.stack:5} {d.rows:5} {told}", flush=True)
-    if out is not None:
-        write(out, "dispatch", figures)
+    write(out, "dispatch", figures)
 
 
 def serve(
@@ -379,7 +346,7 @@ def serve(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long new answers are asked for.")] = 60.0,
     made: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
     bare: Annotated[bool, typer.Option(help="Measure a bare uvicorn beside it.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    out: options.Out = None,
 ) -> None:
     """Streams of completions over HTTP: errors, speed, CPU by process, and whether all is given back afterwards."""
     from radixmesh.bench import serve as bench
@@ -400,7 +367,6 @@ def serve(
         figures["bare uvicorn"] = bench.measure_bare(streams, made, round(f["bytes_per_event"]), f["events"])
     for line in bench.table(figures):
         print(line)
-    if out is not None:
-        write(out, "serve", figures)
+    write(out, "serve", figures)
     if figures["radixmesh"]["errors"] or figures["radixmesh"]["held_after"] not in (None, (0, 0)):
         raise typer.Exit(1)

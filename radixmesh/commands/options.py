@@ -17,6 +17,8 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
 File = Annotated[Path | None, typer.Option("--config", help="A TOML configuration; flags stand over it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as cache.page=32.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits whatever else runs; slower.")]
+Out = Annotated[Path | None, typer.Option(help="Write JSON here.")]
+Plot = Annotated[Path | None, typer.Option(help="Write charts here: a page (.html), or the charts alone (.svg).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import socket
 
     from engine.config import Config
+    from engine.run.messages import Info
     from engine.run.process import ProcessClient
     from engine.serve.service import Service
     from engine.text.tokenizer import Tokenizer
@@ -112,10 +113,21 @@ def _open(config: Config) -> tuple[ProcessClient, Tokenizer]:
         client = ProcessClient(config, DEMO, stage=report.begin)
         try:
             report.begin("")
+            print(f"  {_told(client.info)}", flush=True)
             return client, opened.result()
         except BaseException:
             client.shutdown()
             raise
+
+
+def _told(info: Info) -> str:
+    """What the start took of memory, at which speed, and parts of its stages."""
+    seconds, gib = dict(info.stages), 1 << 30
+    parts = [f"{name} {size / gib:.2f} GiB" for name, size in info.status.memory.items()]
+    if "weights" in info.status.memory:
+        parts.append(f"weights at {info.status.memory['weights'] / gib / max(seconds['weights'], 1e-9):.1f} GiB/s")
+    parts += [f"{name.partition('.')[2]} {s:.2f} s" for name, s in info.stages if "." in name]
+    return f"{'memory':<12}{', '.join(parts)}"
 
 
 class _Report:

@@ -11,6 +11,13 @@ WIDTH, HEIGHT = 860, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
 SERIES = 6
 """Colours that the page has."""
+COLORS = ("#2f6fb3", "#d97a22", "#3b8f5a", "#a3478f", "#7a6a2c", "#4f5d75")
+CSS = """
+svg{font-family:system-ui,"DejaVu Sans",sans-serif}.head{font-size:14px;font-weight:600;fill:#23211f}
+.grid{stroke:#e6e1da}.tick,.value{fill:#6d6862;font-size:11px}.value{font-size:10px}
+.line{fill:none;stroke:var(--c);stroke-width:1.8}.limit{fill:none;stroke:var(--c);stroke-dasharray:5 4}
+.dot,.bar{fill:var(--c)}""" + "".join(f".c{i}{{--c:{color}}}" for i, color in enumerate(COLORS))
+"""Of charts without a page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +115,22 @@ def legend(series: Sequence[Series]) -> str:
         for s, kind in ((s, "dash" if s.limit else "swatch") for s in series)
     ]
     return f'<div class="legend">{"".join(items)}</div>'
+
+
+def stacked(charts: Sequence[tuple[str, str, Sequence[Series]]]) -> str:
+    """Charts (title, SVG, its series) below each other as one SVG that needs no page."""
+    parts, y = [], 10
+    for title, svg, series in charts:
+        at = LEFT
+        parts.append(f'<text class="head" x="{LEFT}" y="{y + 14}">{escape(title)}</text>')
+        for s in series:
+            key = f'<rect class="bar c{s.color % SERIES}" x="{at}" y="{y + 26}" width="12" height="12" rx="3"/>'
+            parts.append(f'{key}<text class="tick" x="{at + 18}" y="{y + 36}">{escape(s.name)}</text>')
+            at += 40 + 7 * len(s.name)
+        parts.append(svg.replace("<svg ", f'<svg x="0" y="{y + 44}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+        y += HEIGHT + 54
+    frame = f'viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" xmlns="http://www.w3.org/2000/svg"'
+    return f"<svg {frame}><style>{CSS}</style>{''.join(parts)}</svg>\n"
 
 
 def _svg(inner: str, title: str) -> str:

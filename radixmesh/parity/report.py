@@ -97,26 +97,32 @@ def assess(
         made=sum(len(r.tokens) for r in readings),
         experts={name: sum(shares) / len(shares) for name, shares in experts.items()},
         pinned=free is not None,
-        checks=_checks(whole, greedy, limits),
+        checks=checks(whole, limits) + _greedy(greedy, limits),
     )
 
 
-def _checks(s: Summary, greedy: ties.Ties, limits: Thresholds) -> tuple[Check, ...]:
-    sequences = greedy.equal + greedy.near + len(greedy.faults)
-    checks = [
+def checks(s: Summary, limits: Thresholds) -> tuple[Check, ...]:
+    """Figures of positions beside their thresholds."""
+    found = [
         Check(metric="kl_mean", value=s.kl_mean, limit=limits.kl_mean),
         Check(metric="kl_p99", value=s.kl_p99, limit=limits.kl_p99),
         Check(metric="kl_max", value=s.kl_max, limit=limits.kl_max),
         Check(metric="top1", value=s.top1, limit=limits.top1, least=True),
         Check(metric="overlap", value=s.overlap[KS.index(OVERLAP)], limit=limits.overlap, least=True),
         Check(metric="flips", value=s.flips, limit=limits.flips),
-        Check(metric="greedy_faults", value=len(greedy.faults), limit=0),
-        Check(metric="greedy_near_ties", value=greedy.near, limit=math.ceil(limits.near * sequences)),
     ]
     if s.perplexity is not None:
         off = abs(s.perplexity[1] / s.perplexity[0] - 1)
-        checks.insert(6, Check(metric="perplexity", value=off, limit=limits.perplexity))
-    return tuple(checks)
+        found.append(Check(metric="perplexity", value=off, limit=limits.perplexity))
+    return tuple(found)
+
+
+def _greedy(greedy: ties.Ties, limits: Thresholds) -> tuple[Check, ...]:
+    sequences = greedy.equal + greedy.near + len(greedy.faults)
+    return (
+        Check(metric="greedy_faults", value=len(greedy.faults), limit=0),
+        Check(metric="greedy_near_ties", value=greedy.near, limit=math.ceil(limits.near * sequences)),
+    )
 
 
 def as_json(model: str, judge: Subject, texts: Sequence[Text], outcomes: Sequence[Outcome], made: int) -> Any:
