@@ -274,6 +274,10 @@ def attention(
         long, tokens = plan.rows - plan.short, plan.tokens - plan.short
         queries = tile(0, q.shape[2], q.element_size(), arch_of(q.device)).rows // group
         tiles = tokens // queries + long
+        plain = window is None and cap is None and sinks is None
+        if tokens >= WHOLE and plain and hopper(arch_of(q.device), q.shape[2], group, q.dtype, store.dtype, page):
+            _hopper(q, store, out, rows, plan, page, scale)
+            return out
         parts = splits(tiles * kv_heads * WAVES, reach, plan.sms)
         call(plan.rows, plan.short, 0, parts, tiles, tokens)
     return out
@@ -302,6 +306,31 @@ def fresh(q: Array, kv: Array, rows: Rows, plan: Plan, *, scale: float) -> Array
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return out
+
+
+def hopper(arch: str, head_dim: int, group: int, dtype: torch.dtype, store: torch.dtype, page: int) -> bool:
+    """Whether kernels_cuda.hopper is there for long rows of a layer without window, cap and sinks."""
+    fits = head_dim in (64, 128) and group <= 64 and page in (16, 32, 64, 128)
+    return arch == "sm_90" and fits and dtype in (torch.bfloat16, torch.float16) and store == dtype
+
+
+def _hopper(q: Array, store: Array, out: Array, rows: Rows, plan: Plan, page: int, scale: float) -> None:
+    """Long rows of a plan."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from kernels_cuda.hopper import prefill
+
+    (_, q_heads, dim), kv_heads = q.shape, store.shape[2]
+    queries = 2 * (64 // (q_heads // kv_heads))
+    tiles = (plan.tokens - plan.short) // queries + plan.rows - plan.short
+    lines = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    entries = TensorDescriptor.from_tensor(store.view(len(store), -1), [page, 64], lines)
+    first, start, base, table = rows
+    prefill[(min(plan.sms, tiles * kv_heads),)](
+        q, entries, out, first, start, base, table, plan.rows, table.shape[1], plan.short, tiles, scale * LOG2E,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page, STEP=128, STAGES=2, num_warps=4,
+    )  # fmt: skip
 
 
 class _Call(NamedTuple):

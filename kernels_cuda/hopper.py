@@ -1,0 +1,263 @@
+"""Causal attention of long rows over pages on sm_90, in Gluon: a warp brings keys and values by the copy engine, two
+groups of four warps multiply.
+
+What `paged` does for long rows in one part, without windows, caps and sinks, for a store in the dtype of the queries.
+A program goes through tiles of queries of a kv head, each half of them a group's. While the tensor cores take the
+products of one block of keys, a group makes the softmax of the next.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+GROUPS = gl.constexpr(2)
+HALF = gl.constexpr(64)
+"""Rows of a group's product, queries times heads."""
+CHUNK = gl.constexpr(64)
+"""Numbers of a line of shared memory, as the copy engine swizzles them."""
+
+HOLD = gl.constexpr(
+    "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000;"
+    " @p st.shared.f32 [a], $1; mov.b32 $0, $1;}"
+)
+"""Hands on what is never negative. The store, which never happens, keeps the assembler from moving a later wait in front
+of what it would store: softmax would stand idle while products run."""
+
+
+@gluon.jit
+def find(first, start, base, rows, skip, tile, QUERIES: gl.constexpr):
+    """Of a tile: its row, the row's first token, its entries before the step and its tokens, and the tile's first
+    query; no query where that is not below the tokens."""
+    offset = gl.load(first + skip)
+    low, high = skip, rows - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (gl.load(first + middle) - offset) // QUERIES + middle - skip <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    begin = gl.load(first + low)
+    count = gl.load(first + low + 1) - begin
+    before = (tile - (begin - offset) // QUERIES - (low - skip)) * QUERIES
+    return low, begin, gl.load(start + low) - gl.load(base + low), count, before
+
+
+@gluon.jit
+def item(turn, KV_HEADS: gl.constexpr, tiles):
+    """Head and tile of a program's turn, the longest first; back and forth, so that sums are even."""
+    size = gl.num_programs(0)
+    at = gl.program_id(0)
+    at = turn * size + gl.where(turn % 2 == 0, at, size - 1 - at)
+    return at % KV_HEADS, tiles - 1 - at // KV_HEADS
+
+
+@gluon.jit
+def produce(
+    entries, first, start, base, table, rows, width, skip, tiles, k_boxes, v_boxes, full_k, full_v, empty_k, empty_v,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STEP: gl.constexpr,
+    QUERIES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    BOXES: gl.constexpr = STEP // BOX
+    BYTES: gl.constexpr = STEP * DIM * entries.dtype.primitive_bitwidth // 8
+    i = 0
+    for turn in range(gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
+        head, tile = item(turn, KV_HEADS, tiles)
+        if tile >= 0:
+            row, begin, length, count, before = find(first, start, base, rows, skip, tile, QUERIES)
+            if before < count:
+                line = table + row.to(gl.int64) * width
+                last = length + count
+                for n in range(0, length + gl.minimum(before + QUERIES, count), STEP):
+                    places = ()
+                    for b in gl.static_range(BOXES):
+                        at = n + b * BOX
+                        page = gl.load(line + at // PAGE, mask=at < last, other=0)
+                        places = places + (gl.where(at < last, page * PAGE + at % PAGE, entries.shape[0]),)
+                    stage = i % STAGES
+                    phase = (i // STAGES) & 1
+                    mbarrier.wait(empty_k.index(stage), phase ^ 1)
+                    mbarrier.expect(full_k.index(stage), BYTES)
+                    for b in gl.static_range(BOXES):
+                        for c in gl.static_range(DIM // CHUNK):
+                            to = k_boxes.index((stage * (DIM // CHUNK) + c) * BOXES + b)
+                            tma.async_copy_global_to_shared(
+                                entries, [places[b], head * DIM + c * CHUNK], full_k.index(stage), to
+                            )
+                    mbarrier.wait(empty_v.index(stage), phase ^ 1)
+                    mbarrier.expect(full_v.index(stage), BYTES)
+                    for b in gl.static_range(BOXES):
+                        for c in gl.static_range(DIM // CHUNK):
+                            to = v_boxes.index((stage * (DIM // CHUNK) + c) * BOXES + b)
+                            tma.async_copy_global_to_shared(
+                                entries, [places[b], (KV_HEADS + head) * DIM + c * CHUNK], full_v.index(stage), to
+                            )
+                    i += 1
+
+
+@gluon.jit
+def soften(s, peak, total, n, position, scale, MASKED: gl.constexpr):
+    """Powers of a block's scores, what sums before it are worth, and the new peak and total."""
+    if MASKED:
+        keys = n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+        s = gl.where(keys[None, :] <= position[:, None], s, -float("inf"))
+    top = gl.maximum(peak, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - top[:, None])
+    fade = gl.exp2(peak - top)
+    return p, fade, top, total * fade + gl.sum(p, 1)
+
+
+@gluon.jit
+def advance(
+    q, p, acc, peak, total, i, n, position, scale, k_tiles, v_tiles, full_k, full_v, empty_k, empty_v,
+    scores: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Scores of block i, while the powers p of the block before it are multiplied by its values."""
+    stage, old = i % STAGES, (i - 1) % STAGES
+    mbarrier.wait(full_k.index(stage), (i // STAGES) & 1)
+    none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
+    s = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(full_v.index(old), ((i - 1) // STAGES) & 1)
+    acc = warpgroup_mma(p, v_tiles.index(old), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(empty_k.index(stage))
+    mbarrier.arrive(empty_v.index((i + STAGES - 2) % STAGES), pred=n > STEP)  # of the block before, which waited
+    made, fade, peak, total = soften(s, peak, total, n, position, scale, MASKED)
+    total = gl.inline_asm_elementwise(HOLD, "=f,f", [total], gl.float32, is_pure=False, pack=1)
+    acc, p, made = warpgroup_mma_wait(0, deps=(acc, p, made))
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return gl.convert_layout(made.to(p.dtype), p.type.layout), acc, peak, total
+
+
+@gluon.jit
+def consume(
+    q, out, first, start, base, rows, skip, scale, tiles, side, q_half, k_tiles, v_tiles,
+    full_k, full_v, empty_k, empty_v,
+    Q_HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr, QUERIES: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Group `side` of 4 warps: its half of the queries of each tile."""
+    GROUP: gl.constexpr = Q_HEADS // KV_HEADS
+    EACH: gl.constexpr = QUERIES // GROUPS
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    line: gl.constexpr = gl.SliceLayout(1, scores)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    m = gl.arange(0, HALF, layout=gl.SliceLayout(1, wide))
+    d = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
+    i = 0
+    for turn in range(gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
+        head, tile = item(turn, KV_HEADS, tiles)
+        if tile >= 0:
+            row, begin, length, count, before = find(first, start, base, rows, skip, tile, QUERIES)
+            if before < count:
+                query = before + side * EACH + m // GROUP
+                real = (query < count) & (m < EACH * GROUP)
+                at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
+                q_half.store(gl.load(q + at, mask=real[:, None], other=0))
+                fence_async_shared()
+                position = length + before + side * EACH + gl.arange(0, HALF, layout=line) // GROUP
+                whole = (length + before + 1) // STEP * STEP
+                end = length + gl.minimum(before + QUERIES, count)
+
+                mbarrier.wait(full_k.index(i % STAGES), (i // STAGES) & 1)
+                none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
+                s = warpgroup_mma(q_half, k_tiles.index(i % STAGES).permute((1, 0)), none, use_acc=False)
+                mbarrier.arrive(empty_k.index(i % STAGES))
+                peak = gl.full([HALF], -float("inf"), gl.float32, layout=line)
+                total = gl.zeros([HALF], gl.float32, layout=line)
+                p, fade, peak, total = soften(s, peak, total, 0, position, scale, True)
+                p = gl.convert_layout(p.to(q.dtype.element_ty), operand)
+                acc = gl.zeros([HALF, DIM], gl.float32, layout=sums)
+                for n in range(STEP, whole, STEP):
+                    i += 1
+                    p, acc, peak, total = advance(
+                        q_half, p, acc, peak, total, i, n, position, scale, k_tiles, v_tiles,
+                        full_k, full_v, empty_k, empty_v, scores, STEP, STAGES, False,
+                    )  # fmt: skip
+                for n in range(gl.maximum(whole, STEP), end, STEP):
+                    i += 1
+                    p, acc, peak, total = advance(
+                        q_half, p, acc, peak, total, i, n, position, scale, k_tiles, v_tiles,
+                        full_k, full_v, empty_k, empty_v, scores, STEP, STAGES, True,
+                    )  # fmt: skip
+                mbarrier.arrive(empty_v.index((i + STAGES - 1) % STAGES), pred=end > STEP)
+                stage = i % STAGES
+                mbarrier.wait(full_v.index(stage), (i // STAGES) & 1)
+                left = length + count - (end - 1) // STEP * STEP
+                if left < STEP:  # what no row wrote may be NaN
+                    v_tile = v_tiles.index(stage)
+                    there = gl.arange(0, STEP, layout=gl.SliceLayout(1, wide)) < left
+                    v_tile.store(gl.where(there[:, None], v_tile.load(wide), 0.0))
+                    fence_async_shared()
+                acc = warpgroup_mma(p, v_tiles.index(stage), acc)
+                mbarrier.arrive(empty_v.index(stage))
+                i += 1
+                acc = acc / gl.convert_layout(total, gl.SliceLayout(1, sums))[:, None]
+                q_half.store(acc.to(q.dtype.element_ty))
+                gl.store(out + at, q_half.load(wide), mask=real[:, None])
+
+
+FREE = ("rows", "width", "skip", "tiles")
+LOOSE = ("first", "start", "base", "table")
+"""What must not make another compiled kernel: numbers of a step, and where its tensors happen to lie."""
+
+
+@gluon.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=LOOSE)
+def prefill(
+    q, entries, out, first, start, base, table, rows, width, skip, tiles, scale,
+    Q_HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Any grid: programs share out KV_HEADS * tiles.
+
+    q, out [T, Q_HEADS, DIM], DIM 64 or 128; entries: descriptor of the store as [entries, 2 * KV_HEADS * DIM] in blocks
+    [BOX, 64], BOX a part of a page and of STEP. first int32[R + 1], start, base int32[R], table int32[R, width]: of all
+    R = rows, of which the first `skip` are left out. scale: times log2(e). STEP: keys of a turn; STAGES: blocks of keys,
+    and of values, on the way.
+    """
+    BOX: gl.constexpr = entries.block_shape[0]
+    DTYPE: gl.constexpr = entries.dtype
+    QUERIES: gl.constexpr = GROUPS * (HALF // (Q_HEADS // KV_HEADS))
+    BOXES: gl.constexpr = STAGES * (STEP // BOX) * (DIM // CHUNK)
+    lines: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_boxes = gl.allocate_shared_memory(DTYPE, [BOXES, BOX, CHUNK], lines)
+    v_boxes = gl.allocate_shared_memory(DTYPE, [BOXES, BOX, CHUNK], lines)
+    k_tiles = k_boxes._reinterpret(DTYPE, [STAGES, STEP, DIM], lines)
+    v_tiles = v_boxes._reinterpret(DTYPE, [STAGES, STEP, DIM], lines)
+    q_tile = gl.allocate_shared_memory(DTYPE, [GROUPS, HALF, DIM], lines)
+    full_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full_k.index(i), count=1)
+        mbarrier.init(full_v.index(i), count=1)
+        mbarrier.init(empty_k.index(i), count=GROUPS)
+        mbarrier.init(empty_v.index(i), count=GROUPS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (
+                q, out, first, start, base, rows, skip, scale, tiles, 0, q_tile.index(0), k_tiles, v_tiles,
+                full_k, full_v, empty_k, empty_v, Q_HEADS, KV_HEADS, DIM, STEP, QUERIES, STAGES,
+            )),
+            (consume, (
+                q, out, first, start, base, rows, skip, scale, tiles, 1, q_tile.index(1), k_tiles, v_tiles,
+                full_k, full_v, empty_k, empty_v, Q_HEADS, KV_HEADS, DIM, STEP, QUERIES, STAGES,
+            )),
+            (produce, (
+                entries, first, start, base, table, rows, width, skip, tiles, k_boxes, v_boxes,
+                full_k, full_v, empty_k, empty_v, KV_HEADS, DIM, PAGE, BOX, STEP, QUERIES, STAGES,
+            )),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip
