@@ -131,7 +131,7 @@ def resolve(config: Config, spec: ModelSpec, device: Device) -> tuple[Resolved, 
             why="backend.jax.bundle" if config.backend.jax.bundle else "auto: programs are compiled",
         ),
         _early(config, device),
-        _graphs(config, device, mesh),
+        _graphs(config, spec, device, mesh),
         _cascade(config, spec, device),
         Decision(field="log", value=config.sched.log or "", why="sched.log" if config.sched.log else "auto: none"),
     ]
@@ -507,7 +507,7 @@ def _early(config: Config, device: Device) -> Decision:
     return Decision(field="ready_early", value=asked, why="sched.ready_early")
 
 
-def _graphs(config: Config, device: Device, mesh: MeshSpec) -> Decision:
+def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> Decision:
     """Whether torch captures small steps."""
 
     def no(why: str) -> Decision:
