@@ -86,7 +86,9 @@ class Reading:
     def _draw(self, source: RandomWeights, p: Param) -> torch.Tensor:
         tape = source.tape(p)
         if id(tape) not in self._tapes:  # sent twice at worst; the source keeps it, so its id stays its own
-            self._tapes[id(tape)] = self._staging.send(tape)
+            sent = self._staging.send(tape)
+            torch.cuda.current_stream(self._device).synchronize()  # other threads read it on other streams
+            self._tapes[id(tape)] = sent
         return draw(source, p, self._tapes[id(tape)])
 
     def _quantised(self, made: quant.Form) -> Quantised:
