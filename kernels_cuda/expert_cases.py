@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,10 +21,10 @@ def experts(
     top_k: int,
     dtype: torch.dtype,
     arch: str,
-    kind: Literal["none", "int8", "fp8", "fp8-row"] = "none",
+    kind: str = "none",
     clamped: bool = False,
 ) -> Iterator[Case]:
-    """Those of one device, with its activations in `dtype`. size: of its part of an expert. clamped: with biases."""
+    """Those of one device, with its activations in `dtype`. size: of its part of an expert. kind: of 8 bits."""
     from kernels_cuda import grouped_matmul, grouped_row, route
 
     x, up = f"*{NAMES[dtype]}", lambda n: 1 << max(n - 1, 0).bit_length()

@@ -9,9 +9,10 @@ from backends.torch.caches import DTYPES as HELD
 from backends.torch.params import DTYPES
 from engine.config import Resolved
 from engine.mesh import share
-from engine.model.spec import ModelSpec
+from engine.model.spec import Experts, ModelSpec
 from kernels_cuda import build, cases
 from kernels_cuda.attention import FEW, PART, splits, supports
+from kernels_cuda.expert_cases import experts
 from kernels_cuda.step_cases import step
 
 
@@ -28,17 +29,28 @@ def kernels(spec: ModelSpec, config: Resolved, arch: str) -> list[cases.Case]:
             found.setdefault(case.key, case)
         for case in cases.branches(layer, dtype, store, arch) if config.cascade != "off" else ():
             found.setdefault(case.key, case)
-    for case in beside(spec, config):
+    for case in beside(spec, config, arch):
         found.setdefault(case.key, case)
     return list(found.values())
 
 
-def beside(spec: ModelSpec, config: Resolved) -> Iterator[cases.Case]:
+def beside(spec: ModelSpec, config: Resolved, arch: str) -> Iterator[cases.Case]:
     """The kernels of a step that are not attention, as one device of the mesh runs them."""
     shapes = {
         (a.q_heads, a.kv_heads, a.head_dim, a.head_dim if a.rope is None else a.rope.dim, feed.size)
         for a, feed in ((layer.mixer, layer.feed) for layer in spec.layers)
     }
+    for e in dict.fromkeys(layer.feed for layer in spec.layers if isinstance(layer.feed, Experts)):
+        yield from experts(
+            hidden=spec.hidden,
+            size=share(e.size, "ffn", config.mesh),
+            count=e.count,
+            top_k=e.top_k,
+            dtype=DTYPES[config.dtype],
+            arch=arch,
+            kind=config.quantise,
+            clamped=e.act == "clamped",
+        )
     for q_heads, kv_heads, head_dim, dim, ffn in sorted(shapes):
         yield from step(
             hidden=spec.hidden,

@@ -97,8 +97,9 @@ def heights(e: Experts, most: int) -> Iterator[int]:
     from kernels_cuda import route
 
     seen = set()
-    for tokens in sorted({*(1 << i for i in range(most.bit_length())), most}):
-        made = 1 if tokens == 1 else route.height(tokens * e.top_k, e.count), route.chunk(tokens * e.top_k)
+    for tokens in range(1, most + 1):
+        choices = tokens * e.top_k
+        made = tokens == 1 or (route.height(choices, e.count), route.chunk(choices))
         if made not in seen:
             seen.add(made)
             yield tokens

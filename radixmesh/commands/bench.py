@@ -260,7 +260,7 @@ def kernels(
 
 
 def _kernels_gpu(only: str, peers: Path | None, out: Path | None, plot: Path | None) -> None:
-    """Attention on the present GPU."""
+    """Attention and experts on the present GPU."""
     from importlib.util import find_spec
 
     from radixmesh.bench.record import write
@@ -271,14 +271,20 @@ def _kernels_gpu(only: str, peers: Path | None, out: Path | None, plot: Path | N
         raise ConfigError("target gpu: torch and triton are needed: pip install 'radixmesh[cuda]'", field="target")
     import torch
 
-    from radixmesh.bench import kernels_gpu
+    from radixmesh.bench import experts_gpu, kernels_gpu
 
     if not torch.cuda.is_available():
         raise ConfigError("target gpu: this torch sees no GPU", field="target")
-    figures = []
-    for row in kernels_gpu.measure(only):
+    figures: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
         figures.append(row)
         print(f"{row['case']:32} " + ", ".join(f"{k} {v}" for k, v in row.items() if k != "case"), flush=True)
+
+    for row in kernels_gpu.measure(only):
+        keep(row)
+    for row in experts_gpu.measure(only, figures[0]):
+        keep(row)
     write(out, "kernels", figures, plot)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from backends.torch.joined import join
 from backends.torch.params import held
 from engine.config import load
 from engine.errors import DeviceFailed
+from engine.model.spec import Experts
 from engine.resolve import Device, plan_memory, resolve
 from models_torch.ops import Joined
 
@@ -109,6 +111,25 @@ def test_captured_steps_conform() -> None:
     opener.close()
     assert not failed
     assert recorder.played > 100
+
+
+def test_steps_with_experts_are_captured() -> None:
+    """Padding goes through experts too, and changes nothing."""
+    feeds = (
+        Experts(count=6, top_k=2, size=24, renormalised=True),
+        Experts(count=5, top_k=3, size=16, renormalised=False, act="clamped", bias=True),
+    )
+    layers = tuple(replace(layer, feed=feed) for layer, feed in zip(SPEC.layers, feeds, strict=True))
+    spec = replace(SPEC, layers=layers)
+    recorder, made = Plain(), []
+    for captured in (recorder, None):
+        backend = TorchBackend(spec, config("torch"))
+        backend.load(Weights(spec=spec))
+        if captured is not None:
+            backend.capture(captured, [s for s in ladder(backend.limits) if s.even])
+        made.append(tokens(generate(Host(backend), DRAWN)))
+    assert made[0] == made[1]
+    assert recorder.played >= 8
 
 
 def test_shapes_hold_what_they_are_for() -> None:
@@ -221,6 +242,9 @@ def test_matrices_are_joined_to_what_they_are_apart() -> None:
 )
 def test_the_resolver_says_whether_steps_are_captured(why: str, given: dict[str, Any]) -> None:
     device = Device(backend="torch", why="", platform="gpu", kind="a GPU", count=2, memory_bytes=40 << 30, bf16=True)
+    experts = Experts(count=4, top_k=2, size=48, renormalised=True)
+    sparse = replace(SPEC, layers=tuple(replace(layer, feed=experts) for layer in SPEC.layers))
+    assert resolve(load(None, given), sparse, device)[0].graphs == (not given)
     resolved, made = resolve(load(None, given), SPEC, device)
     assert next(why in d.why for d in made if d.field == "graphs")
     assert resolved.graphs == (not given)
