@@ -64,3 +64,9 @@ def test_loads_and_files_that_are_none(tmp_path: Path) -> None:
             loads(concurrency, rate)
     done = CliRunner().invoke(make_app(), ["bench", "latency", "--plot", str(tmp_path / "a.png")])
     assert "end it with .html or .svg" in str(done.exception)
+
+
+def test_starts_that_are_none() -> None:
+    for words, said in (("--backend reference", "jax, torch"), ("--backend torch --cases bundle", "cold, kept")):
+        done = CliRunner().invoke(make_app(), ["bench", "start", *words.split()])
+        assert said in str(done.exception)

@@ -7,21 +7,19 @@ are read in turn, so that none is in the GPU's own cache.
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from engine.model.groups import Place
-from engine.model.registry import read_spec
-from models_torch import decoder, ops
+from kernels_cuda.gated import gated
+from kernels_cuda.norm import add_norm
+from kernels_cuda.rope_write import rope_write
+from kernels_cuda.row import row_times
 from radixmesh.bench.kernels_gpu import DTYPE, timed
 from radixmesh.bench.record import write
-from radixmesh.bench.workloads import make_config
 
 ROWS, LAYERS = (1, 256, 8192), 4
 HIDDEN, FFN, Q_HEADS, KV_HEADS, HEAD, EPS = 4096, 14336, 32, 8, 128, 1e-5
@@ -57,29 +55,22 @@ def plain(x: torch.Tensor, w: Weights, cos: torch.Tensor, sin: torch.Tensor, sto
     return x + F.linear(F.silu(gate) * up, w["down"])
 
 
-def ours(rows: int, cos: torch.Tensor, sin: torch.Tensor, store: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """The same by models_torch, whose sum the next layer's norm would make."""
-    with tempfile.TemporaryDirectory() as folder:
-        spec = read_spec(make_config(Path(folder), "8b"))
-    layer, at = spec.layers[0], torch.arange(rows, device="cuda")
+def ours(
+    x: torch.Tensor, w: Weights, cos: torch.Tensor, sin: torch.Tensor, store: torch.Tensor, at: torch.Tensor
+) -> torch.Tensor:
+    """The same by the kernels of a step. at int64[T]: entries of the store."""
+    sizes = [Q_HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]
+    _, h = add_norm(x, None, w["norm"], EPS, "plain")
+    q, k, v = (y.unflatten(1, (-1, HEAD)) for y in times(h, w["qkv"]).split(sizes, 1))
+    q = rope_write(q, k, v, (cos, sin), at, store)
+    x, h = add_norm(x, times(q.flatten(1), w["out"]), w["mlp_norm"], EPS, "plain")
+    gate, up = times(h, w["gate_up"]).chunk(2, 1)
+    return x + times(gated(gate, up, "silu"), w["down"])
 
-    def attend(
-        a: Any, q: Any, k: Any, v: Any, cache: Any, place: Any, sinks: Any = None, scales: Any = None, turn: Any = None
-    ) -> Any:
-        return ops.kernel("rope_write", "cuda").rope_write(q, k, v, turn, at, store), cache
 
-    def call(x: torch.Tensor, w: Weights) -> torch.Tensor:
-        sizes = (Q_HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD)
-        tree = {
-            "attention_norm": w["norm"],
-            "mlp_norm": w["mlp_norm"],
-            "attention": {"qkv": ops.Joined(body=w["qkv"], sizes=sizes), "out": w["out"].view(HIDDEN, Q_HEADS, HEAD)},
-            "mlp": {"gate_up": ops.Joined(body=w["gate_up"], sizes=(FFN, FFN)), "down": w["down"]},
-        }
-        turns = {layer.mixer.rope: (cos, sin)}
-        return ops.whole(decoder.block(spec, layer, tree, x, turns, attend, None, Place(0, 0))[0])
-
-    return call
+def times(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x [T, in] times w [out, in]."""
+    return row_times(x, w) if len(x) == 1 else F.linear(x, w)
 
 
 def measure(rows: int) -> dict[str, Any]:
@@ -89,10 +80,11 @@ def measure(rows: int) -> dict[str, Any]:
     cos = torch.cat([angle.cos()] * 2, -1).to(DTYPE)
     sin = torch.cat([-angle.sin(), angle.sin()], -1).to(DTYPE)
     store = torch.zeros((rows + 1, 2, KV_HEADS, HEAD), device="cuda", dtype=DTYPE)
+    at = torch.arange(rows, device="cuda")
     layers = [weights() for _ in range(LAYERS)]
-    mine = ours(rows, cos, sin, store)
-    out: dict[str, Any] = {"rows": rows, "kernels_us": 1e3 * timed(lambda i: mine(x, layers[i]), LAYERS)}
-    expected = mine(x, layers[0]).float()
+    out: dict[str, Any] = {"rows": rows}
+    out["kernels_us"] = 1e3 * timed(lambda i: ours(x, layers[i], cos, sin, store, at), LAYERS)
+    expected = ours(x, layers[0], cos, sin, store, at).float()
     out["eager_us"] = 1e3 * timed(lambda i: plain(x, layers[i], cos, sin, store), LAYERS)
     torch._dynamo.reset()
     made = torch.compile(plain, dynamic=False)

@@ -33,11 +33,13 @@ class Wanted:
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What came: answers, tokens (by usage, or events where none is told), events, bytes; first: seconds to the first
-    event; gaps: seconds between what came one after the other on one stream; errors: what went wrong, and how often."""
+    """What came. asked: requests so far; answers, tokens (by usage, or events where none is told), events, bytes;
+    first: seconds to the first event; gaps: seconds between what came one after the other on one stream; errors: what
+    went wrong, and how often."""
 
     began: float
     left: int | None
+    asked: int = 0
     answers: int = 0
     tokens: int = 0
     events: int = 0
@@ -64,7 +66,7 @@ async def _load(wanted: Wanted) -> dict[str, Any]:
     head = f"POST {wanted.path} HTTP/1.1\r\nhost: {wanted.host}\r\n{key}content-type: application/json\r\n"
     whole = [f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in wanted.requests]
     ended = [loop.create_future() for _ in range(wanted.streams)]
-    streams = [Stream(tally, whole, i, tally.began + wanted.seconds, end) for i, end in enumerate(ended)]
+    streams = [Stream(tally, whole, tally.began + wanted.seconds, end) for end in ended]
     cpu = time.process_time()
     for stream in streams:
         try:
@@ -103,10 +105,8 @@ def spread(values: Sequence[float]) -> Mapping[str, float]:
 class Stream(asyncio.Protocol):
     """One connection, which asks again and again."""
 
-    def __init__(
-        self, tally: Tally, requests: Sequence[bytes], at: int, until: float, ended: asyncio.Future[None]
-    ) -> None:
-        self.tally, self.requests, self.at, self.until, self.ended = tally, requests, at, until, ended
+    def __init__(self, tally: Tally, requests: Sequence[bytes], until: float, ended: asyncio.Future[None]) -> None:
+        self.tally, self.requests, self.until, self.ended = tally, requests, until, ended
         self.transport: Any = None
         self.body = bytearray()
         self.sent = self.last = 0.0
@@ -153,8 +153,8 @@ class Stream(asyncio.Protocol):
             tally.left -= 1
         self.body.clear()
         self.sent, self.last = now, 0.0
-        self.transport.write(self.requests[self.at % len(self.requests)])
-        self.at += 1
+        self.transport.write(self.requests[tally.asked % len(self.requests)])
+        tally.asked += 1
 
     def _count(self, body: bytes) -> None:
         events, usage = body.count(b"data: {"), USAGE.search(body)

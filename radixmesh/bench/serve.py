@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from urllib.parse import urlsplit
 
 from engine.errors import ConfigError
 from radixmesh.bench.load import Wanted, load
+from radixmesh.bench.workloads import HIGH, workload
 
 URL = re.compile(r"http://[\w.\-\[\]:]+:\d+")
-START_SECONDS, STOP_SECONDS, SETTLE_SECONDS = 300.0, 60.0, 15.0
+START_SECONDS, STOP_SECONDS, SETTLE_SECONDS, WHOLE_SECONDS = 300.0, 60.0, 15.0, 600.0
 TICK = os.sysconf("SC_CLK_TCK")
 ENGINE = "engine.run"
 """What stands in the command line of the engine's process."""
@@ -144,15 +145,12 @@ def run(wanted: Wanted) -> dict[str, Any]:
         return alone.submit(load, wanted).result()
 
 
-def measure(peer: Peer, streams: int, seconds: float, made: int) -> dict[str, Any]:
-    """Streams of completions. made: tokens of an answer. Warms up for a moment first, so that memory has settled."""
-    bodies = [
-        json.dumps(
-            {"prompt": f"def f{i}(x, y):\n", "max_tokens": made, "ignore_eos": True, "temperature": 1.0, "seed": i,
-             "stream": True, "stream_options": {"include_usage": True}}
-        ).encode()
-        for i in range(streams)
-    ]  # fmt: skip
+def measure(
+    peer: Peer, streams: int, seconds: float, made: int, name: str | None = None, scale: float = 1.0
+) -> dict[str, Any]:
+    """Streams of completions. made: tokens of an answer. name: of a workload, whose every request is sent once,
+    instead. Warms up for a moment first, so that memory has settled."""
+    bodies = [_body(f"def f{i}(x, y):\n", made, 1.0, i) for i in range(streams)]
     until = time.monotonic() + START_SECONDS
     while peer.get("/readyz")[0] != 200:
         if time.monotonic() > until:
@@ -162,7 +160,11 @@ def measure(peer: Peer, streams: int, seconds: float, made: int) -> dict[str, An
         host=peer.host, port=peer.port, path="/v1/completions", key=peer.key, streams=streams, requests=bodies,
         seconds=seconds,
     )  # fmt: skip
-    run(Wanted(**{n: getattr(wanted, n) for n in wanted.__slots__} | {"seconds": 1.0}))
+    run(replace(wanted, seconds=1.0))
+    if name is not None:
+        w = workload(name, scale, min(HIGH, json.loads(peer.get("/server_info")[1])["limits"]["vocab"]))
+        asked = [_body(prompt, w.made, 0.0, i) for i, prompt in enumerate(w.prompts)]
+        wanted = replace(wanted, requests=asked, seconds=WHOLE_SECONDS, count=len(asked))
     settled(peer)
     pids = processes(peer.pid)
     before = reading(peer, pids)
@@ -170,6 +172,12 @@ def measure(peer: Peer, streams: int, seconds: float, made: int) -> dict[str, An
     settle = settled(peer)
     after = reading(peer, pids)
     return figures | _costs(before, after, figures["tokens"]) | {"held_after": settle}
+
+
+def _body(prompt: str | Sequence[int], made: int, temperature: float, seed: int) -> bytes:
+    """Of a request."""
+    asked = {"prompt": prompt, "max_tokens": made, "ignore_eos": True, "temperature": temperature, "seed": seed}
+    return json.dumps(asked | {"stream": True, "stream_options": {"include_usage": True}}).encode()
 
 
 def settled(peer: Peer) -> tuple[int, int] | None:

@@ -351,15 +351,22 @@ def serve(
     streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 128,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long new answers are asked for.")] = 60.0,
     made: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    workload: Annotated[
+        str | None, typer.Option(help="single, throughput, shared: each of its requests once, instead of seconds.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Shrink a workload for a dry run.")] = 1.0,
     bare: Annotated[bool, typer.Option(help="Measure a bare uvicorn beside it.")] = True,
     out: options.Out = None,
 ) -> None:
     """Streams of completions over HTTP: errors, speed, CPU by process, and whether all is given back afterwards."""
     from radixmesh.bench import serve as bench
+    from radixmesh.bench import workloads
     from radixmesh.bench.record import write
 
+    if workload is not None:
+        workloads.workload(workload, scale)  # refused before anything is opened
     if url is not None:
-        figures = {"radixmesh": bench.measure(bench.peer_at(url, api_key), streams, seconds, made)}
+        figures = {"radixmesh": bench.measure(bench.peer_at(url, api_key), streams, seconds, made, workload, scale)}
     else:
         given = {"--model": model, "--backend": backend, "--mesh": mesh, "--dtype": dtype, "--config": config}
         flags = [str(x) for name, value in given.items() if value is not None for x in (name, value)]
@@ -367,7 +374,7 @@ def serve(
         if api_key is not None:
             flags += ["--set", f"serve.api_key={api_key}"]
         with bench.started(["-m", "radixmesh", "serve", "--port", "0", *flags], api_key) as peer:
-            figures = {"radixmesh": bench.measure(peer, streams, seconds, made)}
+            figures = {"radixmesh": bench.measure(peer, streams, seconds, made, workload, scale)}
     if bare:
         f = figures["radixmesh"]
         figures["bare uvicorn"] = bench.measure_bare(streams, made, round(f["bytes_per_event"]), f["events"])

@@ -224,7 +224,7 @@ def assess(
     positions = [measure(a, b, ids[-OWN - 1 : -1]) for a, b, ids in zip(judged, found, texts, strict=True)]
     summary = summarise(positions)
     assert summary is not None
-    side = kept(resolved.dtype, resolved.cache_dtype)
+    side = kept(resolved.dtype + "+fp8" * (resolved.activations == "fp8"), resolved.cache_dtype)
     ran, decoded = status.ran, OWN - 1
     asked = (ran.get("replayed", 0) >= decoded) == resolved.graphs
     asked &= (ran.get("together", 0) >= decoded) == (resolved.cascade != "off")

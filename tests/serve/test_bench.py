@@ -38,6 +38,12 @@ def test_it_counts_what_the_server_made(home: House) -> None:
     assert any("us of CPU per token" in line for line in bench.table({"it": figures}))
 
 
+def test_each_request_of_a_workload_is_sent_once(home: House) -> None:
+    peer = bench.peer_at(home.url, None)
+    figures = bench.measure(peer, streams=3, seconds=0.1, made=2, name="shared", scale=0.03)
+    assert (figures["errors"], figures["answers"], figures["tokens"]) == ({}, 2, 2 * 3)
+
+
 def test_the_bare_server_sends_what_is_asked() -> None:
     figures = bench.measure_bare(streams=4, made=10, size=250, events=95)
     assert (figures["errors"], figures["answers"], figures["events"]) == ({}, 10, 100)
