@@ -34,10 +34,13 @@ def step(
     constants |= {"GROUPS": -(-q_heads // rope_write.HEADS)}
     yield Case(f"rope_write {head_dim}", "rope_write", "_rope_write", types, constants, {"num_warps": 4})
 
-    some, chunk, warps = row.shape(hidden)
-    types, constants = {"x": x, "w": x, "out": x, "w_stride": "i32"}, {"many": ffn, "inner": hidden}
-    constants |= {"SOME": some, "CHUNK": chunk}
-    yield Case(f"row {ffn} x {hidden}", "row", "_row_times", types, constants, {"num_warps": warps, "num_stages": 1})
+    for act in (0, 1):
+        some, chunk, warps = row.shape(ffn, hidden, dtype.itemsize, bool(act))
+        types = {"x": x, "w": x, "scale": x, "out": x, "w_stride": "i32", "width": "i32", "many": "i32"}
+        constants = {"inner": hidden, "SOME": some, "CHUNK": chunk, "LANE": 16 // dtype.itemsize, "KIND": "wide"}
+        constants |= {"BLOCKED": False, "ACT": act}
+        what = f"row {ffn} x {hidden}{', gated' * act}"
+        yield Case(what, "row", "_row_times", types, constants, {"num_warps": warps, "num_stages": 1})
 
     parts = -(-vocab // sample.SPLIT)
     sizes = {"vocab": vocab, "parts": parts}

@@ -58,10 +58,15 @@ def ropes() -> Iterator[tuple[str, bool]]:
 
 
 def row_times() -> Iterator[tuple[str, bool]]:
-    for many, inner in ((9, 768), (5, 4096)):
+    for many, inner in ((9, 768), (5, 4096), (3, 1104)):
         x, w = random(1, inner), random(many, inner) / 30
         assert not row.supports(x, w)
         yield f"row {many} {inner}", near(row.row_times(x, w), row.plain(x, w))
+    for act in gated.ACTS:
+        x, w = random(1, 1104), random(256, 1104) / 30
+        assert not row.supports(x, w, act=act)
+        want = gated.plain(*row.plain(x, w).chunk(2, 1), act)
+        yield f"row {act}", near(row.row_times(x, w, act=act), want)
 
 
 def samples() -> Iterator[tuple[str, bool]]:
