@@ -227,6 +227,9 @@ def angles(
 
     cos stands twice, sin once negative, so that a rotation is two products with whole heads.
     """
+    fused = kernel("angles", positions.device.type)
+    if fused is not None:
+        return fused.angles(_upload(frequencies.tobytes(), positions.device), magnitude, positions, dtype)  # type: ignore[no-any-return]
     a = positions.float()[:, None, None] * _upload(frequencies.tobytes(), positions.device)
     cos, sin = a.cos(), a.sin()
     if magnitude != 1:
