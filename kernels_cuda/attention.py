@@ -350,6 +350,7 @@ class _Call(NamedTuple):
     def __call__(self, high: int, low: int, few: int, parts: int, programs: int, tokens: int) -> None:
         """Launch for rows low .. high - 1, in `parts` parts. programs: for each head and part."""
         from kernels_cuda.merge import merge
+        from kernels_cuda.overlap import options
         from kernels_cuda.paged import paged
 
         q, store = self.q, self.store
@@ -382,10 +383,10 @@ class _Call(NamedTuple):
             first, start, base, table,
             q if self.sinks is None else self.sinks, q if self.scales is None else self.scales,
             high, table.shape[1], low, scale, cap,
-            **fixed, num_warps=shape.warps, num_stages=shape.stages,
+            **fixed, num_warps=shape.warps, num_stages=shape.stages, **options(q),
         )  # fmt: skip
         if parts > 1:
             merge[(tokens, q_heads)](
                 part, stat, self.out, first, low, high,
-                Q_HEADS=q_heads, DIM=dim, WIDE=fixed["WIDE"], SPLITS=parts, num_warps=4,
+                Q_HEADS=q_heads, DIM=dim, WIDE=fixed["WIDE"], SPLITS=parts, num_warps=4, **options(q),
             )  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any
 
 from kernels_cuda.cases import Case
 
+EVEN = ("w_stride", "many")
+"""Numbers that are multiples of 16."""
 LOOSE = ("first", "start", "base", "table", "sinks", "scales")
 
 
@@ -24,17 +26,22 @@ def build(case: Case, arch: str) -> dict[str, Any]:
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     kernel = getattr(importlib.import_module(f"kernels_cuda.{case.module}"), case.function)
     names = list(kernel.arg_names)
+    constants, options = dict(case.constants), dict(case.options)
+    if "OVERLAP" in names:
+        overlaps = arch.startswith("sm_") and int(arch[3:]) >= 90
+        constants |= {"OVERLAP": overlaps}
+        options |= {"launch_pdl": True} if overlaps else {}
     signature = {name: case.types.get(name, "constexpr") for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") and name not in LOOSE
+        if (signature[name].startswith("*") and name not in LOOSE) or name in EVEN
     }
     row: dict[str, Any] = {"case": case.name, "arch": arch}
     begin = time.perf_counter()
     try:
-        source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in case.constants.items()}, aligned)
-        made = triton.compile(source, target=target, options=dict(case.options))
+        source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+        made = triton.compile(source, target=target, options=options)
     except Exception as error:  # noqa: BLE001 whatever a compiler says is the figure
         return row | {"error": " ".join(str(error).split())[-300:]}
     row |= {"compile_s": round(time.perf_counter() - begin, 2), "shared": made.metadata.shared}

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels_cuda.overlap import options, ready, wait
+
 ACTS = ("silu", "gelu_tanh")
 BLOCK = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,22 +39,43 @@ def gated(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
     out = torch.empty((tokens, size), dtype=gate.dtype, device=gate.device)
     if tokens:
         _gated[(tokens, triton.cdiv(size, BLOCK))](
-            gate, up, out, gate.stride(0), up.stride(0), size=size, GELU=act == "gelu_tanh", BLOCK=BLOCK, num_warps=4
+            gate,
+            up,
+            out,
+            gate.stride(0),
+            up.stride(0),
+            size=size,
+            GELU=act == "gelu_tanh",
+            BLOCK=BLOCK,
+            num_warps=4,
+            **options(gate),
         )
     return out
 
 
 @triton.jit
-def _gated(gate, up, out, gate_stride, up_stride, size: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(
+    gate, up, out, gate_stride, up_stride,
+    size: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    ready(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     raw = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
     g = raw.to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    a = activate(g, GELU)
+    tl.store(out + row * size + column, (a.to(raw.dtype).to(tl.float32) * u).to(raw.dtype), mask=inside)
+
+
+@triton.jit
+def activate(g, GELU: tl.constexpr):
+    """The activation of float32 numbers: GELU in its tanh form, or SiLU."""
     if GELU:
         z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
         a = g * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0))  # g / 2 * (1 + tanh z)
     else:
         a = g / (1.0 + tl.exp(-g))
-    tl.store(out + row * size + column, (a.to(raw.dtype).to(tl.float32) * u).to(raw.dtype), mask=inside)
+    return a

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels_cuda.overlap import options, ready, wait
+
 KINDS = {"plain": 0, "wide": 1, "offset": 2}
 """As engine.model.spec.Norm has them."""
 WIDEST = 32768
@@ -74,6 +76,7 @@ def add_norm(
             KIND=KINDS[kind],
             ADD=y is not None,
             num_warps=min(8, max(1, block * some // 512)),
+            **options(x),
         )
     return total, out
 
@@ -95,15 +98,18 @@ def _norm(
     SOME: tl.constexpr,
     KIND: tl.constexpr,
     ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    ready(OVERLAP)
     row = (tl.program_id(0) * SOME + tl.arange(0, SOME)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < size)[None, :]
+    weight = tl.load(w + column, mask=column < size, other=0.0)[None, :]
+    wait(OVERLAP)
     place = (row % heads) * size
     h = tl.load(x + (row // heads * x_stride + place)[:, None] + column[None, :], mask=inside, other=0.0)
     flat = row[:, None] * size + column[None, :]
     kind = h.dtype
-    weight = tl.load(w + column, mask=column < size, other=0.0)[None, :]
     if ADD:
         more = tl.load(y + (row // heads * y_stride + place)[:, None] + column[None, :], mask=inside, other=0.0)
         h = (h.to(tl.float32) + more.to(tl.float32)).to(kind)

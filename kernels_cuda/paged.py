@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels_cuda.overlap import ready, wait
+
 PLAIN, FLOAT8, BITS8, INT8 = (tl.constexpr(i) for i in range(4))
 """How the store is read: in the dtype of the queries; bytes of float8_e4m3fn, by the hardware or by hand; int8."""
 
@@ -101,6 +103,7 @@ def paged(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr,
     NARROW: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, SHORT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid KV_HEADS * SPLITS * (rows if SHORT, else tiles).
 
@@ -113,6 +116,8 @@ def paged(
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     QUERIES: tl.constexpr = ROWS // GROUP
+    ready(OVERLAP)
+    wait(OVERLAP)
     head = tl.program_id(0) % KV_HEADS
     rest = tl.program_id(0) // KV_HEADS
     split = rest % SPLITS
@@ -188,6 +193,7 @@ def paged(
             tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
         else:
             flat = (token.to(tl.int64) * Q_HEADS + heads) * SPLITS + split
-            tl.store(part + flat[:, None] * DIM + d[None, :], acc, mask=stored)
+            some = SINKS or low_key < end  # else nothing was added up, and the peak tells
+            tl.store(part + flat[:, None] * DIM + d[None, :], acc, mask=stored & some)
             tl.store(stat + flat * 2, peak, mask=real)
             tl.store(stat + flat * 2 + 1, total, mask=real)

@@ -1,7 +1,7 @@
 """Rows of bfloat16 times a matrix of int8 or float8_e4m3fn, widened in registers: as fast as the bytes are read.
 
-One row is multiplied and summed by threads, up to WIDEST by tensor cores, the matrix as the first operand. Numbers are
-exact in bfloat16, sums are float32, and scales come afterwards (of a row) or with each block's partial sum.
+Up to WIDEST rows are multiplied by tensor cores, the matrix as the first operand; one alone is for `row`.
+Numbers are exact in bfloat16, sums are float32, and scales come afterwards (of a row) or with each block's partial sum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sum."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """What a program has of the product: rows of x (1: no tensor cores), of the matrix, and columns read at once.
+    """What a program has of the product: rows of x, of the matrix, and columns read at once.
     splits: programs that share the sum of one block; a kernel of its own adds what they have."""
 
     rows: int
@@ -42,10 +42,6 @@ class Blocks:
 
 def choose(rows: int, columns: int, inner: int, by: By) -> Blocks:
     """Blocks for x [rows, inner] times a matrix [columns, inner]."""
-    if rows == 1:
-        few = columns <= 2048
-        step = 2048 if few else 1024 if columns <= 4096 or inner >= 8192 else 512
-        return Blocks(rows=1, columns=4 if few else 8, inner=min(step, 1 << inner.bit_length() - 1), warps=4, stages=1)
     m = next(size for size in (16, 32, WIDEST) if rows <= size or size == WIDEST)
     wide = 32 if m < WIDEST else 64
     programs = -(-columns // wide) * -(-rows // m)
@@ -88,9 +84,6 @@ def quantised_matmul(
     }
     parts, width = triton.cdiv(columns, blocks.columns), scale.shape[-1]
     data = body.view(torch.uint8)
-    if blocks.rows == 1:
-        _one_row[(parts, rows)](x, data, scale, out, columns, inner, width, **common)
-        return out
     shared = out
     if blocks.splits > 1:
         shared = torch.empty((blocks.splits, rows, columns), dtype=torch.float32, device=x.device)
@@ -135,12 +128,12 @@ def _widen_line(w, scale, out, inner, width, KIND: tl.constexpr, BLOCKED: tl.con
         by = tl.load(scale + (n // 128) * width + k // 128, mask=live, other=0.0)
     else:
         by = tl.load(scale + n)
-    number = _widen(tl.load(w + line + k, mask=live, other=0), KIND) * by
+    number = widen(tl.load(w + line + k, mask=live, other=0), KIND) * by
     tl.store(out + line + k, number.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _widen(raw, KIND: tl.constexpr):
+def widen(raw, KIND: tl.constexpr):
     """uint8 bits -> float32 or bfloat16 of the same value, exactly. NaN is none that a matrix holds."""
     if KIND == "int8":
         return raw.to(tl.int8, bitcast=True).to(tl.float32)
@@ -149,34 +142,6 @@ def _widen(raw, KIND: tl.constexpr):
     bits = raw.to(tl.int16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)  # the exponent's bias is 8 less: the value by 2^-8
     return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-
-
-@triton.jit
-def _one_row(
-    x, w, scale, out, columns, inner, width,
-    KIND: tl.constexpr, BLOCKED: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, I: tl.constexpr,
-):  # fmt: skip
-    """C outputs of one row. width: of the scales."""
-    first, row = tl.program_id(0) * C, tl.program_id(1)
-    n = first + tl.arange(0, C)
-    live = n < columns
-    start = w + n.to(tl.int64)[:, None] * inner
-    acc = tl.zeros((C, I), tl.float32)
-    for at in range(0, inner, I):
-        k = at + tl.arange(0, I)
-        if EVEN:
-            part = tl.load(x + row * inner + k).to(tl.float32)
-            raw = tl.load(start + k[None, :], mask=live[:, None], other=0)
-        else:
-            part = tl.load(x + row * inner + k, mask=k < inner, other=0.0).to(tl.float32)
-            raw = tl.load(start + k[None, :], mask=live[:, None] & (k < inner)[None, :], other=0)
-        if BLOCKED:
-            part *= tl.load(scale + (first // 128) * width + k // 128, mask=k < inner, other=0.0)
-        acc += _widen(raw, KIND) * part[None, :]
-    y = tl.sum(acc, 1)
-    if not BLOCKED:
-        y *= tl.load(scale + n, mask=live, other=0.0)
-    tl.store(out + row.to(tl.int64) * columns + n, y.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["rows"])  # or each kind of number would be compiled for
@@ -200,7 +165,7 @@ def _few_rows(
         else:
             raw = tl.load(start + k[None, :], mask=live[:, None] & (k < inner)[None, :], other=0)
             part = tl.load(from_ + k[:, None], mask=there[None, :] & (k < inner)[:, None], other=0.0)
-        wide, part = _widen(raw, KIND).to(WIDE), part.to(WIDE)
+        wide, part = widen(raw, KIND).to(WIDE), part.to(WIDE)
         if BLOCKED:
             acc += tl.dot(wide, part) * tl.load(scale + (first // 128) * width + at // 128)
         else:

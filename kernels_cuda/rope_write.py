@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels_cuda.overlap import options, ready, wait
+
 HEADS = 8
 """Heads of a program."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,6 +95,7 @@ def rope_write(
         GROUPS=groups,
         HEADS=HEADS,
         num_warps=4,
+        **options(q),
     )
     return out
 
@@ -119,8 +122,11 @@ def _rope_write(
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program: HEADS query heads of a token, or so many key and value heads."""
+    ready(OVERLAP)
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     every = tl.full((HEADS, 1), 1, tl.int1)

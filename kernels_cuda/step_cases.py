@@ -13,7 +13,7 @@ def step(
     *, hidden: int, ffn: int, q_heads: int, kv_heads: int, head_dim: int, dim: int, vocab: int, dtype: torch.dtype
 ) -> Iterator[Case]:
     """Those of a model, with its activations in `dtype`. dim: rotated dimensions of a head."""
-    from kernels_cuda import gated, norm, rope_write, row, sample
+    from kernels_cuda import begin, gated, norm, rope_write, row, sample
 
     x, up = f"*{NAMES[dtype]}", lambda n: 1 << max(n - 1, 0).bit_length()
     numbers, real, whole = "*fp32", "*fp64", "*i64"
@@ -34,10 +34,26 @@ def step(
     constants |= {"GROUPS": -(-q_heads // rope_write.HEADS)}
     yield Case(f"rope_write {head_dim}", "rope_write", "_rope_write", types, constants, {"num_warps": 4})
 
-    some, chunk, warps = row.shape(hidden)
-    types, constants = {"x": x, "w": x, "out": x, "w_stride": "i32"}, {"many": ffn, "inner": hidden}
-    constants |= {"SOME": some, "CHUNK": chunk}
-    yield Case(f"row {ffn} x {hidden}", "row", "_row_times", types, constants, {"num_warps": warps, "num_stages": 1})
+    constants = {"half": dim // 2, "HALF": up(dim // 2)}
+    types = {"frequencies": "*fp32", "positions": whole, "cos": x, "sin": x, "magnitude": "fp32"}
+    yield Case(f"angles {dim}", "angles", "_angles", types, constants, {"num_warps": 1})
+
+    names = ("slots", "starts", "lens", "length", "before", "after", "entry", "page", "table")
+    types = dict.fromkeys(names, whole) | {"rows": "i32", "edits": "i32"}
+    yield Case("seat", "begin", "_seat", types, {"FIRST": True}, {"num_warps": 8})
+    names = (*begin.Step._fields, "last", "before", "table", "base", "positions", "ids", "write")
+    types = dict.fromkeys(names, whole) | dict.fromkeys(("first32", "start32", "base32", "table32"), "*i32")
+    types |= dict.fromkeys(("rows", "tokens_", "across"), "i32")
+    constants = {"width": 512, "PAGE": 16, "FIRST": True}
+    yield Case("look", "begin", "_look", types, constants, {"num_warps": 4})
+
+    for act in (0, 1):
+        some, chunk, warps = row.shape(ffn, hidden, dtype.itemsize, bool(act))
+        types = {"x": x, "w": x, "scale": x, "out": x, "w_stride": "i32", "width": "i32", "many": "i32"}
+        constants = {"inner": hidden, "SOME": some, "CHUNK": chunk, "LANE": 16 // dtype.itemsize, "KIND": "wide"}
+        constants |= {"BLOCKED": False, "ACT": act}
+        what = f"row {ffn} x {hidden}{', gated' * act}"
+        yield Case(what, "row", "_row_times", types, constants, {"num_warps": warps, "num_stages": 1})
 
     parts = -(-vocab // sample.SPLIT)
     sizes = {"vocab": vocab, "parts": parts}

@@ -87,14 +87,24 @@ def over(comm: Comm | None) -> Iterator[None]:
 
 def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
     """x [T, in], w [out, in] -> [T, out]."""
-    if isinstance(w, Packed | Quantised):
-        y = w.multiply(x)
-        return y if bias is None else y.add_(bias)
-    row = kernel("row", x.device.type)
-    if row is not None and not row.supports(x, w):
-        y = row.row_times(x, w)
-        return y if bias is None else y.add_(bias)
-    return F.linear(x, w, bias)
+    y = one_row(x, w)
+    if y is None and not isinstance(w, Packed | Quantised):
+        return F.linear(x, w, bias)
+    y = w.multiply(x) if y is None else y  # type: ignore[union-attr]
+    return y if bias is None else y.add_(bias)
+
+
+def one_row(x: Array, w: Matrix, act: str = "", dtype: torch.dtype | None = None, out: Array | None = None) -> Any:
+    """x [1, in] times w [out, in] by the kernel of GPUs for one row, see `kernels_cuda.row`; None where it is not for
+    them."""
+    row = kernel("row", x.device.type) if len(x) == 1 else None
+    if row is None or isinstance(w, Packed):
+        return None
+    if not isinstance(w, Quantised):
+        return None if row.supports(x, w, None, act) else row.row_times(x, w, dtype, out, act=act)
+    if w.how == "plain" or row.supports(x, w.body, w.scale, act):
+        return None
+    return row.row_times(x, w.body, dtype, out, scale=w.scale, by=w.by, native=w.how != "bits", act=act)
 
 
 def qkv(x: Array, p: Mapping[str, Any], head_dim: int) -> tuple[Array, Array, Array]:
@@ -110,6 +120,10 @@ def qkv(x: Array, p: Mapping[str, Any], head_dim: int) -> tuple[Array, Array, Ar
 def gated(x: Array, p: Mapping[str, Any], act: str) -> Array:
     """act(gate(x)) * up(x), by the matrices and biases of those names in p: x [T, hidden] -> [T, ffn]."""
     joined = p.get("gate_up")
+    if joined is not None and joined.bias is None:
+        made = one_row(x, joined.body, act)
+        if made is not None:
+            return made  # type: ignore[no-any-return]
     if joined is None:
         gate, up = linear(x, p["gate"], p.get("gate_bias")), linear(x, p["up"], p.get("up_bias"))
     else:
@@ -218,6 +232,9 @@ def angles(
 
     cos stands twice, sin once negative, so that a rotation is two products with whole heads.
     """
+    fused = kernel("angles", positions.device.type)
+    if fused is not None:
+        return fused.angles(_upload(frequencies.tobytes(), positions.device), magnitude, positions, dtype)  # type: ignore[no-any-return]
     a = positions.float()[:, None, None] * _upload(frequencies.tobytes(), positions.device)
     cos, sin = a.cos(), a.sin()
     if magnitude != 1:
@@ -255,9 +272,9 @@ def unembed(x: Array, w: Matrix, out: Array | None = None) -> Array:
     if isinstance(w, Packed) or x.device.type != "cuda" or x.dtype != w.dtype or x.dtype == torch.float32:
         y = linear(x, w, None).float()
         return y if out is None else out.copy_(y)
-    row = kernel("row", x.device.type)
-    if row is not None and not row.supports(x, w):
-        return row.row_times(x, w, torch.float32, out)  # type: ignore[no-any-return]
+    made = one_row(x, w, dtype=torch.float32, out=out)
+    if made is not None:
+        return made  # type: ignore[no-any-return]
     if torch.version.hip:
         y = linear(x, w, None).float()
         return y if out is None else out.copy_(y)

@@ -4,11 +4,11 @@ attention over it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -173,15 +173,26 @@ def look(
 
 class Attend:
     """The `attend` of models_torch: the caches are changed in place. before int64[R]: lengths before the step;
-    positions int64[T]. What a cache group is to a kind of kernel is found when a layer first asks."""
+    positions int64[T]. What a cache group is to a kind of kernel is found when a layer first asks. seen: what each
+    group is to the rows, as `kernels_cuda.begin` tells it, where all layers are attended by kernels over pages."""
 
     def __init__(
-        self, config: Resolved, batch: Batch, caches: Caches, before: Array, positions: Array, limits: Limits
+        self,
+        config: Resolved,
+        batch: Batch,
+        caches: Caches,
+        before: Array,
+        positions: Array,
+        limits: Limits,
+        seen: Sequence[Any] | None = None,
     ) -> None:
         self.config, self.batch, self.limits = config, batch, limits
-        self.before, self.positions = before, positions
-        self.tables = [table.index_select(0, batch.slots) for table in caches.tables]
-        self.write = [aim(batch, table, g, positions, limits.groups[g].page) for g, table in enumerate(self.tables)]
+        self.before, self.positions, self.seen = before, positions, seen
+        if seen is not None:
+            self.write = [group.write for group in seen]
+        else:
+            self.tables = [table.index_select(0, batch.slots) for table in caches.tables]
+            self.write = [aim(batch, table, g, positions, limits.groups[g].page) for g, table in enumerate(self.tables)]
         self.sights: dict[int, tuple[Sight, ...]] = {}
         self.rows: dict[int, tuple[gpu.Rows, gpu.Plan]] = {}
         self.branches = batch.branches
@@ -219,7 +230,11 @@ class Attend:
 
     def _rows(self, g: int) -> tuple[gpu.Rows, gpu.Plan]:
         if g not in self.rows:
-            self.rows[g] = tell(self.batch, self.tables[g], g, self.before, self.limits)
+            if self.seen is not None:
+                rows = gpu.Rows(*self.seen[g][:4])
+            else:
+                rows = as_rows(self.batch, self.tables[g], g, self.before)
+            self.rows[g] = rows, choose_plan(self.batch, g, self.limits, self.before.device)
         return self.rows[g]
 
     def _gathered(
@@ -246,17 +261,21 @@ class Attend:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def tell(batch: Batch, table: Array, g: int, before: Array, limits: Limits) -> tuple[gpu.Rows, gpu.Plan]:
+def as_rows(batch: Batch, table: Array, g: int, before: Array) -> gpu.Rows:
     """Cache group g as kernels over pages want it. table [R, width]: of the step's rows."""
-    rows = gpu.Rows(batch.first.int(), before.int(), batch.base[g].int(), table.int())
-    sms = processors(before.device)
+    return gpu.Rows(batch.first.int(), before.int(), batch.base[g].int(), table.int())
+
+
+def choose_plan(batch: Batch, g: int, limits: Limits, device: torch.device) -> gpu.Plan:
+    """What a step is to kernels over pages of cache group g."""
+    sms = processors(device)
     if batch.shape is not None:  # a plan for every step of the shape
-        return rows, plan(batch.shape, limits.max_len, sms)
+        return plan(batch.shape, limits.max_len, sms)
     bunches = batch.order.bunches
     lens = [b.queries for b in bunches for _ in range(b.rows.start, b.rows.stop)]
     reach = max(b.reach[g] for b in bunches) * limits.groups[g].page
     made = gpu.plan(lens, reach, sms=sms, fresh=batch.order.fresh)
-    return rows, made if made.few == 1 else replace(made, few=gpu.FEW)  # one kernel for all short rows of several
+    return made if made.few == 1 else replace(made, few=gpu.FEW)  # one kernel for all short rows of several
 
 
 def plan(shape: Shape, reach: int, sms: int) -> gpu.Plan:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from backends.api.limits import Limits
 from backends.torch import fixed
 from backends.torch.attend import Attend
+from backends.torch.attend import choose as kernel_of
 from backends.torch.buckets import padded
 from backends.torch.caches import Caches
 from backends.torch.choosing import Scores, adjust, count, score, score_prompts, seat
@@ -47,24 +48,15 @@ def forward(
 ) -> Fed:
     """Run the model; nothing here waits for the device. Changes caches. alternatives: beside a prompt's token. out
     float32[O, V]: where the logits are put."""
-    for table, (entry, page) in zip(caches.tables, batch.edits, strict=True):
-        if len(entry):
-            table.view(-1).index_copy_(0, entry, page)
     wishes = batch.wishes
     if wishes is not None:
         seat(caches.counts, wishes)
-    before = torch.where(batch.starts >= 0, batch.starts, caches.length[batch.slots])
-    after = before + batch.lens
-    caches.length.index_copy_(0, batch.slots, after)
-    positions = before[batch.row] + batch.offset
-    tokens = batch.tokens
-    if not batch.order.literal:
-        tokens = torch.where(tokens >= 0, tokens, caches.last[batch.slots[batch.row]])
+    before, after, positions, tokens, seen = _begin(spec, config, limits, caches, batch)
     attend: Any
     if config.deterministic:
         attend = fixed.Attend(config, batch, caches, positions, limits)
     else:
-        attend = Attend(config, batch, caches, before, positions, limits)
+        attend = Attend(config, batch, caches, before, positions, limits, seen)
     ends = _ends(batch, config, taps)
     hidden, _, found = decoder.forward(spec, weights, tokens, positions, attend, caches, taps, ends)
     logits = None
@@ -82,7 +74,34 @@ def forward(
     elif wishes is not None and len(wishes.at):
         prompts = score_prompts(hidden, wishes, alternatives, lambda x: _logits(spec, weights, x))
     inner = {name: found[name].float() for name in taps}
-    return Fed(batch=batch, after=after[batch.chosen], logits=logits, taps=inner, prompts=prompts)
+    after = after if batch.shape is not None else after[batch.chosen]  # of a padded step, all rows return a token
+    return Fed(batch=batch, after=after, logits=logits, taps=inner, prompts=prompts)
+
+
+def _begin(
+    spec: ModelSpec, config: Resolved, limits: Limits, caches: Caches, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Any] | None]:
+    """Edit the page tables and move the lengths on: int64 lengths before and after [R], positions and ids of tokens
+    [T]; and, where a kernel does all of it, what each cache group is to the rows."""
+    fused = ops.kernel("begin", batch.slots.device.type) if batch.shape is not None else None
+    if fused is not None and all(kernel_of(layer.mixer, config)[0] == "triton" for layer in spec.layers):
+        step = fused.Step(*(getattr(batch, name) for name in fused.Step._fields))
+        groups = [
+            fused.Group(table, base, *edits, group.page)
+            for table, base, edits, group in zip(caches.tables, batch.base, batch.edits, limits.groups, strict=True)
+        ]
+        return fused.begin(step, groups, caches.length, caches.last)  # type: ignore[no-any-return]
+    for table, (entry, page) in zip(caches.tables, batch.edits, strict=True):
+        if len(entry):
+            table.view(-1).index_copy_(0, entry, page)
+    before = torch.where(batch.starts >= 0, batch.starts, caches.length[batch.slots])
+    after = before + batch.lens
+    caches.length.index_copy_(0, batch.slots, after)
+    positions = before[batch.row] + batch.offset
+    tokens = batch.tokens
+    if not batch.order.literal:
+        tokens = torch.where(tokens >= 0, tokens, caches.last[batch.slots[batch.row]])
+    return before, after, positions, tokens, None
 
 
 def _every(batch: Batch) -> bool:

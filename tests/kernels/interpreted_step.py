@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from backends.api.choice import Choice, scores
-from kernels_cuda import gated, norm, rope_write, row, sample
+from kernels_cuda import angles, begin, gated, norm, rope_write, row, sample
 from models_torch import ops
 
 VOCAB, ROWS = 3000, 6
@@ -57,11 +57,50 @@ def ropes() -> Iterator[tuple[str, bool]]:
         yield f"rope {q_heads} {size} {dim}", near(made, want) and near(ours, theirs)
 
 
+def turns() -> Iterator[tuple[str, bool]]:
+    steps, at = np.linspace(1, 1e-3, 24).astype(np.float32), torch.tensor([0, 7, 100_000])
+    want = ops.angles(steps, 1.3, at, torch.float32)  # of a CPU: plain torch
+    made = angles.angles(torch.from_numpy(steps), 1.3, at, torch.float32)
+    yield "angles", all(near(a, b) for a, b in zip(made, want, strict=True))
+
+
+def whole(low: int, high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=DRAW)
+
+
+def begins() -> Iterator[tuple[str, bool]]:
+    for rows, tokens, width, count in ((1, 1, 5, 1), (3, 7, 9, 1), (5, 300, 1100, 2)):
+        slots, lens = torch.randperm(rows + 3, generator=DRAW)[:rows], whole(0, 4, rows)
+        starts = torch.where(whole(0, 2, rows) > 0, whole(8, 40, rows), -1)
+        first = torch.cat([lens.new_zeros(1), lens.cumsum(0)])
+        fed = whole(-1, 9, tokens), whole(0, rows, tokens), whole(-1, 3, tokens)
+        step = begin.Step(slots, starts, lens, first, *fed)
+        length, last = whole(10, 60, rows + 3), whole(0, 99, rows + 3)
+        groups = []
+        for _ in range(count):
+            entry = torch.randperm((rows + 3) * width, generator=DRAW)[:6]
+            base = whole(0, 3, rows) * 4
+            groups.append(begin.Group(whole(0, 500, rows + 3, width), base, entry, whole(0, 500, 6), 4))
+        again = [group._replace(table=group.table.clone()) for group in groups]
+        before = length.clone()
+        *made, seen = begin.begin(step, groups, length, last)
+        *want, told = begin.plain(step, again, before, last)
+        pairs = [*zip(made, want, strict=True), (length, before)]
+        pairs += [(a.table, b.table) for a, b in zip(groups, again, strict=True)]
+        pairs += [pair for a, b in zip(seen, told, strict=True) for pair in zip(a, b, strict=True)]
+        yield f"begin {rows} {tokens}", all(torch.equal(a, b) for a, b in pairs)
+
+
 def row_times() -> Iterator[tuple[str, bool]]:
-    for many, inner in ((9, 768), (5, 4096)):
+    for many, inner in ((9, 768), (5, 4096), (3, 1104)):
         x, w = random(1, inner), random(many, inner) / 30
         assert not row.supports(x, w)
         yield f"row {many} {inner}", near(row.row_times(x, w), row.plain(x, w))
+    for act in gated.ACTS:
+        x, w = random(1, 1104), random(256, 1104) / 30
+        assert not row.supports(x, w, act=act)
+        want = gated.plain(*row.plain(x, w).chunk(2, 1), act)
+        yield f"row {act}", near(row.row_times(x, w, act=act), want)
 
 
 def samples() -> Iterator[tuple[str, bool]]:
@@ -91,7 +130,7 @@ def samples() -> Iterator[tuple[str, bool]]:
     yield "finite", finite.tolist() == [0, 0, 0, 1, 1, 1] and bool(((tokens >= 0) & (tokens < VOCAB)).all())
 
 
-CHECKS: tuple[Callable[[], Iterator[tuple[str, bool]]], ...] = (norms, gates, ropes, row_times, samples)
+CHECKS: tuple[Callable[[], Iterator[tuple[str, bool]]], ...] = (norms, gates, ropes, turns, begins, row_times, samples)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def test_planted_faults_are_noticed(interpreted: list[dict[str, Any]]) -> None:
     assert all(noticed.values()), noticed
 
 
-NUMBERS = dict.fromkeys(("rows", "columns", "inner", "width", "share", "tall"), "i32")
+NUMBERS = dict.fromkeys(("rows", "columns", "inner", "width", "share", "tall", "w_stride", "many"), "i32")
 WIDE = {"x": "*bf16", "w": "*u8", "scale": "*fp32", "out": "*bf16"} | NUMBERS
 NARROW = {"x": "*fp8e4nv", "own": "*fp32", "w": "*fp8e4nv", "scale": "*fp32", "out": "*bf16"} | NUMBERS
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
@@ -60,7 +60,7 @@ def compiled(kernel: Any, target: str, types: dict[str, str], constants: dict[st
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name == "inner"
+        if signature[name].startswith("*") or name in ("inner", "w_stride", "many")
     }
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=on, options=options)
@@ -73,22 +73,22 @@ def test_they_compile(target: str) -> None:
     from triton import language as tl
 
     from kernels_cuda import quantised_matmul as wide
+    from kernels_cuda import row
     from kernels_cuda import scaled_matmul as narrow
 
     kinds = [("bits", True), ("int8", False)] if target in BITS else [("native", True), ("int8", False)]
     for kind, blocked in kinds:
-        common: dict[str, Any] = {"KIND": kind, "BLOCKED": blocked, "EVEN": True}
-        for rows in (1, 64):
-            b = wide.choose(rows, 4096, 14336, "block")
-            shape: dict[str, Any] = common | {"C": b.columns, "I": b.inner}
-            if rows == 1:
-                compiled(wide._one_row, target, WIDE, shape, num_warps=b.warps)
-            else:
-                constants = shape | {"R": b.rows, "WIDE": tl.bfloat16}
-                made = compiled(wide._few_rows, target, WIDE, constants, num_warps=b.warps, num_stages=b.stages)
-                assert made.metadata.shared <= (160 << 10 if target == "gfx950" else 163 << 10)
-                if kind == "native" and target.startswith("sm"):
-                    assert "cvt.rn.f16x2.e4m3x2" in made.asm["ptx"]
+        some, chunk, warps = row.shape(4096, 14336, 1)
+        one: dict[str, Any] = {"inner": 14336, "SOME": some, "CHUNK": chunk, "LANE": 16, "KIND": kind, "ACT": 0}
+        one |= {"BLOCKED": blocked, "OVERLAP": target in ("sm_90", "sm_100")}
+        compiled(row._row_times, target, WIDE, one, num_warps=warps, num_stages=1)
+        b = wide.choose(64, 4096, 14336, "block")
+        constants = {"KIND": kind, "BLOCKED": blocked, "EVEN": True, "C": b.columns, "I": b.inner}
+        constants |= {"R": b.rows, "WIDE": tl.bfloat16}
+        made = compiled(wide._few_rows, target, WIDE, constants, num_warps=b.warps, num_stages=b.stages)
+        assert made.metadata.shared <= (160 << 10 if target == "gfx950" else 163 << 10)
+        if kind == "native" and target.startswith("sm"):
+            assert "cvt.rn.f16x2.e4m3x2" in made.asm["ptx"]
     if target not in BITS:
         rows, columns, inner, warps, stages = narrow.BLOCKS["block"]
         sizes = {"R": rows, "C": columns, "I": inner, "GROUP": narrow.GROUP}
