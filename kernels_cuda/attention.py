@@ -329,7 +329,7 @@ def _hopper(q: Array, store: Array, out: Array, rows: Rows, plan: Plan, page: in
     first, start, base, table = rows
     prefill[(min(plan.sms, tiles * kv_heads),)](
         q, entries, out, first, start, base, table, plan.rows, table.shape[1], plan.short, tiles, scale * LOG2E,
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page, STEP=128, STAGES=2, num_warps=4,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page, STEP=128, STAGES=3, num_warps=4,
     )  # fmt: skip
 
 

@@ -33,9 +33,9 @@ of what it would store: softmax would stand idle while products run."""
 
 
 @gluon.jit
-def find(first, start, base, rows, skip, tile, QUERIES: gl.constexpr):
-    """Of a tile: its row, the row's first token, its entries before the step and its tokens, and the tile's first
-    query; no query where that is not below the tokens."""
+def find(first, rows, skip, tile, QUERIES: gl.constexpr):
+    """Row of a tile, and the tile's first query. A row's tiles begin at its tokens before it // QUERIES + rows before
+    it: never too few."""
     offset = gl.load(first + skip)
     low, high = skip, rows - 1
     while low < high:
@@ -44,62 +44,66 @@ def find(first, start, base, rows, skip, tile, QUERIES: gl.constexpr):
             low = middle
         else:
             high = middle - 1
-    begin = gl.load(first + low)
-    count = gl.load(first + low + 1) - begin
-    before = (tile - (begin - offset) // QUERIES - (low - skip)) * QUERIES
-    return low, begin, gl.load(start + low) - gl.load(base + low), count, before
+    return low, (tile - (gl.load(first + low) - offset) // QUERIES - (low - skip)) * QUERIES
 
 
 @gluon.jit
-def item(turn, KV_HEADS: gl.constexpr, tiles):
-    """Head and tile of a program's turn, the longest first; back and forth, so that sums are even."""
-    size = gl.num_programs(0)
-    at = gl.program_id(0)
+def seat(first, start, base, rows, skip, tiles, turn, KV_HEADS: gl.constexpr, QUERIES: gl.constexpr):
+    """What a program does at a turn: head, row, the row's first token, its entries before the step and its tokens, and
+    the first query of the tile, none where that is not below the tokens. The longest go first; back and forth, so that
+    programs' sums are even."""
+    size, at = gl.num_programs(0), gl.program_id(0)
     at = turn * size + gl.where(turn % 2 == 0, at, size - 1 - at)
-    return at % KV_HEADS, tiles - 1 - at // KV_HEADS
+    tile = tiles - 1 - at // KV_HEADS
+    row, before = find(first, rows, skip, gl.maximum(tile, 0), QUERIES)
+    begin = gl.load(first + row)
+    count = gl.load(first + row + 1) - begin
+    length = gl.load(start + row) - gl.load(base + row)
+    return at % KV_HEADS, row, begin, length, count, gl.where(tile < 0, count, before)
+
+
+@gluon.jit
+def places(line, n, last, none, PAGE: gl.constexpr, BOX: gl.constexpr, BOXES: gl.constexpr):
+    """Entries that boxes of the keys from n on begin at; `none` of those past the row's last, which are zeros then."""
+    out = ()
+    for b in gl.static_range(BOXES):
+        at = n + b * BOX
+        page = gl.load(line + at // PAGE, mask=at < last, other=0)
+        out = out + (gl.where(at < last, page * PAGE + at % PAGE, none),)
+    return out
 
 
 @gluon.jit
 def produce(
-    entries, first, start, base, table, rows, width, skip, tiles, k_boxes, v_boxes, full_k, full_v, empty_k, empty_v,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STEP: gl.constexpr,
-    QUERIES: gl.constexpr, STAGES: gl.constexpr,
+    entries, first, start, base, table, rows, width, skip, tiles, boxes, full, empty,
+    SIDE: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr,
+    STEP: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """A warp that brings keys, SIDE 0, or values, SIDE 1."""
     BOXES: gl.constexpr = STEP // BOX
+    CHUNKS: gl.constexpr = DIM // CHUNK
     BYTES: gl.constexpr = STEP * DIM * entries.dtype.primitive_bitwidth // 8
     i = 0
     for turn in range(gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
-        head, tile = item(turn, KV_HEADS, tiles)
-        if tile >= 0:
-            row, begin, length, count, before = find(first, start, base, rows, skip, tile, QUERIES)
-            if before < count:
-                line = table + row.to(gl.int64) * width
-                last = length + count
-                for n in range(0, length + gl.minimum(before + QUERIES, count), STEP):
-                    places = ()
-                    for b in gl.static_range(BOXES):
-                        at = n + b * BOX
-                        page = gl.load(line + at // PAGE, mask=at < last, other=0)
-                        places = places + (gl.where(at < last, page * PAGE + at % PAGE, entries.shape[0]),)
-                    stage = i % STAGES
-                    phase = (i // STAGES) & 1
-                    mbarrier.wait(empty_k.index(stage), phase ^ 1)
-                    mbarrier.expect(full_k.index(stage), BYTES)
-                    for b in gl.static_range(BOXES):
-                        for c in gl.static_range(DIM // CHUNK):
-                            to = k_boxes.index((stage * (DIM // CHUNK) + c) * BOXES + b)
-                            tma.async_copy_global_to_shared(
-                                entries, [places[b], head * DIM + c * CHUNK], full_k.index(stage), to
-                            )
-                    mbarrier.wait(empty_v.index(stage), phase ^ 1)
-                    mbarrier.expect(full_v.index(stage), BYTES)
-                    for b in gl.static_range(BOXES):
-                        for c in gl.static_range(DIM // CHUNK):
-                            to = v_boxes.index((stage * (DIM // CHUNK) + c) * BOXES + b)
-                            tma.async_copy_global_to_shared(
-                                entries, [places[b], (KV_HEADS + head) * DIM + c * CHUNK], full_v.index(stage), to
-                            )
-                    i += 1
+        head, row, begin, length, count, before = seat(
+            first, start, base, rows, skip, tiles, turn, KV_HEADS, QUERIES
+        )
+        if before < count:
+            line = table + row.to(gl.int64) * width
+            last = length + count
+            at = (SIDE * KV_HEADS + head) * DIM
+            now = places(line, 0, last, entries.shape[0], PAGE, BOX, BOXES)
+            for n in range(0, length + gl.minimum(before + QUERIES, count), STEP):
+                later = places(line, n + STEP, last, entries.shape[0], PAGE, BOX, BOXES)
+                stage = i % STAGES
+                mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(stage), BYTES)
+                for b in gl.static_range(BOXES):
+                    for c in gl.static_range(CHUNKS):
+                        to = boxes.index((stage * CHUNKS + c) * BOXES + b)
+                        tma.async_copy_global_to_shared(entries, [now[b], at + c * CHUNK], full.index(stage), to)
+                now = later
+                i += 1
 
 
 @gluon.jit
@@ -116,94 +120,108 @@ def soften(s, peak, total, n, position, scale, MASKED: gl.constexpr):
 
 @gluon.jit
 def advance(
-    q, p, acc, peak, total, i, n, position, scale, k_tiles, v_tiles, full_k, full_v, empty_k, empty_v,
+    q, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty, order,
     scores: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Scores of block i, while the powers p of the block before it are multiplied by its values."""
     stage, old = i % STAGES, (i - 1) % STAGES
     mbarrier.wait(full_k.index(stage), (i // STAGES) & 1)
+    mbarrier.wait(order.index(side), (i & 1) ^ (1 - side))
     none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
     s = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
     mbarrier.wait(full_v.index(old), ((i - 1) // STAGES) & 1)
     acc = warpgroup_mma(p, v_tiles.index(old), acc, is_async=True)
+    mbarrier.arrive(order.index(1 - side))
     s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(empty_k.index(stage))
-    mbarrier.arrive(empty_v.index((i + STAGES - 2) % STAGES), pred=n > STEP)  # of the block before, which waited
     made, fade, peak, total = soften(s, peak, total, n, position, scale, MASKED)
     total = gl.inline_asm_elementwise(HOLD, "=f,f", [total], gl.float32, is_pure=False, pack=1)
     acc, p, made = warpgroup_mma_wait(0, deps=(acc, p, made))
+    mbarrier.arrive(empty.index(old))
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
     return gl.convert_layout(made.to(p.dtype), p.type.layout), acc, peak, total
 
 
 @gluon.jit
 def consume(
-    q, out, first, start, base, rows, skip, scale, tiles, side, q_half, k_tiles, v_tiles,
-    full_k, full_v, empty_k, empty_v,
+    q, out, first, start, base, rows, skip, scale, tiles, side, q_half, k_tiles, v_tiles, full_k, full_v, empty, order,
     Q_HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr, QUERIES: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Group `side` of 4 warps: its half of the queries of each tile."""
+    """Group `side` of 4 warps: its half of the queries of each tile. The two issue their products by turns."""
     GROUP: gl.constexpr = Q_HEADS // KV_HEADS
     EACH: gl.constexpr = QUERIES // GROUPS
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     line: gl.constexpr = gl.SliceLayout(1, scores)
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
-    m = gl.arange(0, HALF, layout=gl.SliceLayout(1, wide))
-    d = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    m = gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
+    d = gl.arange(0, DIM, layout=gl.SliceLayout(0, lines))
     i = 0
+    head, row, begin, length, count, before = seat(first, start, base, rows, skip, tiles, 0, KV_HEADS, QUERIES)
+    query = before + side * EACH + m // GROUP
+    real = (query < count) & (m < EACH * GROUP)
+    at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
+    asked = gl.load(q + at, mask=real[:, None], other=0)
     for turn in range(gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
-        head, tile = item(turn, KV_HEADS, tiles)
-        if tile >= 0:
-            row, begin, length, count, before = find(first, start, base, rows, skip, tile, QUERIES)
-            if before < count:
-                query = before + side * EACH + m // GROUP
-                real = (query < count) & (m < EACH * GROUP)
-                at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
-                q_half.store(gl.load(q + at, mask=real[:, None], other=0))
-                fence_async_shared()
-                position = length + before + side * EACH + gl.arange(0, HALF, layout=line) // GROUP
-                whole = (length + before + 1) // STEP * STEP
-                end = length + gl.minimum(before + QUERIES, count)
-
-                mbarrier.wait(full_k.index(i % STAGES), (i // STAGES) & 1)
-                none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
-                s = warpgroup_mma(q_half, k_tiles.index(i % STAGES).permute((1, 0)), none, use_acc=False)
-                mbarrier.arrive(empty_k.index(i % STAGES))
-                peak = gl.full([HALF], -float("inf"), gl.float32, layout=line)
-                total = gl.zeros([HALF], gl.float32, layout=line)
-                p, fade, peak, total = soften(s, peak, total, 0, position, scale, True)
-                p = gl.convert_layout(p.to(q.dtype.element_ty), operand)
-                acc = gl.zeros([HALF, DIM], gl.float32, layout=sums)
-                for n in range(STEP, whole, STEP):
-                    i += 1
-                    p, acc, peak, total = advance(
-                        q_half, p, acc, peak, total, i, n, position, scale, k_tiles, v_tiles,
-                        full_k, full_v, empty_k, empty_v, scores, STEP, STAGES, False,
-                    )  # fmt: skip
-                for n in range(gl.maximum(whole, STEP), end, STEP):
-                    i += 1
-                    p, acc, peak, total = advance(
-                        q_half, p, acc, peak, total, i, n, position, scale, k_tiles, v_tiles,
-                        full_k, full_v, empty_k, empty_v, scores, STEP, STAGES, True,
-                    )  # fmt: skip
-                mbarrier.arrive(empty_v.index((i + STAGES - 1) % STAGES), pred=end > STEP)
-                stage = i % STAGES
-                mbarrier.wait(full_v.index(stage), (i // STAGES) & 1)
-                left = length + count - (end - 1) // STEP * STEP
-                if left < STEP:  # what no row wrote may be NaN
-                    v_tile = v_tiles.index(stage)
-                    there = gl.arange(0, STEP, layout=gl.SliceLayout(1, wide)) < left
-                    v_tile.store(gl.where(there[:, None], v_tile.load(wide), 0.0))
-                    fence_async_shared()
-                acc = warpgroup_mma(p, v_tiles.index(stage), acc)
-                mbarrier.arrive(empty_v.index(stage))
+        if before < count:
+            q_half.store(asked)
+            fence_async_shared()
+            position = length + before + side * EACH + gl.arange(0, HALF, layout=line) // GROUP
+            whole = (length + before + 1) // STEP * STEP
+            end = length + gl.minimum(before + QUERIES, count)
+            left = length + count - (end - 1) // STEP * STEP
+            to, there = at, real
+            mbarrier.wait(full_k.index(i % STAGES), (i // STAGES) & 1)
+            mbarrier.wait(order.index(side), (i & 1) ^ (1 - side))
+            none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
+            s = warpgroup_mma(q_half, k_tiles.index(i % STAGES).permute((1, 0)), none, use_acc=False, is_async=True)
+            mbarrier.arrive(order.index(1 - side))
+            head, row, begin, length, count, before = seat(
+                first, start, base, rows, skip, tiles, turn + 1, KV_HEADS, QUERIES
+            )
+            s = warpgroup_mma_wait(0, deps=(s,))
+            peak = gl.full([HALF], -float("inf"), gl.float32, layout=line)
+            total = gl.zeros([HALF], gl.float32, layout=line)
+            p, fade, peak, total = soften(s, peak, total, 0, position, scale, True)
+            p = gl.convert_layout(p.to(q.dtype.element_ty), gl.DotOperandLayout(0, sums, 2))
+            acc = gl.zeros([HALF, DIM], gl.float32, layout=sums)
+            for n in range(STEP, whole, STEP):
                 i += 1
-                acc = acc / gl.convert_layout(total, gl.SliceLayout(1, sums))[:, None]
-                q_half.store(acc.to(q.dtype.element_ty))
-                gl.store(out + at, q_half.load(wide), mask=real[:, None])
+                p, acc, peak, total = advance(
+                    q_half, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty,
+                    order, scores, STEP, STAGES, False,
+                )  # fmt: skip
+            for n in range(gl.maximum(whole, STEP), end, STEP):
+                i += 1
+                p, acc, peak, total = advance(
+                    q_half, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty,
+                    order, scores, STEP, STAGES, True,
+                )  # fmt: skip
+            v_tile = v_tiles.index(i % STAGES)
+            mbarrier.wait(full_v.index(i % STAGES), (i // STAGES) & 1)
+            if left < STEP:  # what no row wrote may be NaN
+                written = gl.arange(0, STEP, layout=gl.SliceLayout(1, lines)) < left
+                v_tile.store(gl.where(written[:, None], v_tile.load(lines), 0.0))
+                fence_async_shared()
+            acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+            query = before + side * EACH + m // GROUP
+            real = (query < count) & (m < EACH * GROUP)
+            at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
+            asked = gl.load(q + at, mask=real[:, None], other=0)
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+            mbarrier.arrive(empty.index(i % STAGES))
+            i += 1
+            acc = acc / gl.convert_layout(total, gl.SliceLayout(1, sums))[:, None]
+            q_half.store(acc.to(q.dtype.element_ty))
+            gl.store(out + to, q_half.load(lines), mask=there[:, None])
+        else:
+            head, row, begin, length, count, before = seat(
+                first, start, base, rows, skip, tiles, turn + 1, KV_HEADS, QUERIES
+            )
+            query = before + side * EACH + m // GROUP
+            real = (query < count) & (m < EACH * GROUP)
+            at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
+            asked = gl.load(q + at, mask=real[:, None], other=0)
 
 
 FREE = ("rows", "width", "skip", "tiles")
@@ -236,28 +254,33 @@ def prefill(
     q_tile = gl.allocate_shared_memory(DTYPE, [GROUPS, HALF, DIM], lines)
     full_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full_k.index(i), count=1)
         mbarrier.init(full_v.index(i), count=1)
-        mbarrier.init(empty_k.index(i), count=GROUPS)
-        mbarrier.init(empty_v.index(i), count=GROUPS)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(order.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume, (
                 q, out, first, start, base, rows, skip, scale, tiles, 0, q_tile.index(0), k_tiles, v_tiles,
-                full_k, full_v, empty_k, empty_v, Q_HEADS, KV_HEADS, DIM, STEP, QUERIES, STAGES,
+                full_k, full_v, empty, order, Q_HEADS, KV_HEADS, DIM, STEP, QUERIES, STAGES,
             )),
             (consume, (
                 q, out, first, start, base, rows, skip, scale, tiles, 1, q_tile.index(1), k_tiles, v_tiles,
-                full_k, full_v, empty_k, empty_v, Q_HEADS, KV_HEADS, DIM, STEP, QUERIES, STAGES,
+                full_k, full_v, empty, order, Q_HEADS, KV_HEADS, DIM, STEP, QUERIES, STAGES,
             )),
             (produce, (
-                entries, first, start, base, table, rows, width, skip, tiles, k_boxes, v_boxes,
-                full_k, full_v, empty_k, empty_v, KV_HEADS, DIM, PAGE, BOX, STEP, QUERIES, STAGES,
+                entries, first, start, base, table, rows, width, skip, tiles, k_boxes, full_k, empty,
+                0, KV_HEADS, DIM, PAGE, BOX, STEP, QUERIES, STAGES,
+            )),
+            (produce, (
+                entries, first, start, base, table, rows, width, skip, tiles, v_boxes, full_v, empty,
+                1, KV_HEADS, DIM, PAGE, BOX, STEP, QUERIES, STAGES,
             )),
         ],
-        [4, 1], [240, 24],
+        [4, 1, 1], [240, 24, 24],
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels_cuda import attention as kernels
+from kernels_cuda import cascade
 
 Q_HEADS, KV_HEADS, HEAD, PAGE = 32, 8, 128, 16
 LINE = 2 * KV_HEADS * HEAD
@@ -23,6 +24,10 @@ DECODE = ((1, 1024), (1, 16384), (16, 4096), (64, 1024), (256, 1024), (256, 2240
 """Rows of one token, and the length of each."""
 PREFILL = ((1, 2048, 0), (1, 4096, 0), (4, 2048, 0), (16, 1024, 0), (1, 2048, 6144))
 """Rows, tokens of each, tokens cached before."""
+GROUPS, EACH, SHARED, OWN = 32, 8, 2048, 192
+"""Of rows of one token that read the same pages: groups, rows of each, positions that they share and have for
+themselves."""
+TREE = f"tree {GROUPS} x {EACH}, {SHARED} shared, {OWN} own"
 BUDGET = 600 << 20
 """Bytes of caches that are read in turn."""
 DTYPE = torch.bfloat16
@@ -37,6 +42,8 @@ def measure(only: str = "") -> Iterator[dict[str, Any]]:
             name = f"decode {rows} x {length}, {str(store).removeprefix('torch.')}"
             if only in name:
                 yield {"case": name} | decode(rows, length, store, ceiling["copy_gbs"])
+    if only in TREE:
+        yield {"case": TREE} | tree(ceiling["copy_gbs"])
     for rows, tokens, cached in PREFILL:
         name = f"prefill {rows} x {tokens}" + (f" after {cached}" if cached else "")
         if only in name:
@@ -47,7 +54,7 @@ def ceilings() -> dict[str, Any]:
     """Copy, bytes read and written, and an 8192-cubed product of random numbers."""
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    copy = timed(lambda i: target.copy_(source), 4)
+    copy = timed(lambda i: torch.add(source, 1.0, out=target), 4)  # a copy that is captured goes another way
     moved = 2 * source.nbytes
     x = torch.randn(8192, 8192, device="cuda", dtype=DTYPE)
     product = timed(lambda i: x @ x, 4)
@@ -112,6 +119,33 @@ def decode(rows: int, length: int, store: torch.dtype, copy: float) -> dict[str,
         grouped = q.view(rows, KV_HEADS, -1, HEAD)
         out["sdpa_ms"] = round(timed(lambda i: F.scaled_dot_product_attention(grouped, k[i], v[i]), layers), 4)
     return out
+
+
+def tree(copy: float) -> dict[str, Any]:
+    """Groups of rows whose pages are read once, and as many rows each by itself."""
+    rows, length = GROUPS * EACH, SHARED + OWN
+    told_, plan, _ = told([1] * rows, [length - 1] * rows)
+    of, own = SHARED // PAGE, OWN // PAGE
+    pages = torch.randperm(GROUPS * of + rows * own, dtype=torch.int32)
+    shared = pages[: GROUPS * of].view(GROUPS, 1, of).expand(-1, EACH, -1).reshape(rows, of)
+    told_ = told_._replace(table=torch.cat([shared, pages[GROUPS * of :].view(rows, own)], 1).cuda())
+    sms, group = plan.sms, Q_HEADS // KV_HEADS
+    heads = cascade.tuning(group, HEAD, DTYPE.itemsize, False).heads
+    groups = [(i * EACH, i * EACH + EACH - 1, 0, SHARED - 1) for i in range(GROUPS)]
+    made = cascade.cut(groups, rows, group=group, kv_heads=KV_HEADS, heads=heads, sms=sms)
+    shape = cascade.fit(made, OWN, kv_heads=KV_HEADS, sms=sms)
+    tiles = cascade.Tiles(*(torch.from_numpy(x).cuda() for x in cascade.pad(made, shape)))
+    bytes_ = len(pages) * PAGE * LINE * DTYPE.itemsize
+    layers = max(1, BUDGET // bytes_)
+    cache = random((layers, len(pages) * PAGE + 1, 2, KV_HEADS, HEAD), DTYPE)
+    q = random((rows, Q_HEADS, HEAD), DTYPE)
+
+    def call(i: int, by: tuple[cascade.Tiles, cascade.Shape] | None) -> torch.Tensor:
+        return kernels.attention(q, cache[i % layers], told_, plan, page=PAGE, scale=HEAD**-0.5, shared=by)
+
+    ms = timed(lambda i: call(i, (tiles, shape)), 8)
+    out = {"ms": round(ms, 4), "gbs": round(bytes_ / ms / 1e6), "of_copy": round(bytes_ / ms / 1e6 / copy, 3)}
+    return out | {"rows_ms": round(timed(lambda i: call(i, None), 8), 4)}
 
 
 def prefill(rows: int, tokens: int, cached: int, matrix: float) -> dict[str, Any]:
