@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.blocks import LEAST, Blocks, need, pick
 from kernels_pallas.cached import TYPES
 from kernels_pallas.chip import Chip, chip
-from kernels_pallas.form import LANES, Form, Refs
+from kernels_pallas.form import LANES, SUBLANES, Form, Refs
 from kernels_pallas.ragged import kernel
 from kernels_pallas.softmax import FAR
 
@@ -152,9 +152,7 @@ def attention(
     form = replace(form, blocks=blocks)
     kind = q.dtype if cache.dtype.itemsize == 1 else jnp.promote_types(q.dtype, cache.dtype)
     spread = _spread(form, q)
-    most, rows, depth = blocks.queries[-1], form.rows, form.fold * form.lanes
-    held, large = form.products * rows, max([8, *(form.many(n) for n in blocks.queries if form.large(n))])
-    stat = pltpu.VMEM((form.products, most * rows, LANES), jnp.float32)
+    most, held = form.most, form.products * form.rows
     call = pl.pallas_call(
         lambda *refs: kernel(form, Refs(*refs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -170,12 +168,8 @@ def attention(
                 pltpu.VMEM((2, most, held, form.lanes), q.dtype),
                 pltpu.VMEM((2, blocks.keys, form.line), cache.dtype),
                 pltpu.VMEM((2, most, held, form.lanes), q.dtype),
-                pltpu.VMEM((form.products, most * rows, depth), kind),
-                stat,
-                stat,
-                pltpu.VMEM((form.products, most * rows, depth), jnp.float32),
-                pltpu.VMEM((2, large, blocks.keys), jnp.float32),
-                pltpu.VMEM((large, LANES), jnp.int32),
+                *_small(form, kind),
+                *_large(form, kind),
                 pltpu.SemaphoreType.DMA((3, 2)),
             ],
         ),
@@ -189,6 +183,36 @@ def attention(
     total, first = (jnp.asarray(x, jnp.int32).reshape(1) for x in (tiles.total, at))
     out = call(*numbers, total, first, table.reshape(-1), base, spread, cache, _heads(form, sinks, scales))
     return _gather(form, out)
+
+
+def _small(form: Form, kind: Any) -> list[Any]:
+    """Buffers of tiles that are not large: queries, peaks, sums, outputs."""
+    rows, depth = (
+        max([n * form.rows for n in form.blocks.queries if not form.large(n)], default=8),
+        form.fold * form.lanes,
+    )
+    stat = pltpu.VMEM((form.products, rows, LANES), jnp.float32)
+    out = pltpu.VMEM((form.products, rows, depth), jnp.float32)
+    return [pltpu.VMEM((form.products, rows, depth), kind), stat, stat, out]
+
+
+def _large(form: Form, kind: Any) -> list[Any]:
+    """Buffers of large tiles, in the order of Refs; as small as can be where there are none."""
+    if not form.large(form.most):
+        return [pltpu.VMEM((SUBLANES, LANES), jnp.float32)] * 9
+    pieces, ahead, many, depth, step = form.pieces, form.ahead, form.many, form.depth, form.step
+    stat = pltpu.VMEM((pieces, SUBLANES, many), jnp.float32)
+    return [
+        pltpu.VMEM((pieces, many, depth), kind),
+        stat,
+        stat,
+        pltpu.VMEM((pieces, depth, many), jnp.float32),
+        pltpu.VMEM((ahead, step // SUBLANES, SUBLANES, many), jnp.float32),
+        pltpu.VMEM((ahead, step, many), kind),
+        pltpu.VMEM((2, ahead, depth, step), kind),
+        pltpu.VMEM((ahead, 3, SUBLANES, many), jnp.float32),
+        pltpu.VMEM((SUBLANES, many), jnp.int32),
+    ]
 
 
 def cost(form: Form, tokens: int, tiles: int, cached: int, size: int) -> pl.CostEstimate:

@@ -11,15 +11,14 @@ from kernels_pallas.chip import Chip
 class Blocks:
     """queries: sizes of tiles, rising; a tile runs as the smallest that holds it. keys: of one turn of the loop.
 
-    Tiles of `large` queries and more put their scores aside, those of `step` keys at a time; looped: two products are a
-    turn of a loop of their own, which leaves the compiler less to hold at once, and less to do meanwhile.
+    The largest tile, if of `large` queries and more, is a pipeline of products with `step` keys, `ahead` a turn.
     """
 
     queries: tuple[int, ...]
     keys: int
     large: int = 64
-    step: int = 256
-    looped: bool = False
+    step: int = 512
+    ahead: int = 2
 
 
 SMALL = 1, 8
@@ -28,10 +27,8 @@ LARGE = {"v5e": 64, "v5p": 64, "v6e": 64, "7x": 64, "interpreted": 8}
 """Chip -> queries of a tile of a prompt."""
 KEYS = {"v5e": 512, "v5p": 512, "v6e": 512, "7x": 512, "interpreted": 128}
 """Chip -> keys of a block, before it is cut to fit."""
-STEPS = {"v5e": 128, "v5p": 128}
-"""Chip -> keys of a step: the columns of a matrix unit. 256 where a chip is not named."""
-LOOPED = "v5e", "v5p"
-"""Chips that lose less by a loop than they would by spilled registers: their products take longer."""
+STEPS = {"7x": (256, 4)}
+"""Chip -> keys and products of a turn of the pipeline of large tiles, where registers would be spilled else."""
 LEAST = 128
 """Keys of the smallest block: the lanes of a register."""
 
@@ -53,7 +50,8 @@ def pick(tokens: int, on: Chip, *, line: int, size: int, fixed: int, each: int) 
     if need(most, keys, line, size, fixed, each) > on.vmem // 2:
         return None
     queries = (*(n for n in SMALL if n < most), most)
-    return Blocks(queries=queries, keys=keys, step=STEPS.get(on.name, 256), looped=on.name in LOOPED)
+    step, ahead = STEPS.get(on.name, (512, 2))
+    return Blocks(queries=queries, keys=keys, step=step, ahead=ahead)
 
 
 def need(most: int, keys: int, line: int, size: int, fixed: int, each: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, NamedTuple
 
 from kernels_pallas.blocks import Blocks
@@ -46,23 +47,49 @@ class Form:
         """Of one query in one product, padded to whole registers."""
         return -(-self.fold * self.group // SUBLANES) * SUBLANES
 
+    @property
+    def most(self) -> int:
+        """Queries of the largest tile."""
+        return self.blocks.queries[-1]
+
     def large(self, size: int) -> bool:
-        """Whether a product of a tile of `size` queries has more scores than registers hold."""
-        return size >= self.blocks.large
+        """Whether a tile of `size` queries goes through the pipeline of large tiles: the largest may."""
+        return size == self.most and size >= self.blocks.large
 
-    def unfolds(self, size: int) -> bool:
-        """Whether a tile of `size` queries asks one key-value head a product, though registers then hold several
-        queries."""
-        return self.large(size) and self.fold > 1 and self.fold * self.group == SUBLANES and not size % self.fold
+    @property
+    def unfolds(self) -> bool:
+        """Whether a large tile asks one key-value head a product, though registers then hold several queries."""
+        return self.fold > 1 and self.fold * self.group == SUBLANES and not self.most % self.fold
 
-    def many(self, size: int) -> int:
-        """Rows of a product of a tile of `size` queries."""
-        return size * self.rows // (self.fold if self.unfolds(size) else 1)
+    @property
+    def pieces(self) -> int:
+        """Groups of heads of a large tile that are asked together."""
+        return self.kv_heads if self.unfolds else self.products
+
+    @property
+    def many(self) -> int:
+        """Rows of a product of a large tile."""
+        return self.most * self.rows // (self.fold if self.unfolds else 1)
+
+    @property
+    def depth(self) -> int:
+        """Of a product of a large tile."""
+        return self.lanes * (1 if self.unfolds else self.fold)
 
     @property
     def step(self) -> int:
-        """Keys of a large tile whose scores are made at once."""
+        """Keys of a product of a large tile."""
         return min(self.blocks.step, self.blocks.keys)
+
+    @property
+    def stages(self) -> int:
+        """Products of a large tile with one block of keys."""
+        return self.pieces * (self.blocks.keys // self.step)
+
+    @property
+    def ahead(self) -> int:
+        """Products of a turn of the pipeline: places in it."""
+        return gcd(self.blocks.ahead, self.stages)
 
     @property
     def lanes(self) -> int:
@@ -77,8 +104,12 @@ class Form:
 
 class Refs(NamedTuple):
     """What the kernel reads and writes. Of each row of a query, heads holds its sink and the scales of its keys and its
-    values. Of large tiles, scores holds two products' scores, and last of each row its query in the tile, less the
-    lane. Buffers have two halves; done: semaphores of (queries, keys, output)."""
+    values. Buffers of copies have two halves; done: semaphores of (queries, keys, output).
+
+    query, top, sum, acc: of all tiles but large ones, which have asks to last. For each piece queries, peaks, sums and
+    outputs; for each place of the pipeline scores, weights, values (two turns') and stats; and last, of each row its
+    query in the tile, less the sublane. Rows are across in all of these but asks.
+    """
 
     row: Any
     token: Any
@@ -99,6 +130,13 @@ class Refs(NamedTuple):
     top: Any
     sum: Any
     acc: Any
+    asks: Any
+    tops: Any
+    sums: Any
+    outs: Any
     scores: Any
+    weights: Any
+    values: Any
+    stats: Any
     last: Any
     done: Any

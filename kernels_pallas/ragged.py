@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import large, softmax
 from kernels_pallas.cached import narrow, widen
 from kernels_pallas.form import Form, Refs
-from kernels_pallas.softmax import attend, begin, finish
 
 Array: TypeAlias = jax.Array
 
@@ -21,6 +21,9 @@ def kernel(form: Form, r: Refs) -> None:
     total = r.total[0]
     # what no copy fills is multiplied by 0: it must be a number
     r.keys[...] = jnp.zeros(r.keys.shape, r.keys.dtype)
+    if form.large(form.most):
+        for u in range(form.ahead):
+            large.reset(form, r, u)
 
     @pl.when(total > 0)
     def _() -> None:
@@ -56,7 +59,10 @@ def kernel(form: Form, r: Refs) -> None:
 def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
     """One tile, computed as `size` queries. turn: blocks before it; the block of turn t is in half t % 2."""
     first, last = _span(form, r, i)
-    begin(form, r, i % 2, size)
+    if form.large(size):
+        large.begin(form, r, i % 2)
+    else:
+        softmax.begin(form, r, i % 2, size)
 
     def block(b: Array, turn: Array) -> Array:
         half = turn % 2
@@ -69,7 +75,10 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
 
         _fetch(form, r, i, b, half, start=False)
         _clear(form, r, i, b, half)
-        attend(form, r, i, b, half, size)
+        if form.large(size):
+            large.attend(form, r, i, b, half)
+        else:
+            softmax.attend(form, r, i, b, half, size)
         return turn + 1
 
     jax.lax.fori_loop(first, last + 1, block, turn)
@@ -78,7 +87,10 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
     def _() -> None:
         _give(r, i - 2, start=False)
 
-    finish(form, r, i % 2, size)
+    if form.large(size):
+        large.finish(form, r, i % 2)
+    else:
+        softmax.finish(form, r, i % 2, size)
     _give(r, i, start=True)
 
 

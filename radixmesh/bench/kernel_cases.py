@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from kernels_pallas import attention, kv_write
 from kernels_pallas.blocks import KEYS, tile
 from kernels_pallas.chip import chip
+from kernels_pallas.form import Form
 from radixmesh.bench import matmul_cases
 from radixmesh.bench.kernels import Case, Shape
 
@@ -65,13 +67,15 @@ def _ours() -> list[Case]:
                 shape((), I32),
             )
 
+        form = Form(q_heads=Q_HEADS, kv_heads=KV_HEADS, head=HEAD, page=PAGE, entries=512)
+        form = replace(form, blocks=attention.choose(form, tokens, 2, chip()))
         # decode runs as the smallest tile, a prompt as the largest
         out.append(
             Case(
                 name=f"attention {name}",
                 lower=lower,
                 least=rows > 1,
-                trips=(KV_HEADS - 1) // 2,  # two products a turn
+                trips=form.stages // form.ahead,
                 **_work(tokens, rows, KEYS[chip().name]),
             )
         )

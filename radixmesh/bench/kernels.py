@@ -105,18 +105,18 @@ def loops(text: str) -> list[Loop]:
     return out
 
 
-def nested(found: list[Loop], trips: int) -> list[Loop]:
-    """The loops that multiply at the least depth, each as long as one of its turns with `trips` of those inside."""
-    multiply = [loop for loop in found if loop.products]
-    least, inside, out = min(loop.depth for loop in multiply), [], []
-    for loop in multiply:
-        if loop.depth > least:
+def nested(found: list[Loop], trips: int, depth: int = 2) -> list[Loop]:
+    """The loops of a depth that multiply, each as long as one of its turns with `trips` of those inside that do."""
+    inside, out = [], []
+    for loop in found:
+        if loop.depth > depth and loop.products:
             inside.append(loop)
-            continue
-        bundles = loop.bundles + trips * sum(each.bundles for each in inside)
-        spills = loop.spills + trips * sum(each.spills for each in inside)
-        out.append(replace(loop, bundles=bundles, spills=spills))
-        inside = []
+        elif loop.depth == depth:
+            if loop.products or inside:
+                bundles = loop.bundles + trips * sum(each.bundles for each in inside)
+                spills = loop.spills + trips * sum(each.spills for each in inside)
+                out.append(replace(loop, bundles=bundles, spills=spills))
+            inside = []
     return out
 
 
@@ -147,12 +147,10 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     multiply = [loop for loop in found if loop.products]
     if not multiply:
         return row
-    inner = (min if case.least else max)(multiply, key=lambda loop: loop.bundles)
+    turns = nested(found, case.trips) if case.trips else multiply
+    inner = (min if case.least else max)(turns, key=lambda loop: loop.bundles)
     # where copies of a block start apart from the product, the schedule is both
     issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == inner.depth), default=0)
-    if case.trips:
-        inner = (min if case.least else max)(nested(found, case.trips), key=lambda loop: loop.bundles)
-        issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == inner.depth), default=0)
     row["spilled"] = inner.spills
     row["turn"] = inner.bundles + (0 if inner.copies else issue)
     if case.turns:

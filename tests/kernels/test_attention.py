@@ -31,7 +31,7 @@ from tests.kernels.cases import (
     want,
 )
 
-BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, looped=True)
+BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, ahead=2)
 ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128, large=64)
 """The same body once: it compiles sooner."""
 SMALL = Chip(name="v5e", vmem=16 << 20, smem=1 << 20)

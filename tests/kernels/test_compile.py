@@ -119,7 +119,7 @@ def test_a_turn_holds_the_loops_inside_of_it() -> None:
  0x4   : > { %e = sadd }
  0x5   :  { %f = halt }
 """
-    (turn,) = nested(loops(text), 3)
+    (turn,) = nested(loops(text), 3, 1)
     assert (turn.bundles, turn.spills) == (2 + 3 * 2, 3)
 
 

@@ -1,0 +1,190 @@
+"""Attention of a tile of a prompt: more scores than registers hold, so its work goes through buffers, in three stages.
+
+Work is cut into products of `step` keys and the rows of one product. A stage of the pipeline asks (scores of a product
+and their peak; its values are turned), weighs (scores become weights) or gives (weights times values). A turn asks
+`ahead` products, weighs those that the turn before asked and gives those that it weighed, so that in a turn nothing
+waits for another stage. Blocks of keys follow each other without a gap; a tile's last two turns are done by `finish`.
+
+Scores stand with keys down and rows of queries across: what a row needs (peak, sum, mask) is a few registers for all of
+its keys, and no register is reduced across its lanes.
+"""
+
+from __future__ import annotations
+
+from math import e, log2
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.form import LANES, SUBLANES, Form, Refs
+from kernels_pallas.softmax import FAR, Part, _each, _exact, _heads, _wide
+
+Array: TypeAlias = jax.Array
+PEAK, FADE, FADED = range(3)
+"""In r.stats: of what was asked its peak, and what it makes of sums and, a turn later, of outputs."""
+
+
+def reset(form: Form, r: Refs, u: int) -> None:
+    """Place u of the pipeline as before a tile's first product: what is weighed and given then adds nothing."""
+    r.scores[u] = jnp.full(r.scores.shape[1:], FAR, jnp.float32)
+    r.weights[u] = jnp.zeros(r.weights.shape[1:], r.weights.dtype)
+    for age in range(2):
+        r.values[age, u] = jnp.zeros(r.values.shape[2:], r.values.dtype)
+    shape = r.stats.shape[2:]
+    r.stats[u, PEAK] = jnp.zeros(shape, jnp.float32)
+    r.stats[u, FADE] = r.stats[u, FADED] = jnp.ones(shape, jnp.float32)
+
+
+def begin(form: Form, r: Refs, half: Array) -> None:
+    """The queries of a tile as matrices, block-diagonal where heads are folded, and nothing seen but sinks."""
+    size, rows, lanes = form.most, form.rows, form.lanes
+    head = jax.lax.broadcasted_iota(jnp.int32, (size * rows, lanes), 0) % rows // form.group
+    for j in range(form.products):
+        x = r.asked[half, :size, j * rows : (j + 1) * rows, :].astype(jnp.float32).reshape(size * rows, lanes)
+        if form.scaled:
+            x *= _wide(_each(form, r, 1, j, size), lanes)
+        if form.unfolds:
+            for k, y in enumerate(_turn(form, x)):
+                r.asks[j * form.fold + k] = y.astype(r.asks.dtype)
+        else:
+            blocks = [jnp.where(head == k, x, 0) for k in range(form.fold)] if form.fold > 1 else [x]
+            r.asks[j] = jnp.concatenate(blocks, axis=1).astype(r.asks.dtype)
+    shape, own = (SUBLANES, form.many), form.many // size
+    row, down = jax.lax.broadcasted_iota(jnp.int32, shape, 1), jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    r.last[...] = row // own - down
+    for n in range(form.pieces):
+        top = jnp.full(shape, FAR, jnp.float32)
+        for g in range(own):
+            top = jnp.where(row % own == g, r.heads[0, n * own + g, 0], top)
+        r.tops[n] = top
+        r.sums[n] = jnp.where(down == 0, 1.0, 0.0)
+        r.outs[n] = jnp.zeros(r.outs.shape[1:], jnp.float32)
+
+
+def attend(form: Form, r: Refs, i: Array, b: Array, half: Array) -> None:
+    """One block of keys of tile i: as many turns of the pipeline as it has products."""
+    turns = form.stages // form.ahead
+
+    def one(m: Array, _: None) -> None:
+        for u in range(form.ahead):
+            _give(form, r, _piece(form, m - 2, u), u)
+            _weigh(form, r, _piece(form, m - 1, u), u)
+        for u in range(form.ahead):
+            _ask(form, r, i, b, half, m, u)
+
+    jax.lax.fori_loop(0, turns, one, None)
+
+
+def _piece(form: Form, m: Array, u: int) -> Array:
+    """The heads that place u of turn m is about; m may be of the block before."""
+    t = (m * form.ahead + u + 2 * form.stages) % form.stages
+    return t // (form.blocks.keys // form.step)
+
+
+def _ask(form: Form, r: Refs, i: Array, b: Array, half: Array, m: Array, u: int) -> None:
+    """Put aside the scores of a product, and its values turned."""
+    n, kind = _piece(form, m, u), r.asks.dtype
+    c: Any = u * form.step % form.blocks.keys
+    if form.ahead * form.step % form.blocks.keys:
+        c = pl.multiple_of((m * form.ahead * form.step + c) % form.blocks.keys, LANES)
+    part = Part(n, form.many, n, 1) if form.unfolds else Part(n, form.many, n * form.fold, form.fold)
+    r.values[0, u] = _heads(form, r, half, part, c, form.step, value=True).astype(kind).T
+    s = jax.lax.dot_general(
+        _heads(form, r, half, part, c, form.step, value=False).astype(kind),
+        r.asks[n],
+        (((1,), (1,)), ((), ())),
+        precision=_exact(kind),
+        preferred_element_type=jnp.float32,
+    )
+    if form.cap is None:
+        s *= form.scale * log2(e)
+    else:
+        s = jnp.tanh(s * (form.scale / form.cap)) * (form.cap * log2(e))
+    s = s.reshape(-1, SUBLANES, form.many)
+    key, last = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0) * SUBLANES, r.last[...]
+    last = last + (r.position[i] - b * form.blocks.keys - c)
+    seen = last >= key
+    if form.window:
+        seen &= last < key + form.window
+    s = jnp.where(seen, s, FAR)
+    r.scores[u] = s
+    top = r.tops[n]
+    peak = jnp.maximum(top, jnp.max(jnp.max(s, axis=0), axis=0, keepdims=True))
+    r.tops[n] = r.stats[u, PEAK] = peak
+    r.stats[u, FADE] = jnp.exp2(top - peak)
+
+
+def _weigh(form: Form, r: Refs, n: Array, u: int) -> None:
+    """The weights of what the turn before asked."""
+    # where a query saw nothing yet, the peak is FAR and a weight is 1: the first real score fades that to nothing
+    p = jnp.exp2(r.scores[u] - r.stats[u, PEAK])
+    r.sums[n] = r.sums[n] * r.stats[u, FADE] + jnp.sum(p, axis=0)
+    r.weights[u] = p.reshape(form.step, form.many).astype(r.weights.dtype)
+    r.stats[u, FADED], r.values[1, u] = r.stats[u, FADE], r.values[0, u]
+
+
+def _give(form: Form, r: Refs, n: Array, u: int) -> None:
+    """Add the values of what the turn before weighed."""
+    o = jax.lax.dot_general(
+        r.values[1, u],
+        r.weights[u],
+        (((1,), (0,)), ((), ())),
+        precision=_exact(r.weights.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    held = r.outs[n].reshape(-1, SUBLANES, form.many) * r.stats[u, FADED]
+    r.outs[n] = held.reshape(o.shape) + o
+
+
+def finish(form: Form, r: Refs, half: Array) -> None:
+    """What is left in the pipeline, then a tile's output: of each row the lanes of its own head, divided by the sum."""
+    turns, places = form.stages // form.ahead, range(form.ahead)
+    for u in places:
+        _give(form, r, _piece(form, turns - 2, u), u)
+        _weigh(form, r, _piece(form, turns - 1, u), u)
+    for u in places:
+        _give(form, r, _piece(form, turns - 1, u), u)
+        reset(form, r, u)
+    size, rows, lanes = form.most, form.rows, form.lanes
+    head = jax.lax.broadcasted_iota(jnp.int32, (size * rows, lanes), 0) % rows // form.group
+    for j in range(form.products):
+        if form.unfolds:
+            o = [_output(r, j * form.fold + k).reshape(-1, SUBLANES, lanes) for k in range(form.fold)]
+            mixed = jnp.concatenate(o, axis=1).reshape(-1, lanes)
+            turned = [y.reshape(-1, SUBLANES, lanes) for y in _turn(form, mixed)]
+            out = jnp.concatenate(turned, axis=1).reshape(size * rows, lanes)
+        else:
+            acc = _output(r, j)
+            out = acc[:, :lanes]
+            for k in range(1, form.fold):
+                out = jnp.where(head == k, acc[:, k * lanes : (k + 1) * lanes], out)
+        if form.scaled:
+            out *= _wide(_each(form, r, 2, j, size), lanes)
+        r.made[half, :size, j * rows : (j + 1) * rows, :] = out.reshape(size, rows, lanes).astype(r.made.dtype)
+
+
+def _output(r: Refs, n: int) -> Array:
+    """[rows, heads * lanes]."""
+    return (r.outs[n] / jnp.sum(r.sums[n], axis=0, keepdims=True)).T
+
+
+def _turn(form: Form, x: Array) -> list[Array]:
+    """From rows by query, `fold` heads in a register, to registers of one head, `fold` queries in each; or back.
+
+    x [queries * SUBLANES, lanes] -> for each of the heads [queries * group, lanes].
+    """
+    fold, group = form.fold, form.group
+    x = x.reshape(-1, fold * SUBLANES, x.shape[1])
+    out = []
+    block = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], SUBLANES, x.shape[2]), 1) // group
+    for k in range(fold):
+        made = None
+        for n in range(fold):
+            y = x[:, n * SUBLANES : (n + 1) * SUBLANES, :]
+            y = pltpu.roll(y, (n - k) * group % SUBLANES, 1) if n != k else y
+            made = y if made is None else jnp.where(block == n, y, made)
+        out.append(made.reshape(-1, x.shape[2]))
+    return out
