@@ -184,6 +184,8 @@ def kernels(spec: ModelSpec, config: Resolved, target: Target | None = None) -> 
         from kernels_pallas.chip import named
 
         choose = partial(choose, on=named(target.chip.name.removeprefix("tpu")))
+    if target is not None and config.backend == "torch":
+        choose = partial(choose, on=target.arch)
     said = [choose(layer.mixer, config)[1] for layer in spec.layers]
     starts = [i for i, why in enumerate(said) if not i or said[i - 1] != why]
     return [(a, b - 1, said[a]) for a, b in zip(starts, [*starts[1:], len(said)], strict=True)]

@@ -1,7 +1,7 @@
 """Chips that are compiled for without having one: their facts, in one place, and how a target is written.
 
 A target is "cpu", "tpu:v6e:2x4" (chip and topology), "tpu:v6e" (a chip alone, for `radixmesh plan`), "cuda:sm_90" or
-"rocm:gfx942".
+"rocm:gfx942", or a card of such an architecture, "cuda:sm_90:h200".
 """
 
 from __future__ import annotations
@@ -89,17 +89,45 @@ GPUS: Mapping[str, tuple[str, ...]] = {
     "rocm": ("gfx942", "gfx950"),
 }
 """Platform -> architectures of GPUs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A GPU that need not be here. memory: bytes, as its maker's data sheet has them."""
+
+    name: str
+    arch: str
+    memory: int
+
+
+CARDS = tuple(
+    Card(name=name, arch=arch, memory=size * 10**9)
+    for name, arch, size in (
+        ("a100", "sm_80", 80),
+        ("l40s", "sm_89", 48),
+        ("h100", "sm_90", 80),
+        ("h200", "sm_90", 141),
+        ("b200", "sm_100", 180),
+        ("mi300x", "gfx942", 192),
+        ("mi325x", "gfx942", 256),
+        ("mi355x", "gfx950", 288),
+    )
+)
+"""The first of an architecture is what it is known by. A data sheet's GB are taken as 10**9 bytes: a card has some more
+(an H200 was found to have 139.8 GiB, not 131.3), of which a driver and a context take their part."""
 HOST = (2, 2, 1)
 """Chips of a host, along each side of a topology: the smallest that can be described."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is compiled for. chip: of a TPU, or None; arch: of a GPU, or ""; shape: chips along each side, or ()."""
+    """What is compiled for. chip: of a TPU, or None; arch: of a GPU, or ""; card: where one is named; shape:
+    chips along each side, or ()."""
 
     platform: str
     chip: Chip | None = None
     arch: str = ""
+    card: Card | None = None
     shape: tuple[int, ...] = ()
 
     @property
@@ -113,7 +141,8 @@ class Target:
         return prod(self.shape) * self.chip.devices if self.chip else 1
 
     def __str__(self) -> str:
-        return ":".join(filter(None, (self.platform, self.topology.rstrip(":") or self.arch)))
+        card = self.card.name if self.card else ""
+        return ":".join(filter(None, (self.platform, self.topology.rstrip(":") or self.arch, card)))
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -122,15 +151,32 @@ class Target:
         if platform == "cpu" and not rest:
             return cls(platform="cpu")
         if platform in GPUS:
-            if rest not in GPUS[platform]:
-                raise _unknown("architecture", rest, GPUS[platform], f"{platform}:{GPUS[platform][0]}")
-            return cls(platform=platform, arch=rest)
+            arch, _, name = rest.partition(":")
+            if arch not in GPUS[platform]:
+                raise _unknown("architecture", arch, GPUS[platform], f"{platform}:{GPUS[platform][0]}")
+            cards = {c.name: c for c in CARDS if c.arch == arch}
+            if name and name not in cards:
+                raise _unknown(f"card of {arch}", name, tuple(cards), f"{platform}:{arch}:{next(iter(cards))}")
+            return cls(platform=platform, arch=arch, card=cards.get(name))
         if platform != "tpu":
             raise _unknown("platform", platform, ("cpu", "tpu", *GPUS), "tpu:v6e:2x4")
         name, _, shape = rest.partition(":")
         if name not in CHIPS:
             raise _unknown("chip", name, tuple(CHIPS), "tpu:v6e:2x4")
         return cls(platform="tpu", chip=CHIPS[name], shape=_shape(CHIPS[name], shape) if shape else ())
+
+    def gpu(self, backend: str, count: int) -> Device:
+        """`count` GPUs of the target as engine.resolve sees them."""
+        card = self.card or next(c for c in CARDS if c.arch == self.arch)
+        return Device(
+            backend=backend,
+            why="target",
+            platform="gpu",
+            kind=f"{card.name.upper()} ({self.arch}, by its data sheet)",
+            count=count,
+            memory_bytes=card.memory,
+            bf16=True,
+        )
 
     def device(self) -> Device:
         """The device as engine.resolve sees it. Raises ConfigError where the target names no device of a TPU."""

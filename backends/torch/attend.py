@@ -40,11 +40,12 @@ def machine() -> tuple[str, str, bool]:
     return "hip" if torch.version.hip else "cuda", gpu.arch_of(device), find_spec("triton") is not None
 
 
-def choose(a: Attention, config: Resolved) -> tuple[str, str]:
-    """The kernel for a layer, and why: "triton", or a name of KERNELS."""
+def choose(a: Attention, config: Resolved, on: str = "") -> tuple[str, str]:
+    """The kernel for a layer, and why: "triton", or a name of KERNELS. on: the architecture of a GPU that is only
+    described; else the one that is here."""
     why, what = "no GPU", f"head {a.head_dim}, {config.cache_dtype} cache"
     if config.platform == "gpu":
-        platform, arch, installed = machine()
+        platform, arch, installed = ("hip" if on.startswith("gfx") else "cuda", on, True) if on else machine()
         dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
         group = a.q_heads // a.kv_heads
         name, why = gpu.choose(

@@ -30,7 +30,9 @@ def explain(
     dtype: options.Dtype = None,
     config: options.File = None,
     pairs: options.Set = None,
-    target: Annotated[str | None, typer.Option(help="As if it ran there, such as tpu:v6e:2x4.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="As if it ran there, such as tpu:v6e:2x4, cuda:sm_90:h200.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Print every decision with its reason, the memory plan and each layer's kernel. Allocates nothing."""

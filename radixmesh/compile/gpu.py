@@ -10,38 +10,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from backends.target import check, examine_gpu
+from backends.target import examine_gpu
 from engine.config import Config
 from engine.errors import ConfigError
-from engine.model.registry import read_spec
-from engine.resolve import Device, resolve
-from engine.target import GIB, Target
+from engine.target import Target
+from radixmesh.compile.run import decide
 
-MEMORY = {"sm_80": 80, "sm_89": 48, "sm_90": 80, "sm_100": 180, "gfx942": 192, "gfx950": 288}
-"""GiB of the card that an architecture is known by: how long a request may be follows from it."""
 FIELDS = ("compile_s", "shared", "registers", "spilled")
 
 
 def report(config: Config, target: Target, default: Path, quiet: bool) -> dict[str, Any]:
     """Compile, and tell of each kernel as it is done. Raises ConfigError for another backend, or what can't be
     decided."""
-    check(target)
     if config.backend.name not in ("auto", "torch"):
         raise ConfigError(
             f"backend: {config.backend.name} has no kernels for {target}; torch has them", field="backend.name"
         )
-    path = Path(config.model.path) if config.model.path is not None else default
-    device = Device(
-        backend="torch",
-        why="target",
-        platform="gpu",
-        kind=target.arch,
-        count=config.mesh.dp * config.mesh.pp * config.mesh.tp * config.mesh.ep,
-        memory_bytes=MEMORY[target.arch] * GIB,
-        bf16=True,
-    )
-    spec = read_spec(path)
-    resolved, _ = resolve(config, spec, device)
+    decided = decide(config, target, default)
+    spec, resolved = decided.spec, decided.resolved
     layers, kernels = [], []
     for record in examine_gpu(spec, resolved, target.arch):
         (layers if "layer" in record else kernels).append(record)
@@ -49,7 +35,7 @@ def report(config: Config, target: Target, default: Path, quiet: bool) -> dict[s
             print(f"{target}: {record['case']}: {record.get('error') or said(record)}", file=sys.stderr, flush=True)
     return {
         "target": str(target),
-        "model": str(path),
+        "model": str(decided.path),
         "family": spec.family,
         "dtype": resolved.dtype,
         "cache_dtype": resolved.cache_dtype,

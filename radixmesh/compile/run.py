@@ -58,11 +58,15 @@ def settle(config: Config, spec: ModelSpec, path: Path, target: Target) -> Decid
 
 def device_of(config: Config, target: Target) -> Device:
     """The device that is decided for. Raises ConfigError for a backend that doesn't run there."""
-    name = config.backend.name
+    name, mesh = config.backend.name, config.mesh
+    if target.platform in GPUS:
+        if name not in ("auto", "torch", "jax"):
+            raise ConfigError(f"backend: {name} does not run on {target}; use torch or jax", field="backend")
+        if name != "jax":
+            compilers.check(target)
+        return target.gpu("torch" if name == "auto" else name, mesh.dp * mesh.pp * mesh.tp * mesh.ep)
     if name not in ("auto", "jax"):
         raise ConfigError(f"backend: {name} runs no compiled programs on {target}; use jax", field="backend")
-    if target.platform in GPUS:
-        raise ConfigError(f"target {target}: GPUs are not described yet; targets are tpu:... and cpu", field="target")
     return target.device() if target.platform == "tpu" else probe("jax", "cpu")
 
 

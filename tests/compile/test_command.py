@@ -68,7 +68,7 @@ def check_one_line(
         (("compile", "--target", "tpu:v5e:2x4", "--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b")),
          "3.04 GiB more than"),
         (("plan", "--target", "cpu"), "plan knows chips of TPUs"),
-        (("explain", "--target", "cuda:sm_90"), "GPUs are not described yet"),
+        (("explain", "--target", "cuda:sm_90", "--backend", "reference"), "reference does not run on cuda:sm_90"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(

@@ -12,7 +12,7 @@ from backends import target
 from backends.target import check
 from engine.errors import ConfigError
 from engine.target import Target
-from tests.compile.test_command import call, check_one_line
+from tests.compile.test_command import MODELS, call, check_one_line
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,47 @@ def test_the_demo_model_on_a_gpu_that_is_not_here(
     monkeypatch.setattr(build, "build", lambda case, arch: {"case": case.name, "arch": arch, "error": "too large"})
     assert call(monkeypatch, *command, "--json") == 1
     assert not json.loads(capsys.readouterr().out)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("target", "card", "memory"),
+    [
+        ("cuda:sm_90", "H100 (sm_90", 80),
+        ("cuda:sm_90:h200", "H200 (sm_90", 141),
+        ("rocm:gfx942", "MI300X (gfx942", 192),
+        ("rocm:gfx950", "MI355X (gfx950", 288),
+    ],
+)
+def test_explain_says_what_a_gpu_would_decide(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, card: str, memory: int
+) -> None:
+    """The card's memory is what weights, cache and captured steps are planned in."""
+    assert call(monkeypatch, "explain", "--target", target, "--model", str(MODELS / "llama-3.1-8b"), "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    said = {d["field"]: d for d in made["decisions"]}
+    assert said["backend"] == {"field": "backend", "value": "torch", "why": "target"}
+    assert said["platform"]["why"] == f"1 x {card}, by its data sheet), {memory * 1e9 / 2**30:.1f} GiB free"
+    assert 0.8 * memory * 1e9 < made["memory"]["total"] < 0.9 * memory * 1e9
+    arch = target.split(":")[1]
+    assert made["layers"] == [
+        {
+            "layers": [0, 31],
+            "kernel": f"Triton over pages on {arch}, head 128, bfloat16 cache, shared prefixes once for all rows where "
+            "it pays",
+        }
+    ]
+
+
+def test_explain_of_a_gpu_tells_what_a_mesh_and_jax_would_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(MODELS / "llama-3.1-70b")
+    assert call(monkeypatch, "explain", "--target", "cuda:sm_90", "--mesh", "tp=4", "--model", model, "--json") == 0
+    said = {d["field"]: d["why"] for d in json.loads(capsys.readouterr().out)["decisions"]}
+    assert said["platform"].startswith("4 x H100")
+    check_one_line(monkeypatch, capsys, ("explain", "--target", "cuda:sm_90", "--model", model), "of 74.51 GiB free")
+    assert call(monkeypatch, "explain", "--target", "cuda:sm_90", "--backend", "jax") == 0
+    assert "Pallas by way of Triton, head 64" in capsys.readouterr().out
 
 
 def test_gpus_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,8 @@ GOLDEN = Path(__file__).parents[2] / "benchmarks" / "golden" / "models"
         ("tpu:v6e:2xfour", "topology '2xfour' of v6e"),
         ("tpu:v6e:0x4", "topology '0x4' of v6e"),
         ("tpu:v6e:3x4", "whole hosts of 2x2 chips"),
+        ("cuda:sm_90:h20", "unknown card of sm_90 'h20'; did you mean h200?"),
+        ("rocm:gfx950:mi300x", "unknown card of gfx950 'mi300x'; did you mean mi355x?"),
         ("cuda:sm_91", "unknown architecture 'sm_91'; did you mean sm_90?"),
         ("cpu:2", "unknown platform 'cpu'"),
     ],
@@ -44,7 +46,7 @@ def test_what_is_no_target_is_refused(text: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["cpu", "tpu:v6e:2x4", "tpu:v5p:4x4x4", "tpu:tpu7x:2x2x1", "cuda:sm_90", "rocm:gfx942"]
+    "text", ["cpu", "tpu:v6e:2x4", "tpu:v5p:4x4x4", "tpu:tpu7x:2x2x1", "cuda:sm_90", "cuda:sm_90:h200", "rocm:gfx942"]
 )
 def test_a_target_is_written_as_it_is_read(text: str) -> None:
     assert str(Target.parse(text)) == text
