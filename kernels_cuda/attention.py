@@ -34,7 +34,8 @@ LARGE = ("sm_80", "sm_90", "sm_100", "sm_103")
 COPIED = ("sm_90", "sm_100", "sm_103", "sm_120")
 """Those whose copy engine brings tiles of dense keys."""
 WHOLE = 1024
-"""Tokens of a step of fresh prompts from which laying its keys side by side pays."""
+"""Tokens of a step of fresh prompts from which laying its keys side by side pays; and of long rows from which there are
+tiles enough for kernels_cuda.hopper."""
 FLOAT8 = torch.float8_e4m3fn
 READ = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT = (FLOAT8, torch.int8)
@@ -162,9 +163,12 @@ def choose(
     group: int,
     dtype: torch.dtype,
     store: torch.dtype,
+    page: int = 16,
+    plain: bool = True,
+    flashinfer: bool = False,
 ) -> tuple[str, str]:
-    """(kernel, reason): "triton" or "plain". platform: cuda, hip or cpu; arch: sm_90, gfx942; triton: whether it is
-    installed."""
+    """(kernel, reason): "triton" or "plain". platform: cuda, hip or cpu; arch: sm_90, gfx942; triton, flashinfer:
+    whether they are installed; page: tokens of one; plain: the layer has no window, cap or sinks."""
     what = f"head {head_dim}, {str(store).removeprefix('torch.')} cache"
     if platform == "cpu":
         return "plain", f"torch over gathered pages, {what}: no GPU"
@@ -174,7 +178,12 @@ def choose(
     if why:
         return "plain", f"torch over gathered pages, {what}: {why}"
     exact = ", products in full float32" if dtype == torch.float32 else ""
-    return "triton", f"Triton over pages on {arch}, {what}{exact}"
+    if hopper(arch, head_dim, group, dtype, store, page, plain=plain):
+        exact = f", prompts from {WHOLE} tokens on by Hopper's copy engine"
+    not_ = ""
+    if platform == "cuda" and arch == "sm_90":
+        not_ = f"; not FlashInfer, which {'is slower' if flashinfer else 'is not installed, and is slower'}"
+    return "triton", f"Triton over pages on {arch}, {what}{exact}{not_}"
 
 
 def kind(store: torch.dtype, arch: str) -> int:
@@ -274,9 +283,11 @@ def attention(
         long, tokens = plan.rows - plan.short, plan.tokens - plan.short
         queries = tile(0, q.shape[2], q.element_size(), arch_of(q.device)).rows // group
         tiles = tokens // queries + long
-        plain = window is None and cap is None and sinks is None
-        if tokens >= WHOLE and plain and hopper(arch_of(q.device), q.shape[2], group, q.dtype, store.dtype, page):
-            _hopper(q, store, out, rows, plan, page, scale)
+        plain, arch = window is None and cap is None and sinks is None, arch_of(q.device)
+        if tokens >= WHOLE and hopper(arch, q.shape[2], group, q.dtype, store.dtype, page, plain=plain):
+            from kernels_cuda.hopper import attention as by_copies
+
+            by_copies(q, store, out, rows, plan, page=page, scale=scale * LOG2E)
             return out
         parts = splits(tiles * kv_heads * WAVES, reach, plan.sms)
         call(plan.rows, plan.short, 0, parts, tiles, tokens)
@@ -284,9 +295,17 @@ def attention(
 
 
 def whole(plan: Plan, arch: str, head_dim: int, dtype: torch.dtype, store: torch.dtype, *, plain: bool = True) -> bool:
-    """Whether `fresh` is there for a step, and pays. plain: no window, cap or sinks."""
+    """Whether `fresh` is there for a step, and pays where `hopper` is not. plain: no window, cap or sinks."""
     fits = head_dim in (64, 128) and dtype in (torch.bfloat16, torch.float16) and store == dtype
     return plan.fresh and plan.tokens >= WHOLE and plain and fits and arch in COPIED
+
+
+def hopper(
+    arch: str, head_dim: int, group: int, dtype: torch.dtype, store: torch.dtype, page: int, *, plain: bool = True
+) -> bool:
+    """Whether kernels_cuda.hopper is there for long rows, WHOLE tokens of them or more. plain: as for `whole`."""
+    fits = head_dim in (64, 128) and group <= 64 and page in (16, 32, 64, 128)
+    return arch == "sm_90" and plain and fits and dtype in (torch.bfloat16, torch.float16) and store == dtype
 
 
 def fresh(q: Array, kv: Array, rows: Rows, plan: Plan, *, scale: float) -> Array:
@@ -306,31 +325,6 @@ def fresh(q: Array, kv: Array, rows: Rows, plan: Plan, *, scale: float) -> Array
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return out
-
-
-def hopper(arch: str, head_dim: int, group: int, dtype: torch.dtype, store: torch.dtype, page: int) -> bool:
-    """Whether kernels_cuda.hopper is there for long rows of a layer without window, cap and sinks."""
-    fits = head_dim in (64, 128) and group <= 64 and page in (16, 32, 64, 128)
-    return arch == "sm_90" and fits and dtype in (torch.bfloat16, torch.float16) and store == dtype
-
-
-def _hopper(q: Array, store: Array, out: Array, rows: Rows, plan: Plan, page: int, scale: float) -> None:
-    """Long rows of a plan."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from kernels_cuda.hopper import prefill
-
-    (_, q_heads, dim), kv_heads = q.shape, store.shape[2]
-    queries = 2 * (64 // (q_heads // kv_heads))
-    tiles = (plan.tokens - plan.short) // queries + plan.rows - plan.short
-    lines = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    entries = TensorDescriptor.from_tensor(store.view(len(store), -1), [page, 64], lines)
-    first, start, base, table = rows
-    prefill[(min(plan.sms, tiles * kv_heads),)](
-        q, entries, out, first, start, base, table, plan.rows, table.shape[1], plan.short, tiles, scale * LOG2E,
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page, STEP=128, STAGES=3, num_warps=4,
-    )  # fmt: skip
 
 
 class _Call(NamedTuple):

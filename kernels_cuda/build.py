@@ -22,6 +22,7 @@ def build(case: Case, arch: str) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     kernel = getattr(importlib.import_module(f"kernels_cuda.{case.module}"), case.function)
@@ -40,7 +41,8 @@ def build(case: Case, arch: str) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "arch": arch}
     begin = time.perf_counter()
     try:
-        source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+        form = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = form(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
         made = triton.compile(source, target=target, options=options)
     except Exception as error:  # noqa: BLE001 whatever a compiler says is the figure
         return row | {"error": " ".join(str(error).split())[-300:]}

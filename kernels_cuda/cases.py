@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kernels_cuda import cascade
-from kernels_cuda.attention import EIGHT, FLOAT8, WHOLE, Plan, constants, supports, whole
+from kernels_cuda.attention import EIGHT, FLOAT8, WHOLE, Plan, constants, hopper, supports, whole
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", FLOAT8: "fp8e4nv"}
 """Types of elements, as Triton names them."""
@@ -102,7 +102,10 @@ def attention(
             what = f"rows of {tokens}" if tokens else "tiles"
             name = f"attention {layer}, {element} over {NAMES[store]}, {what}, {cut} parts"
             yield Case(name, "paged", "paged", types, fixed, {"num_warps": shape.warps, "num_stages": shape.stages})
-    if 0 in few and whole(FRESH, arch, layer.head_dim, dtype, store, plain=layer.plain):
+    group = layer.q_heads // layer.kv_heads
+    if 0 in few and hopper(arch, layer.head_dim, group, dtype, store, layer.page, plain=layer.plain):
+        yield _hopper(layer, element)
+    elif 0 in few and whole(FRESH, arch, layer.head_dim, dtype, store, plain=layer.plain):
         descriptor = f"tensordesc<{element}[64, 1, {layer.head_dim}]>"
         types = {"q": f"*{element}", "keys": descriptor, "values": descriptor, "out": f"*{element}"}
         types |= {"first": "*i32", "rows": "i32", "scale": "fp32"}
@@ -123,6 +126,19 @@ def attention(
             }
             given = {"Q_HEADS": layer.q_heads, "DIM": layer.head_dim, "WIDE": fixed["WIDE"], "SPLITS": cut}
             yield Case(f"merge of {cut} parts, {layer}, {element}", "merge", "merge", types, given, {"num_warps": 4})
+
+
+def _hopper(layer: Layer, element: str) -> Case:
+    """Long rows of a layer on sm_90."""
+    from kernels_cuda.hopper import CHUNK, FIXED, LINES
+
+    types = {"q": f"*{element}", "entries": f"tensordesc<{element}[{layer.page}, {CHUNK.value}],{LINES!r}>"}
+    types |= {"out": f"*{element}"} | dict.fromkeys(("first", "start", "base", "table"), "*i32")
+    types |= dict.fromkeys(("rows", "width", "skip", "tiles"), "i32") | {"scale": "fp32"}
+    given = {"Q_HEADS": layer.q_heads, "KV_HEADS": layer.kv_heads, "DIM": layer.head_dim, "PAGE": layer.page}
+    return Case(
+        f"attention {layer}, {element}, prompts over pages", "hopper", "prefill", types, given | FIXED, {"num_warps": 4}
+    )
 
 
 def branches(layer: Layer, dtype: torch.dtype, store: torch.dtype, arch: str) -> Iterator[Case]:

@@ -8,6 +8,8 @@ products of one block of keys, a group makes the softmax of the next.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,6 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+if TYPE_CHECKING:
+    from kernels_cuda.attention import Array, Plan, Rows
 
 GROUPS = gl.constexpr(2)
 HALF = gl.constexpr(64)
@@ -28,8 +34,8 @@ HOLD = gl.constexpr(
     "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000;"
     " @p st.shared.f32 [a], $1; mov.b32 $0, $1;}"
 )
-"""Hands on what is never negative. The store, which never happens, keeps the assembler from moving a later wait in front
-of what it would store: softmax would stand idle while products run."""
+"""Hands on what is never negative. The store, which never happens, keeps the assembler from moving a later wait in
+front of what it would store: softmax would stand idle while products run."""
 
 
 @gluon.jit
@@ -69,7 +75,7 @@ def places(line, n, last, none, PAGE: gl.constexpr, BOX: gl.constexpr, BOXES: gl
     for b in gl.static_range(BOXES):
         at = n + b * BOX
         page = gl.load(line + at // PAGE, mask=at < last, other=0)
-        out = out + (gl.where(at < last, page * PAGE + at % PAGE, none),)
+        out = out + (gl.where(at < last, page * PAGE + at % PAGE, none),)  # noqa: RUF005 what Gluon knows
     return out
 
 
@@ -85,9 +91,7 @@ def produce(
     BYTES: gl.constexpr = STEP * DIM * entries.dtype.primitive_bitwidth // 8
     i = 0
     for turn in range(gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
-        head, row, begin, length, count, before = seat(
-            first, start, base, rows, skip, tiles, turn, KV_HEADS, QUERIES
-        )
+        head, row, _begin, length, count, before = seat(first, start, base, rows, skip, tiles, turn, KV_HEADS, QUERIES)
         if before < count:
             line = table + row.to(gl.int64) * width
             last = length + count
@@ -157,7 +161,7 @@ def consume(
     m = gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
     d = gl.arange(0, DIM, layout=gl.SliceLayout(0, lines))
     i = 0
-    head, row, begin, length, count, before = seat(first, start, base, rows, skip, tiles, 0, KV_HEADS, QUERIES)
+    head, _row, begin, length, count, before = seat(first, start, base, rows, skip, tiles, 0, KV_HEADS, QUERIES)
     query = before + side * EACH + m // GROUP
     real = (query < count) & (m < EACH * GROUP)
     at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
@@ -176,13 +180,13 @@ def consume(
             none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
             s = warpgroup_mma(q_half, k_tiles.index(i % STAGES).permute((1, 0)), none, use_acc=False, is_async=True)
             mbarrier.arrive(order.index(1 - side))
-            head, row, begin, length, count, before = seat(
+            head, _row, begin, length, count, before = seat(
                 first, start, base, rows, skip, tiles, turn + 1, KV_HEADS, QUERIES
             )
             s = warpgroup_mma_wait(0, deps=(s,))
             peak = gl.full([HALF], -float("inf"), gl.float32, layout=line)
             total = gl.zeros([HALF], gl.float32, layout=line)
-            p, fade, peak, total = soften(s, peak, total, 0, position, scale, True)
+            p, _fade, peak, total = soften(s, peak, total, 0, position, scale, True)
             p = gl.convert_layout(p.to(q.dtype.element_ty), gl.DotOperandLayout(0, sums, 2))
             acc = gl.zeros([HALF, DIM], gl.float32, layout=sums)
             for n in range(STEP, whole, STEP):
@@ -215,7 +219,7 @@ def consume(
             q_half.store(acc.to(q.dtype.element_ty))
             gl.store(out + to, q_half.load(lines), mask=there[:, None])
         else:
-            head, row, begin, length, count, before = seat(
+            head, _row, begin, length, count, before = seat(
                 first, start, base, rows, skip, tiles, turn + 1, KV_HEADS, QUERIES
             )
             query = before + side * EACH + m // GROUP
@@ -238,9 +242,9 @@ def prefill(
     """Any grid: programs share out KV_HEADS * tiles.
 
     q, out [T, Q_HEADS, DIM], DIM 64 or 128; entries: descriptor of the store as [entries, 2 * KV_HEADS * DIM] in blocks
-    [BOX, 64], BOX a part of a page and of STEP. first int32[R + 1], start, base int32[R], table int32[R, width]: of all
-    R = rows, of which the first `skip` are left out. scale: times log2(e). STEP: keys of a turn; STAGES: blocks of keys,
-    and of values, on the way.
+    [BOX, 64], BOX a part of a page and of STEP. first int32[R + 1], start, base int32[R], table int32[R, width]: of
+    all R = rows, of which the first `skip` are left out. scale: times log2(e). STEP: keys of a turn; STAGES: blocks of
+    keys, and of values, on the way.
     """
     BOX: gl.constexpr = entries.block_shape[0]
     DTYPE: gl.constexpr = entries.dtype
@@ -283,4 +287,21 @@ def prefill(
             )),
         ],
         [4, 1, 1], [240, 24, 24],
+    )  # fmt: skip
+
+
+LINES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+FIXED = {"STEP": 128, "STAGES": 3}
+
+
+def attention(q: Array, store: Array, out: Array, rows: Rows, plan: Plan, *, page: int, scale: float) -> None:
+    """The long rows of a plan, as kernels_cuda.attention.attention has them. scale: times log2(e)."""
+    (_, q_heads, dim), kv_heads = q.shape, store.shape[2]
+    queries = GROUPS.value * (HALF.value // (q_heads // kv_heads))
+    tiles = (plan.tokens - plan.short) // queries + plan.rows - plan.short
+    entries = TensorDescriptor.from_tensor(store.view(len(store), -1), [page, CHUNK.value], LINES)
+    first, start, base, table = rows
+    prefill[(min(plan.sms, tiles * kv_heads),)](
+        q, entries, out, first, start, base, table, plan.rows, table.shape[1], plan.short, tiles, scale,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page, **FIXED, num_warps=4,
     )  # fmt: skip

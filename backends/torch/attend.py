@@ -34,10 +34,11 @@ Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | Non
 
 
 @lru_cache(maxsize=1)
-def machine() -> tuple[str, str, bool]:
-    """cuda or hip, the architecture of its device, and whether Triton is installed."""
+def machine() -> tuple[str, str, bool, bool]:
+    """cuda or hip, the architecture of its device, and whether Triton and FlashInfer are installed."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return "hip" if torch.version.hip else "cuda", gpu.arch_of(device), find_spec("triton") is not None
+    installed = (find_spec(name) is not None for name in ("triton", "flashinfer"))
+    return "hip" if torch.version.hip else "cuda", gpu.arch_of(device), *installed  # type: ignore[return-value]
 
 
 def choose(a: Attention, config: Resolved, on: str = "") -> tuple[str, str]:
@@ -45,7 +46,8 @@ def choose(a: Attention, config: Resolved, on: str = "") -> tuple[str, str]:
     described; else the one that is here."""
     why, what = "no GPU", f"head {a.head_dim}, {config.cache_dtype} cache"
     if config.platform == "gpu":
-        platform, arch, installed = ("hip" if on.startswith("gfx") else "cuda", on, True) if on else machine()
+        described = ("hip" if on.startswith("gfx") else "cuda", on, True, False)
+        platform, arch, installed, peer = described if on else machine()
         dtype, store = DTYPES[config.dtype], HELD[config.cache_dtype]
         group = a.q_heads // a.kv_heads
         name, why = gpu.choose(
@@ -56,6 +58,9 @@ def choose(a: Attention, config: Resolved, on: str = "") -> tuple[str, str]:
             group=group,
             dtype=dtype,
             store=store,
+            page=config.page,
+            plain=a.window is None and a.cap is None and not a.sinks,
+            flashinfer=peer,
         )
         if name == "triton":
             together = config.cascade != "off" and a.window is None
@@ -223,8 +228,9 @@ class Attend:
     def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None) -> Array:
         group = self.limits.groups[g]
         rows, plan = self._rows(g)
-        plain = a.window is None and a.cap is None and sinks is None
-        if gpu.whole(plan, gpu.arch_of(q.device), a.head_dim, q.dtype, store.dtype, plain=plain):
+        plain, arch = a.window is None and a.cap is None and sinks is None, gpu.arch_of(q.device)
+        over = gpu.hopper(arch, a.head_dim, q.shape[1] // store.shape[2], q.dtype, store.dtype, group.page, plain=plain)
+        if not over and gpu.whole(plan, arch, a.head_dim, q.dtype, store.dtype, plain=plain):
             return gpu.fresh(q, store.index_select(0, self.write[g]), rows, plan, scale=a.scale)
         how = {"page": group.page, "scale": a.scale, "window": a.window, "cap": a.cap, "sinks": sinks, "scales": by}
         return gpu.attention(q, store, rows, plan, **how, shared=None if group.window else self.branches)

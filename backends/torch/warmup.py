@@ -50,6 +50,12 @@ def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype
             gpu.attention(q, store, rows, plan, **given, shared=(tiles, shape))
         for plan in plans(kv_heads):
             gpu.attention(q, store, rows, plan, **given)
+        plain = a.window is None and a.cap is None and not a.sinks
+        if gpu.hopper(
+            gpu.arch_of(q.device), a.head_dim, heads // kv_heads, dtype, store.dtype, config.page, plain=plain
+        ):
+            many = gpu.Plan(rows=1, tokens=gpu.WHOLE, short=0, few=1, reach=gpu.PART, sms=1)
+            gpu.attention(q, store, rows, many, **given)
 
 
 def products(weights: Mapping[str, Any], tokens: int) -> None:

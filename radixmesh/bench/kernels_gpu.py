@@ -1,4 +1,5 @@
-"""Attention on the GPU that is here: over pages, beside torch's own over dense keys, in one run.
+"""Attention on the GPU that is here: over pages, beside torch's own over dense keys, and FlashInfer's where it is
+installed, in one run.
 
 An 8B Llama's attention in bfloat16. Times are of CUDA graphs of many launches, over caches larger than what the GPU
 keeps close, medians of repeats. Rates are of what the work needs: bytes of keys and values that are read, products
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from kernels_cuda import attention as kernels
 from kernels_cuda import cascade
+from radixmesh.bench import peer_gpu as peer
 
 Q_HEADS, KV_HEADS, HEAD, PAGE = 32, 8, 128, 16
 LINE = 2 * KV_HEADS * HEAD
@@ -28,6 +30,7 @@ GROUPS, EACH, SHARED, OWN = 32, 8, 2048, 192
 """Of rows of one token that read the same pages: groups, rows of each, positions that they share and have for
 themselves."""
 TREE = f"tree {GROUPS} x {EACH}, {SHARED} shared, {OWN} own"
+PEERS = ("flashinfer", "flashinfer_dense")
 BUDGET = 600 << 20
 """Bytes of caches that are read in turn."""
 DTYPE = torch.bfloat16
@@ -114,6 +117,7 @@ def decode(rows: int, length: int, store: torch.dtype, copy: float) -> dict[str,
     )
     out = {"ms": round(ms, 4), "gbs": round(bytes_ / ms / 1e6), "of_copy": round(bytes_ / ms / 1e6 / copy, 3)}
     if store == DTYPE:
+        out |= beside(lambda: peer.decode(q, cache, told_.table, [length] * rows, PAGE), layers)
         del cache
         k, v = (random((layers, rows, KV_HEADS, length, HEAD), DTYPE) for _ in range(2))
         grouped = q.view(rows, KV_HEADS, -1, HEAD)
@@ -145,7 +149,8 @@ def tree(copy: float) -> dict[str, Any]:
 
     ms = timed(lambda i: call(i, (tiles, shape)), 8)
     out = {"ms": round(ms, 4), "gbs": round(bytes_ / ms / 1e6), "of_copy": round(bytes_ / ms / 1e6 / copy, 3)}
-    return out | {"rows_ms": round(timed(lambda i: call(i, None), 8), 4)}
+    out |= {"rows_ms": round(timed(lambda i: call(i, None), 8), 4)}
+    return out | beside(lambda: peer.cascade(q, cache, told_.table, GROUPS, SHARED, OWN, PAGE), 8)
 
 
 def prefill(rows: int, tokens: int, cached: int, matrix: float) -> dict[str, Any]:
@@ -158,17 +163,31 @@ def prefill(rows: int, tokens: int, cached: int, matrix: float) -> dict[str, Any
     calls: dict[str, Callable[[int], Any]] = {
         "pages": lambda i: kernels.attention(q, cache, told_, plan, page=PAGE, scale=scale)
     }
-    if kernels.whole(plan, kernels.arch_of(q.device), HEAD, DTYPE, DTYPE):
+    if kernels.whole(plan, kernels.arch_of(q.device), HEAD, DTYPE, DTYPE):  # which steps do without on Hopper
         calls["dense"] = lambda i: kernels.fresh(q, kv, told_, plan, scale=scale)
     if not cached:
         dense = [x.view(rows, tokens, -1, HEAD).transpose(1, 2) for x in (q, *kv.unbind(1))]
         calls["sdpa"] = lambda i: F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=True)
-    out: dict[str, Any] = {}
+    lens, ends = [tokens] * rows, [tokens + cached] * rows
+    out = beside(lambda: peer.paged(q, cache, told_.table, lens, ends, PAGE), 4)
+    if not cached:
+        out |= beside(lambda: peer.ragged(q, kv, lens), 4, "flashinfer_dense")
+    out |= {f"{name}_tflops": round(flops / out[f"{name}_ms"] / 1e9) for name in PEERS if f"{name}_ms" in out}
     for name, call in calls.items():
         ms = timed(call, 4)
         out |= {f"{name}_ms": round(ms, 4), f"{name}_tflops": round(flops / ms / 1e9)}
         out[f"{name}_of_matrix"] = round(flops / ms / 1e9 / matrix, 3)
     return out
+
+
+def beside(plan: Callable[[], peer.Call], count: int, name: str = "flashinfer") -> dict[str, Any]:
+    """Milliseconds of FlashInfer, which builds its kernels first, or why there are none; nothing without it."""
+    if not peer.there():
+        return {}
+    try:
+        return {f"{name}_ms": round(timed(plan(), count), 4)}
+    except Exception as error:  # noqa: BLE001 a peer that does not build or start must not stop the table
+        return {f"{name}_error": " ".join(str(error).split())[-200:]}
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

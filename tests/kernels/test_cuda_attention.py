@@ -55,7 +55,7 @@ def test_a_planted_fault_is_noticed(fault: str, told: dict[str, dict[str, Any]])
     assert told[fault]["noticed"]
 
 
-PLAIN = Layer(q_heads=8, kv_heads=2, head_dim=128, page=16)
+PLAIN = Layer(q_heads=8, kv_heads=2, head_dim=128, page=8)
 ODD = Layer(q_heads=6, kv_heads=2, head_dim=80, page=8, window=100, capped=True, sinks=True)
 
 
@@ -79,7 +79,15 @@ def test_it_compiles_for(arch: str) -> None:
 def test_what_is_chosen_and_why() -> None:
     asked = {"platform": "cuda", "arch": "sm_90", "triton": True, "head_dim": 128, "group": 4}
     half = {"dtype": torch.bfloat16, "store": torch.bfloat16}
-    assert choose(**asked, **half) == ("triton", "Triton over pages on sm_90, head 128, bfloat16 cache")
+    name, said = choose(**asked, **half)
+    assert (name, said.split("; ")[0]) == (
+        "triton",
+        "Triton over pages on sm_90, head 128, bfloat16 cache, prompts from 1024 tokens on by Hopper's copy engine",
+    )
+    assert "not FlashInfer, which is not installed" in said
+    assert choose(**asked, **half, flashinfer=True)[1].endswith("not FlashInfer, which is slower")
+    assert "copy engine" not in choose(**asked, **half, plain=False)[1]
+    assert choose(**asked | {"arch": "sm_80"}, **half)[1] == "Triton over pages on sm_80, head 128, bfloat16 cache"
     for change, why in (
         ({"platform": "cpu"}, "no GPU"),
         ({"triton": False}, "pip install triton"),
