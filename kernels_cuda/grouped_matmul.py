@@ -73,7 +73,7 @@ def choose(rows: int, two: bool, dtype: torch.dtype, arch: str) -> Blocks:
     if dtype == torch.float32:  # multiplied without tensor cores
         return Blocks(columns=16 if rows == 128 else 32, inner=32, warps=4, stages=2)
     most = 2 if arch.startswith("gfx") else 3 if arch.startswith("sm_8") else 9
-    columns = min(made.columns, 64) if arch.startswith("gfx") else made.columns
+    columns = min(made.columns, 64 if most < 9 else 128)  # of 8 bits more would spill there
     return Blocks(columns=columns, inner=made.inner, warps=made.warps, stages=min(made.stages, most), group=made.group)
 
 

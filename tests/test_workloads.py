@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from engine.errors import ConfigError
+from engine.model.params import params
 from engine.model.registry import read_spec
 from radixmesh.bench.workloads import make_config, workload
 from radixmesh.cli import make_app
@@ -30,13 +32,16 @@ def test_requests_are_those_that_the_peers_had(name: str) -> None:
 def test_names_and_shapes_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="single, throughput, shared"):
         workload("latency")
-    with pytest.raises(ConfigError, match="8b, 1b"):
+    with pytest.raises(ConfigError, match="8b, 1b, 30b-a3b"):
         make_config(tmp_path, "9b")
 
 
 def test_config_alone_describes_the_model(tmp_path: Path) -> None:
     spec = read_spec(make_config(tmp_path, "8b"))
     assert (len(spec.layers), spec.hidden, spec.layers[0].mixer.kv_heads, spec.dtype) == (32, 4096, 8, "bfloat16")
+    spec = read_spec(make_config(tmp_path, "30b-a3b"))
+    weights = sum(math.prod(p.shape) for p in params(spec).values())
+    assert (spec.family, weights) == ("qwen3_moe", 30_532_122_624)  # as its model card has it, 30.5 billion
 
 
 def test_dry_run_writes_figures(tmp_path: Path) -> None:

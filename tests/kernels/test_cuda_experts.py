@@ -48,6 +48,12 @@ def test_they_are_experts_in_float64(interpreted: list[dict[str, Any]]) -> None:
     assert not wrong
 
 
+def test_a_model_sends_its_tokens_through_them(interpreted: list[dict[str, Any]]) -> None:
+    errors = {line["model"]: line["error"] for line in interpreted if "model" in line}
+    assert set(errors) == {"", "int8", "fp8"}
+    assert all(error <= ALLOWED for error in errors.values()), errors
+
+
 def test_planted_faults_are_noticed(interpreted: list[dict[str, Any]]) -> None:
     errors = {line["fault"]: line["error"] for line in interpreted if "fault" in line}
     assert set(errors) == set(FAULTS)
