@@ -29,12 +29,10 @@ def shape(many: int, inner: int, size: int, act: bool = False) -> tuple[int, int
     of an entry."""
     if size == 1:
         some, chunk = 8 if inner > 8192 or many <= 4096 else 4, 2048
-    elif inner > 8192:
-        some, chunk = 4, 2048
-    elif act or many > 16384:
-        some, chunk = 2, 2048 if act else 4096
+    elif inner > 8192 or many <= 4096:
+        some, chunk = 4, 2048 if inner > 8192 else 1024
     else:
-        some, chunk = 8 if many > 4096 else 4, 1024
+        some, chunk = 2, 4096 if many > 16384 and not act else 2048
     return some, min(chunk // max(size // 2, 1), triton.next_power_of_2(inner)), 8 if inner > 8192 else 4
 
 
@@ -114,7 +112,7 @@ def _row_times(
     ready(OVERLAP)
     first = tl.program_id(0) * SOME
     row = first + tl.arange(0, SOME)
-    at = w + row.to(tl.int64)[:, None] * w_stride
+    at = w + tl.cast(first, tl.int64) * w_stride + (tl.arange(0, SOME) * w_stride)[:, None]
     other = at + tl.cast(many, tl.int64) * w_stride
     inside = (row < many)[:, None]
     part = _load(at, 0, inside, inner, CHUNK)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,6 +87,20 @@ def test_padded_steps_give_the_tokens_of_plain_ones(asks: list[Ask]) -> None:
     assert tokens(generate(padded, asks)) == tokens(generate(opened(), asks))
     assert recorder.played >= 8
     assert not any(bool(group[:, -1].any()) for group in padded.backend.caches.groups), "padding wrote to the cache"
+
+
+@pytest.mark.slow
+def test_with_every_kernel_interpreted_they_give_the_same_tokens() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.backends.interpreted_graphs"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "True angles begin gated norm rope_write row sample\n", done.stdout + done.stderr[-2000:]
 
 
 def test_captured_steps_conform() -> None:
