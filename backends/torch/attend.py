@@ -37,8 +37,8 @@ Kernel: TypeAlias = Callable[[Attention, Array, Array, Array, Array, Array | Non
 def machine() -> tuple[str, str, bool, bool]:
     """cuda or hip, the architecture of its device, and whether Triton and FlashInfer are installed."""
     device = torch.device("cuda", torch.cuda.current_device())
-    installed = (find_spec(name) is not None for name in ("triton", "flashinfer"))
-    return "hip" if torch.version.hip else "cuda", gpu.arch_of(device), *installed  # type: ignore[return-value]
+    triton, flashinfer = (find_spec(name) is not None for name in ("triton", "flashinfer"))
+    return "hip" if torch.version.hip else "cuda", gpu.arch_of(device), triton, flashinfer
 
 
 def choose(a: Attention, config: Resolved, on: str = "") -> tuple[str, str]:

@@ -33,7 +33,7 @@ def _told(table: torch.Tensor, lengths: Sequence[int], page: int) -> tuple[torch
 
 
 def _space() -> torch.Tensor:
-    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    return torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
 
 
 def decode(q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: Sequence[int], page: int) -> Call:
