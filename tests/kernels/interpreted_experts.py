@@ -10,12 +10,15 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from engine.model.quant import BY, dequantise, quantise
+from engine.model.spec import Experts
+from models_torch import moe, ops
+from models_torch.quantised import Quantised
 
 ROOT = Path(__file__).parents[2]
 ALPHA, LIMIT = 1.702, 1.5
@@ -111,7 +114,7 @@ def expected(x: torch.Tensor, scores: torch.Tensor, wide: list[Any], biases: lis
 def measure(case: Case) -> float:
     """The largest difference from float64, of the largest number of its token."""
     route = importlib.import_module("kernels_cuda.route")
-    grouped = importlib.import_module("kernels_cuda.grouped_matmul")
+    grouped: Any = importlib.import_module("kernels_cuda.grouped_matmul")
     blocks = grouped.Blocks(columns=64, inner=128, warps=1, stages=1, group=2)
     grouped.choose = lambda *_: blocks  # larger than those of a chip's float32: an interpreter pays for each
     products = importlib.import_module(f"kernels_cuda.grouped_{'row' if case.tokens == 1 else 'matmul'}")
@@ -138,9 +141,6 @@ def measure(case: Case) -> float:
 
 def dispatched(kind: str) -> float:
     """The model's experts by kernels beside the model's experts one by one, of 9 tokens and of one."""
-    from engine.model.spec import Experts
-    from models_torch import moe, ops
-    from models_torch.quantised import Quantised
 
     e = Experts(count=5, top_k=2, size=16, renormalised=True, act="clamped", bias=True)
     shapes = {"gate": (5, 16, 24), "up": (5, 16, 24), "down": (5, 24, 16), "router": (5, 24), "router_bias": (5,)}
@@ -149,13 +149,14 @@ def dispatched(kind: str) -> float:
     for name in ("gate", "up", "down") if kind else ():
         made, _ = matrices(np.random.default_rng(), shapes[name], Case(9, 5, 2, 24, 16, kind))
         p[name] = Quantised(shape=shapes[name], body=made.body, scale=made.scale, by=made.by)
-    worst, plain = 0.0, ops.kernel
+    worst, tools = 0.0, cast(Any, ops)
+    plain = ops.kernel
     for tokens in (9, 1):
         x = torch.randn(tokens, 24)
         want, chosen = moe.moe(e, p, x)
-        ops.kernel = lambda name, _: importlib.import_module(f"kernels_cuda.{name}") if name in MODULES else None
+        tools.kernel = lambda name, _: importlib.import_module(f"kernels_cuda.{name}") if name in MODULES else None
         got, same = moe.moe(e, p, x)
-        ops.kernel = plain
+        tools.kernel = plain
         assert torch.equal(chosen, same)
         worst = max(worst, ((got - want).abs().max() / want.abs().max()).item())
     return worst
@@ -184,7 +185,7 @@ def main() -> None:
         print(json.dumps({"case": case, "error": measure(case)}), flush=True)
     for kind in ("", "int8", "fp8"):
         print(json.dumps({"model": kind, "error": dispatched(kind)}), flush=True)
-    torch.empty = torch.zeros  # what a fault leaves unwritten is no address
+    cast(Any, torch).empty = torch.zeros  # what a fault leaves unwritten is no address
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:
             plant(fault, Path(folder))

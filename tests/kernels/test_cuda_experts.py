@@ -16,7 +16,7 @@ import torch
 from backends.torch.warmup import heights
 from engine.model.spec import Experts
 from kernels_cuda.build import build
-from kernels_cuda.cases import TARGETS
+from kernels_cuda.cases import TARGETS, Case
 from kernels_cuda.expert_cases import experts
 from tests.kernels.interpreted_experts import ALLOWED, CASES, FAULTS
 
@@ -61,11 +61,21 @@ def test_planted_faults_are_noticed(interpreted: list[dict[str, Any]]) -> None:
     assert not missed
 
 
-@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.slow) for a in TARGETS if a != "sm_90")])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
 def test_they_compile_without_a_gpu(arch: str) -> None:
     cases = [*experts(**QWEN, dtype=torch.bfloat16, arch=arch, kind="fp8")]
     cases += [c for c in experts(**QWEN, dtype=torch.bfloat16, arch=arch) if c.function in ("_gate_up", "_down")]
     cases += [c for c in experts(**ODD, dtype=torch.float32, arch=arch) if "128" in c.name or "row" in c.name]
+    _compile(cases, arch)
+
+
+def test_those_of_few_tokens_and_of_many_compile_without_a_gpu() -> None:
+    cases = [*experts(**QWEN, dtype=torch.bfloat16, arch="sm_90")]
+    _compile([case for case in cases if case.constants.get("R") not in (32, 64)], "sm_90")
+
+
+def _compile(cases: list[Case], arch: str) -> None:
     for case in cases:
         made = build(case, arch)
         assert "error" not in made, made
