@@ -70,3 +70,9 @@ def test_starts_that_are_none() -> None:
     for words, said in (("--backend reference", "jax, torch"), ("--backend torch --cases bundle", "cold, kept")):
         done = CliRunner().invoke(make_app(), ["bench", "start", *words.split()])
         assert said in str(done.exception)
+
+
+def test_what_is_of_bench_is_no_command_of_its_own() -> None:
+    app = CliRunner().invoke(make_app(), ["--help"]).output
+    assert "parity" in app
+    assert "latency" not in app

@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
     group.command()(radix)
     group.command()(dispatch)
     group.command()(kernels)
-    proofs.register(group)
+    proofs.add(group)
     app.add_typer(group, name="bench")
 
 

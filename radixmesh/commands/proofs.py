@@ -22,8 +22,8 @@ WIDE, DEMO_NAME = "wide", "demo"
 HEADS = ("first p50/p90/p99", "between p50/p90/p99", "last p50/p90/p99")
 
 
-def register(group: typer.Typer) -> None:
-    """Add the commands."""
+def add(group: typer.Typer) -> None:
+    """Add the commands to those of bench."""
     group.command()(parity)
     group.command()(deterministic)
     group.command()(latency)
