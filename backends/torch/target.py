@@ -49,6 +49,7 @@ def beside(spec: ModelSpec, config: Resolved) -> Iterator[cases.Case]:
             dim=dim,
             vocab=spec.vocab,
             dtype=DTYPES[config.dtype],
+            store=HELD[config.cache_dtype],
         )
 
 
