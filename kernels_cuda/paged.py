@@ -148,6 +148,10 @@ def paged(
         place = (token.to(tl.int64) * Q_HEADS + heads)[:, None] * DIM + d[None, :]
         stored = real[:, None] & (d < DIM)[None, :]
         loaded = tl.load(q + place, mask=stored, other=0)
+        if KIND == FLOAT8 and loaded.dtype == tl.bfloat16:  # what float8 turns into at once; p and values fit it
+            wide = loaded.to(tl.float32)
+            wide = tl.where(wide > 65504.0, 65504.0, tl.where(wide < -65504.0, -65504.0, wide))
+            loaded = wide.to(tl.float16)
         bottom = tl.load(base + r)
         length = tl.load(start + r) - bottom  # entries before the step
         position = length + query

@@ -1,4 +1,5 @@
-"""q and k rotated, and k and v written to the cache, in one pass over what the projections gave."""
+"""q and k rotated, and k and v written to the cache, rounded to its 8 bits where it has them, in one pass over what the
+projections gave."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from kernels_cuda.overlap import options, ready, wait
 HEADS = 8
 """Heads of a program."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+"""Stores of 8 bits, as the kernel counts them."""
 
 
 def supports(q: Any, k: Any, v: Any, store: Any, dim: int) -> str:
@@ -20,7 +23,7 @@ def supports(q: Any, k: Any, v: Any, store: Any, dim: int) -> str:
     which `dim` dimensions are rotated; "" where it is."""
     if any(x.dtype not in DTYPES or x.dtype != q.dtype for x in (q, k, v)):
         return f"{q.dtype}, {k.dtype}, {v.dtype}"
-    if store.dtype not in DTYPES:
+    if store.dtype not in (*DTYPES, *KINDS):
         return f"a store of {store.dtype}"
     if any(x.stride(2) != 1 or x.stride(1) != x.shape[2] for x in (q, k, v)) or not store.is_contiguous():
         return "heads that do not lie side by side"
@@ -58,13 +61,17 @@ def rope_write(
     turn: tuple[torch.Tensor, torch.Tensor] | None,
     write: torch.Tensor,
     store: torch.Tensor,
+    inverses: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [T, q_heads, D], k and v [T, kv_heads, D], tokens at any distances -> q rotated, side by side; k, rotated too,
     and v go to the store [entries, 2, kv_heads, D].
 
     turn: cos and sin [T, 1, dim] in q's dtype, as models_torch.ops.angles gives them (cos twice, sin once negative);
-    None rotates nothing. write int[T]: the entry of each token's key and value, -1 = none.
+    None rotates nothing. write int[T]: the entry of each token's key and value, -1 = none. inverses float32[2,
+    kv_heads]: of the scales of a store of 8 bits, which holds numbers times these, the nearest, ties to even; past its
+    largest that, and NaN, which int8 has not, as 0.
     """
+    assert (inverses is not None) == (store.dtype in KINDS), "a store of 8 bits has scales, no other has"
     tokens, q_heads, size = q.shape
     kv_heads = k.shape[1]
     out = torch.empty((tokens, q_heads, size), dtype=q.dtype, device=q.device)
@@ -80,7 +87,8 @@ def rope_write(
         cos,
         sin,
         write,
-        store,
+        store.view(torch.uint8) if store.dtype == torch.float8_e4m3fn else store,
+        q if inverses is None else inverses,
         out,
         q.stride(0),
         k.stride(0),
@@ -94,6 +102,7 @@ def rope_write(
         SIZE=triton.next_power_of_2(size),
         GROUPS=groups,
         HEADS=HEADS,
+        KIND=KINDS.get(store.dtype, 0),
         num_warps=4,
         **options(q),
     )
@@ -109,6 +118,7 @@ def _rope_write(
     sin,
     write,
     store,
+    inverses,
     out,
     q_stride,
     k_stride,
@@ -122,6 +132,7 @@ def _rope_write(
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
+    KIND: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """A program: HEADS query heads of a token, or so many key and value heads."""
@@ -133,18 +144,44 @@ def _rope_write(
     if group < GROUPS:
         head = (group * HEADS + tl.arange(0, HEADS))[:, None]
         source = q + token * q_stride + head * size
-        to = out + (token * q_heads + head) * size
-        _move(source, to, cos, sin, token, head < q_heads, every, size, half, HALF, REST)
+        turned = out + (token * q_heads + head) * size
+        _move(source, turned, cos, sin, token, head < q_heads, every, every, size, half, HALF, REST, 0)
     else:
         head = ((group - GROUPS) * HEADS + tl.arange(0, HEADS))[:, None]
         mine = head < kv_heads
         entry = tl.load(write + token).to(tl.int64)
         kept = every & (entry >= 0)
         to = store + entry * (2 * kv_heads * size) + head * size
-        _move(k + token * k_stride + head * size, to, cos, sin, token, mine, kept, size, half, HALF, REST)
+        by, by_value = every, every
+        if KIND > 0:
+            by = tl.load(inverses + head, mask=mine, other=0.0)
+            by_value = tl.load(inverses + kv_heads + head, mask=mine, other=0.0)
+        _move(k + token * k_stride + head * size, to, cos, sin, token, mine, kept, by, size, half, HALF, REST, KIND)
         e = tl.arange(0, SIZE)[None, :]
         value = tl.load(v + token * v_stride + head * size + e, mask=mine & (e < size), other=0.0)
-        tl.store(to + kv_heads * size + e, value.to(store.dtype.element_ty), mask=mine & kept & (e < size))
+        _put(to + kv_heads * size + e, value, by_value, mine & kept & (e < size), KIND)
+
+
+@triton.jit
+def _put(to, x, by, mask, KIND: tl.constexpr):
+    """Numbers as the store has them, times `by` where it has 8 bits. By bits of float32, since these are the same on
+    every device: a number as large as the one that is added leaves its nearest, ties to even, in the lowest bits."""
+    if KIND == 0:
+        tl.store(to, x.to(to.dtype.element_ty), mask=mask)
+    else:
+        x = x.to(tl.float32) * by
+        most: tl.constexpr = 127.0 if KIND == 1 else 448.0
+        x = tl.where(x > most, most, tl.where(x < -most, -most, x))
+        if KIND == 1:
+            near = (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+            tl.store(to, tl.where(x == x, near, 0).to(tl.int8), mask=mask)
+        else:
+            bits = x.to(tl.int32, bitcast=True)
+            size = bits & 0x7FFFFFFF
+            small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+            near = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960  # exponents begin 120 lower, times 8
+            near = tl.where(size < 0x3C800000, small, tl.where(x == x, near, 0x7F))
+            tl.store(to, (near | ((bits >> 24) & 0x80)).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -156,12 +193,14 @@ def _move(
     token,
     mine,
     kept,
+    by,
     size: tl.constexpr,
     half: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """Heads rotated from one place to another: rounded after each product, as plain torch does."""
+    """Heads rotated from one place to another: rounded after each product, as plain torch does. by, KIND: of `_put`."""
     if half > 0:
         d = tl.arange(0, HALF)[None, :]
         inside = mine & (d < half)
@@ -174,9 +213,9 @@ def _move(
         low, high = low.to(tl.float32), high.to(tl.float32)
         a = ((low * c).to(kind).to(tl.float32) - high * s).to(kind)
         b = ((high * c).to(kind).to(tl.float32) + low * s).to(kind)
-        tl.store(to + d, a.to(to.dtype.element_ty), mask=inside & kept)
-        tl.store(to + half + d, b.to(to.dtype.element_ty), mask=inside & kept)
+        _put(to + d, a, by, inside & kept, KIND)
+        _put(to + half + d, b, by, inside & kept, KIND)
     if size > 2 * half:
         r = 2 * half + tl.arange(0, REST)[None, :]
         rest = tl.load(source + r, mask=mine & (r < size), other=0.0)
-        tl.store(to + r, rest.to(to.dtype.element_ty), mask=mine & kept & (r < size))
+        _put(to + r, rest, by, mine & kept & (r < size), KIND)

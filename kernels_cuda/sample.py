@@ -1,7 +1,6 @@
 """Tokens from logits without sorting a vocabulary: the rules of docs/sampling.md, row by row, on the device.
 
-Filters cut at a distance from the largest value. A distance is a float32 >= 0, whose bits are ordered as it is; the
-edge is found three bits at a time, by what lies within each of eight distances.
+Filters cut at a distance from the largest value, which kernels_cuda.cut finds.
 """
 
 from __future__ import annotations
@@ -12,20 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels_cuda.cut import bits, edges, scaled
+
 SPLIT = 8192
 """Entries of a row that one program looks at."""
 BLOCK = 1024
-INF: tl.constexpr = tl.constexpr(0x7F800000)
-"""Bits of float32 infinity."""
 
 
 class Filters(NamedTuple):
     """How each row draws. temperature float64[R]: 0 takes the largest. top_k int64[R]: the vocabulary is off. top_p and
-    min_p float64[R]: 1 and 0 are off. seed int64[R, 2]: high and low word. position int64[R]: of the token made."""
+    min_p float64[R]: 1 and 0 are off. top_k, top_p: None where no row has it. seed int64[R, 2]: high and low word.
+    position int64[R]: of the token made."""
 
     temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
     min_p: torch.Tensor
     seed: torch.Tensor
     position: torch.Tensor
@@ -49,46 +49,53 @@ def sample(logits: torch.Tensor, filters: Filters | None = None) -> torch.Tensor
         return out
     parts = triton.cdiv(vocab, SPLIT)
     fresh = lambda kind, *shape: torch.empty(shape, dtype=kind, device=logits.device)  # noqa: E731
-    peak, (place, sound) = fresh(torch.float32, rows, parts), fresh(torch.int32, 2, rows, parts)
+    peak, low = fresh(torch.float32, rows, parts), fresh(torch.float32, rows, parts)
+    place, sound = fresh(torch.int32, 2, rows, parts)
     size = {"vocab": vocab, "PARTS": triton.next_power_of_2(parts), "parts": parts}
     stride = logits.stride(0)
     wide = {"SPLIT": SPLIT, "BLOCK": BLOCK, "num_warps": 8}
-    _largest[(rows, parts)](logits, stride, peak, place, sound, vocab=vocab, parts=parts, **wide)
+    cut = filters is not None and (filters.top_k is not None or filters.top_p is not None)
+    _largest[(rows, parts)](logits, stride, peak, low, place, sound, vocab=vocab, parts=parts, LOW=cut, **wide)
     high = fresh(torch.float32, rows)
     _join[(rows,)](peak, place, sound, high, out, rows, FIRST=True, num_warps=1, **size)
     if filters is None:
         return out
-    edge = fresh(torch.int32, rows)
-    given = (filters.temperature, filters.top_k, filters.top_p)
-    _edges[(rows,)](logits, stride, high, *given, edge, vocab=vocab, BLOCK=BLOCK, num_warps=8)
+    edge = edges(logits, high, low, filters.temperature, filters.top_k, filters.top_p)
     noisy = (filters.temperature, filters.min_p, filters.seed, filters.position)
     _noisy[(rows, parts)](logits, stride, high, edge, *noisy, peak, place, vocab=vocab, parts=parts, **wide)
     _join[(rows,)](peak, place, filters.temperature, high, out, rows, FIRST=False, num_warps=1, **size)
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sound"])
 def _largest(
     logits,
     stride,
     peak,
+    low,
     place,
     sound,
     vocab: tl.constexpr,
     parts: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    LOW: tl.constexpr,
 ):
-    """The largest of a part of a row, where it is, and whether all of it is finite."""
+    """The largest of a part of a row, where it is, the lowest that is finite where that is asked for, and whether all
+    of it is."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK,), tl.int32)
+    least = tl.full((BLOCK,), float("inf"), tl.float32)
     odd = tl.zeros((BLOCK,), tl.int32)
     for i in range(0, SPLIT, BLOCK):
         token = part * SPLIT + i + column
         x = tl.load(logits + row * stride + token, mask=token < vocab, other=0.0).to(tl.float32)
-        odd |= tl.where((x - x) == 0, 0, 1)
+        finite = (x - x) == 0
+        odd |= tl.where(finite, 0, 1)
+        if LOW:
+            least = tl.minimum(least, tl.where(finite & (token < vocab), x, float("inf")))
         x = tl.where(token < vocab, x, float("-inf"))
         more = x > best
         best, at = tl.where(more, x, best), tl.where(more, token, at)
@@ -96,11 +103,13 @@ def _largest(
     first = tl.min(tl.where(best == most, at, 2147483647), 0)
     here = row * parts + part
     tl.store(peak + here, most)
+    if LOW:
+        tl.store(low + here, tl.min(least, 0))
     tl.store(place + here, tl.where(first < vocab, first, 0))
     tl.store(sound + here, 1 - tl.max(odd, 0))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["more"])
 def _join(
     peak,
     place,
@@ -130,67 +139,6 @@ def _join(
     else:
         if tl.load(more + row) > 0:
             tl.store(out + row, first)
-
-
-@triton.jit
-def _scaled(logits, stride, row, token, peak, temperature, vocab: tl.constexpr):
-    """Values of a row: distances to its largest, over the temperature; -inf past the vocabulary."""
-    x = tl.load(logits + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    return tl.div_rn(x - peak, tl.zeros_like(x) + temperature)
-
-
-@triton.jit
-def _bits(value):
-    """Bits of the distance of a value <= 0."""
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _edge(
-    logits, stride, row, peak, temperature, within, need, vocab: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr
-):
-    """The smallest distance (bits) within which lies at least `need`: tokens, or mass of those that are `within`."""
-    column = tl.arange(0, BLOCK)
-    eighth = tl.arange(0, 8)
-    edge = tl.zeros((), tl.int32)
-    for turn in range(0, 11):
-        shift = tl.maximum(28 - 3 * turn, 0)
-        reach = edge + (eighth << shift) + ((tl.zeros((), tl.int32) + 1) << shift) - 1
-        total = tl.zeros((8, BLOCK), tl.float64)
-        for i in range(0, vocab, BLOCK):
-            value = _scaled(logits, stride, row, i + column, peak, temperature, vocab)
-            far = _bits(value)
-            if COUNT:
-                mass = tl.where(i + column < vocab, 1.0, 0.0).to(tl.float64)
-            else:
-                mass = tl.where(far <= within, tl.exp(value.to(tl.float64)), 0.0)
-            total += tl.where(far[None, :] <= reach[:, None], mass[None, :], 0.0)
-        short = tl.sum((tl.sum(total, 1) < need).to(tl.int32), 0)
-        edge += tl.minimum(short, 7) << shift
-    return edge
-
-
-@triton.jit
-def _edges(logits, stride, high, temperatures, top_k, top_p, edges, vocab: tl.constexpr, BLOCK: tl.constexpr):
-    """The farthest distance (bits) that top-k and then top-p keep."""
-    row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperatures + row).to(tl.float32)
-    k, p = tl.load(top_k + row), tl.load(top_p + row)
-    edge = tl.zeros((), tl.int32) + INF
-    if temperature > 0:
-        peak = tl.load(high + row)
-        if k < vocab:
-            edge = _edge(logits, stride, row, peak, temperature, edge, k.to(tl.float64), vocab, BLOCK, True)
-        if p < 1:
-            column = tl.arange(0, BLOCK)
-            total = tl.zeros((BLOCK,), tl.float64)
-            for i in range(0, vocab, BLOCK):
-                value = _scaled(logits, stride, row, i + column, peak, temperature, vocab)
-                total += tl.where(_bits(value) <= edge, tl.exp(value.to(tl.float64)), 0.0)
-            need = tl.sum(total, 0) * p
-            near = _edge(logits, stride, row, peak, temperature, edge, need, vocab, BLOCK, False)
-            edge = tl.minimum(edge, near)
-    tl.store(edges + row, edge)
 
 
 @triton.jit
@@ -224,7 +172,7 @@ def _threefry(k0, k1, x0, x1):
     return x0 + k2, x1 + k0 + 5
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperatures", "min_p", "seed", "position"])
 def _noisy(
     logits,
     stride,
@@ -255,16 +203,16 @@ def _noisy(
         at = tl.full((BLOCK,), 2147483647, tl.int32)
         for i in range(0, SPLIT, BLOCK):
             token = part * SPLIT + i + column
-            value = _scaled(logits, stride, row, token, top, temperature, vocab)
-            x0, x1 = _threefry(k0, k1, zero, token.to(tl.uint32))
-            u = (((x0 ^ x1) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-            noise = -tl.log(-tl.log(u))
-            kept = (token < vocab) & (_bits(value) <= edge)
+            value = scaled(logits, stride, row, token, top, temperature, vocab)
+            kept = (token < vocab) & (bits(value) <= edge)
             if floor > 0:
                 kept = kept & (tl.exp(value.to(tl.float64)) >= floor)
-            value = tl.where(kept, value + noise, float("-inf"))
-            more = value > best
-            best, at = tl.where(more, value, best), tl.where(more, token, at)
+            if tl.max(kept.to(tl.int32), 0) > 0:
+                x0, x1 = _threefry(k0, k1, zero, token.to(tl.uint32))
+                u = (((x0 ^ x1) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+                value = tl.where(kept, value - tl.log(-tl.log(u)), float("-inf"))
+                more = value > best
+                best, at = tl.where(more, value, best), tl.where(more, token, at)
         most = tl.max(best, 0)
         first = tl.min(tl.where(best == most, at, 2147483647), 0)
         tl.store(peak + row * parts + part, most)

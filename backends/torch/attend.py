@@ -135,7 +135,7 @@ def write(
     entries `to` of the store. inverses: of the scales of a store of 8 bits. padded: some entries may be -1, none."""
     fused = ops.kernel("rope_write", q.device.type)
     if fused is not None and not fused.supports(q, k, v, store, 0 if turn is None else turn[0].shape[-1]):
-        return fused.rope_write(q, k, v, turn, to, store)  # type: ignore[no-any-return]
+        return fused.rope_write(q, k, v, turn, to, store, inverses)  # type: ignore[no-any-return]
     if turn is not None:
         q, k = ops.rotate(q, *turn), ops.rotate(k, *turn)
     kv = torch.stack((k, v), 1)

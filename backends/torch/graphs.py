@@ -1,8 +1,9 @@
 """Small steps captured once and replayed: CUDA graphs on NVIDIA, HIP graphs on AMD, through the same calls of torch.
 
-A step is two pieces, forward (page tables, model, logits) and the choice of tokens, greedy or drawn, so that a step
-whose rows ask for more replays the first and chooses call by call. All captures share one pool of memory and one set of
-outputs: the device runs steps in order, and what a step leaves is taken before the next one starts.
+A step is two pieces, forward (page tables, model, logits) and the choice of tokens, greedy, drawn from all of them or
+from what top-k and top-p leave, so that a step whose rows ask for more replays the first and chooses call by call. All
+captures share one pool of memory and one set of outputs: the device runs steps in order, and what a step leaves is
+taken before the next one starts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from backends.api.limits import Limits
-from backends.api.step import ScheduleStep
+from backends.api.step import Sampling, ScheduleStep
 from backends.torch.branches import Layout
 from backends.torch.buckets import Shape, fit
 from backends.torch.caches import Caches
@@ -70,13 +71,14 @@ def _used() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """A shape's pieces. buffer int64: its inputs. fed: what forward leaves."""
+    """A shape's pieces. buffer int64: its inputs. fed: what forward leaves. drawn: from all tokens; cut: from some."""
 
     buffer: torch.Tensor
     fed: Fed
     forward: Play
     greedy: Play
     drawn: Play
+    cut: Play
 
 
 class Graphs:
@@ -109,7 +111,7 @@ class Graphs:
     @property
     def programs(self) -> int:
         """Pieces that were captured."""
-        return 3 * len(self.captured)
+        return 4 * len(self.captured)
 
     def record(self, recorder: Recorder, shapes: Sequence[Shape]) -> None:
         """Capture, the largest first, whose memory the others use again. Changes what the slot of padding has."""
@@ -125,7 +127,8 @@ class Graphs:
         buffer = torch.zeros(sum(shape.fields().values()), dtype=torch.int64, device=self.device)
         buffer.copy_(torch.from_numpy(empty(shape, self.limits)))
         batch = spread(buffer, self.limits, shape, self.numbers)
-        rows = shape.rows
+        rows, draws = shape.rows, batch.draws
+        assert draws is not None
         fed = Fed(batch=batch, after=self.after[:rows], logits=self.logits[:rows], taps={}, prompts=None)
 
         def forward() -> None:
@@ -140,7 +143,8 @@ class Graphs:
             fed=fed,
             forward=recorder(forward),
             greedy=recorder(lambda: choose(None)),
-            drawn=recorder(lambda: choose(batch.draws)),
+            drawn=recorder(lambda: choose(replace(draws, widest=0, nucleus=False))),
+            cut=recorder(lambda: choose(draws)),
         )
 
     def fit(self, rows: int, tokens: int, branched: bool) -> Shape | None:
@@ -161,10 +165,11 @@ class Graphs:
         one.forward()
         return one.fed, order
 
-    def choose(self, shape: Shape, drawn: bool) -> torch.Tensor:
+    def choose(self, shape: Shape, s: Sampling) -> torch.Tensor:
         """Enqueue the choice; int64[2, rows], which the next step writes over."""
-        one = self.captured[shape]
-        (one.drawn if drawn else one.greedy)()
+        one, drawn = self.captured[shape], s.temperature > 0
+        cut = drawn & ((s.top_k > 0) | (s.top_p < 1))
+        (one.cut if cut.any() else one.drawn if drawn.any() else one.greedy)()
         return self.made[: 2 * shape.rows].view(2, shape.rows)
 
 

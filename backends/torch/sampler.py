@@ -45,7 +45,8 @@ def _fused(kernel: Any, logits: Array, draws: Draws | None, position: Array, raw
     """`choose` by the kernel of GPUs."""
     filters = None
     if draws is not None:
-        filters = kernel.Filters(draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.seed, position)
+        cut = draws.top_k if draws.widest else None, draws.top_p if draws.nucleus else None
+        filters = kernel.Filters(draws.temperature, *cut, draws.min_p, draws.seed, position)
     made: Array = kernel.sample(logits, filters)
     if raw is not None:
         low, high = raw.aminmax(dim=-1)

@@ -61,6 +61,7 @@ def beside(spec: ModelSpec, config: Resolved, arch: str) -> Iterator[cases.Case]
             dim=dim,
             vocab=spec.vocab,
             dtype=DTYPES[config.dtype],
+            store=HELD[config.cache_dtype],
         )
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from backends.api.choice import Choice, scores
-from kernels_cuda import angles, begin, gated, norm, rope_write, row, sample
+from backends.api.choice import Choice, kept, scaled, scores
+from backends.torch import attend
+from kernels_cuda import angles, begin, cut, gated, norm, rope_write, row, sample
 from models_torch import ops
 
-VOCAB, ROWS = 3000, 6
+VOCAB, ROWS = 2000, 6
 DRAW = torch.Generator().manual_seed(int(np.random.SeedSequence().entropy % 2**31))  # type: ignore[operator]
 
 
@@ -91,6 +92,41 @@ def begins() -> Iterator[tuple[str, bool]]:
         yield f"begin {rows} {tokens}", all(torch.equal(a, b) for a, b in pairs)
 
 
+def edges(dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of a store of 8 bits, what lies between two of them, and their neighbours in float32; some past all."""
+    held = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    held = held[held.isfinite()].sort().values
+    middle = torch.cat([held, (held[1:] + held[:-1]) / 2, torch.tensor([464.0, 465.0, 1e9, torch.inf, torch.nan])])
+    far = torch.tensor(torch.inf)
+    return torch.cat([middle, middle.nextafter(far), middle.nextafter(-far), -middle])
+
+
+def narrowed() -> Iterator[tuple[str, bool]]:
+    """Bytes as plain torch writes them, which tests/backends/test_eight_bit.py holds to the reference."""
+    kv_heads, size = 9, 40
+    for dtype in rope_write.KINDS:
+        for wide, dim in ((torch.float32, 0), (torch.float16, 16)):
+            some = edges(dtype)
+            tokens = -(-len(some) // (kv_heads * size)) + 1
+            scales = torch.rand((2, kv_heads), generator=DRAW) * 2 + 0.01
+            scales[:, 0] = 1
+            v = (random(tokens, kv_heads, size) * 200 * scales[1, :, None]).to(wide)
+            k = (random(tokens, kv_heads, size) * 200 * scales[0, :, None]).to(wide)
+            for x in (k, v)[dim > 0 :]:  # where nothing rotates them
+                x.view(-1)[: len(some)] = some.to(wide)
+            q, write = random(tokens, 4, size).to(wide), torch.randperm(tokens + 5, generator=DRAW)[:tokens]
+            write[1] = -1
+            steps = np.linspace(1, 0.1, dim // 2).astype(np.float32)
+            turn = ops.angles(steps, 1.2, torch.arange(tokens), wide) if dim else None
+            ours = torch.zeros((tokens + 6, 2, kv_heads, size), dtype=dtype)
+            theirs, inverses = torch.zeros_like(ours), 1 / scales
+            want = attend.write(q, k, v, turn, write, theirs, inverses, True)
+            assert not rope_write.supports(q, k, v, ours, dim)
+            made = rope_write.rope_write(q, k, v, turn, write, ours, inverses)
+            name = f"rope to {dtype} of {wide}"
+            yield name, torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) and near(made, want)
+
+
 def row_times() -> Iterator[tuple[str, bool]]:
     for many, inner in ((9, 768), (5, 4096), (3, 1104)):
         x, w = random(1, inner), random(many, inner) / 30
@@ -130,12 +166,43 @@ def samples() -> Iterator[tuple[str, bool]]:
     yield "finite", finite.tolist() == [0, 0, 0, 1, 1, 1] and bool(((tokens >= 0) & (tokens < VOCAB)).all())
 
 
-CHECKS: tuple[Callable[[], Iterator[tuple[str, bool]]], ...] = (norms, gates, ropes, turns, begins, row_times, samples)
+def cuts() -> Iterator[tuple[str, bool]]:
+    """What is kept of rows is what the normative sampler keeps: of few values, of all alike, of many that are masked,
+    of some that are far from all others; then where programs have no room."""
+    plain, hidden = 3 * random(5, VOCAB), torch.rand(VOCAB, generator=DRAW) < 0.9
+    plain[0] = plain[0].bfloat16().float()
+    plain[1] = 1.5
+    plain[2] = plain[2].masked_fill(hidden, -torch.inf)
+    plain[3] = plain[3].masked_fill(hidden, -1e9)
+    temperature, top_k, top_p = (1, 1, 2, 0.05, 0.7), (0, 0, 100, 40, VOCAB - 1), (0.9, 0.5, 0.3, 0.999, 1)
+    for room, rows in ((cut.SECTION, (0, 1, 2, 3, 4)), (1, (0, 2))):
+        cut.SECTION, some = room, list(rows)
+        x, lows = plain[some], torch.where(plain.isfinite(), plain, torch.inf)[some].view(len(rows), 2, -1).amin(2)
+        k = torch.tensor([top_k[r] or VOCAB for r in rows])
+        t, p = (torch.tensor([values[r] for r in rows], dtype=torch.float64) for values in (temperature, top_p))
+        for r, edge in zip(rows, cut.edges(x, x.amax(1), lows, t, k, p).tolist(), strict=True):
+            choice = Choice(temperature=temperature[r], top_k=top_k[r], top_p=top_p[r])
+            values = scaled(plain[r].numpy(), choice)
+            near = (values.view(np.int32) & 0x7FFFFFFF) <= edge
+            yield f"cut {r}, room for {room}", bool((near == kept(values, choice))[np.isfinite(values)].all())
+
+
+CHECKS: tuple[Callable[[], Iterator[tuple[str, bool]]], ...] = (
+    norms,
+    gates,
+    ropes,
+    narrowed,
+    turns,
+    begins,
+    row_times,
+    cuts,
+    samples,
+)
 
 
 def main() -> None:
     """Every check; then norms whose kinds are mixed up, which must be noticed."""
-    sample.SPLIT = 1024
+    sample.SPLIT, cut.SPLIT, cut.WAYS = 1024, 1024, (4, 8)
     for check in CHECKS:
         for name, ok in check():
             if not ok:

@@ -19,7 +19,7 @@ from kernels_cuda.step_cases import step
 
 LLAMA: dict[str, Any] = {"hidden": 4096, "ffn": 14336, "q_heads": 32, "kv_heads": 8, "head_dim": 128, "dim": 128}
 ODD: dict[str, Any] = {"hidden": 2880, "ffn": 2880, "q_heads": 9, "kv_heads": 3, "head_dim": 80, "dim": 64}
-LARGE = ("edges", "noisy")
+LARGE = ("noisy", "look", "keep", "settle")
 """Kernels that take seconds to compile."""
 SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100", "gfx950")]
 
@@ -38,16 +38,21 @@ def test_interpreted_they_are_plain_torch_and_the_normative_sampler() -> None:
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_they_compile_without_a_gpu(arch: str) -> None:
-    cases = [*step(**LLAMA, vocab=128256, dtype=torch.bfloat16), *step(**ODD, vocab=32000, dtype=torch.float32)]
+    cases = [
+        *step(**LLAMA, vocab=128256, dtype=torch.bfloat16, store=torch.bfloat16),
+        *step(**LLAMA, vocab=128256, dtype=torch.bfloat16, store=torch.int8),
+        *step(**ODD, vocab=32000, dtype=torch.float32, store=torch.float8_e4m3fn),
+    ]
     few = list({case.key: case for case in cases if case.name not in LARGE}.values())
-    assert len(few) >= 10
+    assert len(few) >= 11
     _compile(few, arch)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942", *SLOW])
 def test_the_sampler_compiles_without_a_gpu(arch: str) -> None:
-    cases = [case for case in step(**LLAMA, vocab=128256, dtype=torch.bfloat16) if case.name in LARGE]
-    assert len(cases) == len(LARGE)
+    all_of = step(**LLAMA, vocab=128256, dtype=torch.bfloat16, store=torch.bfloat16)
+    cases = [case for case in all_of if case.name in LARGE]
+    assert len(cases) == 9
     _compile(cases, arch)
 
 
