@@ -27,7 +27,7 @@ LARGE = {"v5e": 64, "v5p": 64, "v6e": 64, "7x": 64, "interpreted": 8}
 """Chip -> queries of a tile of a prompt."""
 KEYS = {"v5e": 512, "v5p": 512, "v6e": 512, "7x": 512, "interpreted": 128}
 """Chip -> keys of a block, before it is cut to fit."""
-STEPS = {"7x": (256, 4)}
+STEPS = {"v5e": (256, 2), "v5p": (256, 2), "7x": (256, 4)}
 """Chip -> keys and products of a turn of the pipeline of large tiles, where registers would be spilled else."""
 LEAST = 128
 """Keys of the smallest block: the lanes of a register."""
