@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.form import LANES, SUBLANES, Form, Refs
-from kernels_pallas.softmax import FAR, Part, _exact, _heads, _wide
+from kernels_pallas.softmax import FAR, Part, _each, _exact, _heads, _wide
 
 Array: TypeAlias = jax.Array
 PEAK, FADE, FADED = range(3)
@@ -46,10 +46,10 @@ def begin_large(form: Form, r: Refs, half: Array) -> None:
     row, down = jax.lax.broadcasted_iota(jnp.int32, shape, 1), jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     r.last[...] = row // own - down
 
-    def queries(j: Array, _: None) -> None:
-        x = r.asked[half, :size, _rows(form, j), :].astype(jnp.float32).reshape(size * rows, lanes)
+    for j in range(form.products):
+        x = r.asked[half, :size, j * rows : (j + 1) * rows, :].astype(jnp.float32).reshape(size * rows, lanes)
         if form.scaled:
-            x *= _wide(_all(form, r, 1, j), lanes)
+            x *= _wide(_each(form, r, 1, j, size), lanes)
         if form.unfolds:
             for k, y in enumerate(_turn(form, x)):
                 r.asks[j * form.fold + k] = y.astype(r.asks.dtype)
@@ -66,20 +66,31 @@ def begin_large(form: Form, r: Refs, half: Array) -> None:
         r.sums[n] = jnp.where(down == 0, 1.0, 0.0)
         r.outs[n] = jnp.zeros(r.outs.shape[1:], jnp.float32)
 
-    jax.lax.fori_loop(0, form.products, queries, None)
     jax.lax.fori_loop(0, form.pieces, sums, None)
 
 
-def attend_large(form: Form, r: Refs, i: Array, b: Array, half: Array) -> None:
-    """One block of keys of tile i: as many turns of the pipeline as it has products."""
-    turns = form.stages // form.ahead
+def attend_large(form: Form, r: Refs, i: Array, b: Array, first: Array, half: Array) -> None:
+    """One block of keys of tile i, whose blocks begin with `first`: as many turns of the pipeline as it has products."""
+    turns, places = form.stages // form.ahead, range(form.ahead)
 
     def one(m: Array, _: None) -> None:
         gives, weighs = (jax.lax.rem(m + 2 * turns - back, turns) for back in (2, 1))  # of the block before, too
-        for u in range(form.ahead):
+
+        def give(u: int) -> None:
             _give(form, r, _piece(form, gives, u), u)
+
+        if form.blocks.apart:
+
+            @pl.when((b - first) * turns + m >= 2)
+            def _() -> None:
+                for u in places:
+                    give(u)
+
+        for u in places:
+            if not form.blocks.apart:
+                give(u)
             _weigh(form, r, _piece(form, weighs, u), u)
-        for u in range(form.ahead):
+        for u in places:
             _ask(form, r, i, b, half, m, u)
 
     jax.lax.fori_loop(0, turns, one, None)
@@ -164,7 +175,7 @@ def finish_large(form: Form, r: Refs, half: Array) -> None:
     jax.lax.fori_loop(0, form.ahead, give, None)
     size, rows, lanes = form.most, form.rows, form.lanes
 
-    def output(j: Array, _: None) -> None:
+    for j in range(form.products):
         if form.unfolds:
             o = [_output(r, j * form.fold + k).reshape(-1, SUBLANES, lanes) for k in range(form.fold)]
             mixed = jnp.concatenate(o, axis=1).reshape(-1, lanes)
@@ -177,23 +188,11 @@ def finish_large(form: Form, r: Refs, half: Array) -> None:
             for k in range(1, form.fold):
                 out = jnp.where(head == k, acc[:, k * lanes : (k + 1) * lanes], out)
         if form.scaled:
-            out *= _wide(_all(form, r, 2, j), lanes)
-        r.made[half, :size, _rows(form, j), :] = out.reshape(size, rows, lanes).astype(r.made.dtype)
-
-    jax.lax.fori_loop(0, form.products, output, None)
+            out *= _wide(_each(form, r, 2, j, size), lanes)
+        r.made[half, :size, j * rows : (j + 1) * rows, :] = out.reshape(size, rows, lanes).astype(r.made.dtype)
 
 
-def _rows(form: Form, j: Array) -> Any:
-    """Of a query, those of product j."""
-    return pl.ds(pl.multiple_of(j * form.rows, SUBLANES), form.rows)
-
-
-def _all(form: Form, r: Refs, what: int, j: Array) -> Array:
-    """What r.heads holds of product j, for each query of a tile: [queries * rows, LANES]."""
-    return jnp.concatenate([r.heads[what, _rows(form, j), :]] * form.most, axis=0)
-
-
-def _output(r: Refs, n: Any) -> Array:
+def _output(r: Refs, n: int) -> Array:
     """[rows, heads * lanes]."""
     return (r.outs[n] / jnp.sum(r.sums[n], axis=0, keepdims=True)).T
 

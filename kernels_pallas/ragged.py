@@ -77,7 +77,7 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
         _fetch(form, r, i, b, half, start=False)
         _clear(form, r, i, b, half)
         if form.large(size):
-            attend_large(form, r, i, b, half)
+            attend_large(form, r, i, b, first, half)
         else:
             attend(form, r, i, b, half, size)
         return turn + 1

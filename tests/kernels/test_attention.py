@@ -31,7 +31,7 @@ from tests.kernels.cases import (
     want,
 )
 
-BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, ahead=2)
+BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, ahead=2, apart=True)
 ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128, large=64)
 """The same body once: it compiles sooner."""
 SMALL = Chip(name="v5e", vmem=16 << 20, smem=1 << 20)
@@ -129,7 +129,7 @@ def test_a_planted_fault_is_caught(fault: str) -> None:
     module = "kernels_pallas.large" if large else "kernels_pallas.softmax" if place > 4 else above.pop(0)
     case = make(KINDS["grouped" if large else "float32"], 5, BLOCKS.queries[-1], LONG)
     with planted(module, *FAULTS[fault], *above) as broken:
-        assert caught(case, broken, replace(BLOCKS, queries=ONE.queries) if large else ONE)
+        assert caught(case, broken, replace(BLOCKS, queries=ONE.queries, apart=False) if large else ONE)
 
 
 def caught(case: Case, broken: ModuleType, blocks: Blocks) -> bool:
