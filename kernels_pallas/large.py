@@ -70,7 +70,7 @@ def begin_large(form: Form, r: Refs, half: Array) -> None:
 
 
 def attend_large(form: Form, r: Refs, i: Array, b: Array, first: Array, half: Array) -> None:
-    """One block of keys of tile i, whose blocks begin with `first`: as many turns of the pipeline as it has products."""
+    """One block of keys of tile i, whose first is `first`: the turns of the pipeline that its products take."""
     turns, places = form.stages // form.ahead, range(form.ahead)
 
     def one(m: Array, _: None) -> None:
