@@ -12,6 +12,7 @@ class Blocks:
     """queries: sizes of tiles, rising; a tile runs as the smallest that holds it. keys: of one turn of the loop.
 
     The largest tile, if of `large` queries and more, is a pipeline of products with `step` keys, `ahead` a turn.
+    apart: what a turn gives is a branch, so that nothing else of the turn waits for it in registers, or fills its gaps.
     """
 
     queries: tuple[int, ...]
@@ -19,6 +20,7 @@ class Blocks:
     large: int = 64
     step: int = 512
     ahead: int = 2
+    apart: bool = False
 
 
 SMALL = 1, 8
@@ -27,8 +29,8 @@ LARGE = {"v5e": 64, "v5p": 64, "v6e": 64, "7x": 64, "interpreted": 8}
 """Chip -> queries of a tile of a prompt."""
 KEYS = {"v5e": 512, "v5p": 512, "v6e": 512, "7x": 512, "interpreted": 128}
 """Chip -> keys of a block, before it is cut to fit."""
-STEPS = {"7x": (256, 4)}
-"""Chip -> keys and products of a turn of the pipeline of large tiles, where registers would be spilled else."""
+STEPS = {"v5e": (512, 2, True), "v5p": (512, 2, True), "v6e": (512, 2, False), "7x": (256, 4, False)}
+"""Chip -> step, ahead and apart of its blocks: those that spill no registers."""
 LEAST = 128
 """Keys of the smallest block: the lanes of a register."""
 
@@ -50,8 +52,8 @@ def pick(tokens: int, on: Chip, *, line: int, size: int, fixed: int, each: int) 
     if need(most, keys, line, size, fixed, each) > on.vmem // 2:
         return None
     queries = (*(n for n in SMALL if n < most), most)
-    step, ahead = STEPS.get(on.name, (512, 2))
-    return Blocks(queries=queries, keys=keys, step=step, ahead=ahead)
+    step, ahead, apart = STEPS.get(on.name, (256, 2, True))
+    return Blocks(queries=queries, keys=keys, step=step, ahead=ahead, apart=apart)
 
 
 def need(most: int, keys: int, line: int, size: int, fixed: int, each: int) -> int:

@@ -3,7 +3,8 @@
 Work is cut into products of `step` keys and the rows of one product. A stage of the pipeline asks (scores of a product
 and their peak; its values are turned), weighs (scores become weights) or gives (weights times values). A turn asks
 `ahead` products, weighs those that the turn before asked and gives those that it weighed, so that in a turn nothing
-waits for another stage. Blocks of keys follow each other without a gap; a tile's last two turns are done by `finish`.
+waits for another stage. Blocks of keys follow each other without a gap; a tile's last two turns are done when
+it ends.
 
 Scores stand with keys down and rows of queries across: what a row needs (peak, sum, mask) is a few registers for all of
 its keys, and no register is reduced across its lanes.
@@ -27,7 +28,7 @@ PEAK, FADE, FADED = range(3)
 """In r.stats: of what was asked its peak, and what it makes of sums and, a turn later, of outputs."""
 
 
-def reset(form: Form, r: Refs, u: int) -> None:
+def reset(form: Form, r: Refs, u: Any) -> None:
     """Place u of the pipeline as before a tile's first product: what is weighed and given then adds nothing."""
     r.scores[u] = jnp.full(r.scores.shape[1:], FAR, jnp.float32)
     r.weights[u] = jnp.zeros(r.weights.shape[1:], r.weights.dtype)
@@ -38,10 +39,13 @@ def reset(form: Form, r: Refs, u: int) -> None:
     r.stats[u, FADE] = r.stats[u, FADED] = jnp.ones(shape, jnp.float32)
 
 
-def begin(form: Form, r: Refs, half: Array) -> None:
+def begin_large(form: Form, r: Refs, half: Array) -> None:
     """The queries of a tile as matrices, block-diagonal where heads are folded, and nothing seen but sinks."""
     size, rows, lanes = form.most, form.rows, form.lanes
-    head = jax.lax.broadcasted_iota(jnp.int32, (size * rows, lanes), 0) % rows // form.group
+    shape, own = (SUBLANES, form.many), form.many // size
+    row, down = jax.lax.broadcasted_iota(jnp.int32, shape, 1), jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    r.last[...] = row // own - down
+
     for j in range(form.products):
         x = r.asked[half, :size, j * rows : (j + 1) * rows, :].astype(jnp.float32).reshape(size * rows, lanes)
         if form.scaled:
@@ -50,12 +54,11 @@ def begin(form: Form, r: Refs, half: Array) -> None:
             for k, y in enumerate(_turn(form, x)):
                 r.asks[j * form.fold + k] = y.astype(r.asks.dtype)
         else:
+            head = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) % rows // form.group
             blocks = [jnp.where(head == k, x, 0) for k in range(form.fold)] if form.fold > 1 else [x]
             r.asks[j] = jnp.concatenate(blocks, axis=1).astype(r.asks.dtype)
-    shape, own = (SUBLANES, form.many), form.many // size
-    row, down = jax.lax.broadcasted_iota(jnp.int32, shape, 1), jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    r.last[...] = row // own - down
-    for n in range(form.pieces):
+
+    def sums(n: Array, _: None) -> None:
         top = jnp.full(shape, FAR, jnp.float32)
         for g in range(own):
             top = jnp.where(row % own == g, r.heads[0, n * own + g, 0], top)
@@ -63,25 +66,42 @@ def begin(form: Form, r: Refs, half: Array) -> None:
         r.sums[n] = jnp.where(down == 0, 1.0, 0.0)
         r.outs[n] = jnp.zeros(r.outs.shape[1:], jnp.float32)
 
+    jax.lax.fori_loop(0, form.pieces, sums, None)
 
-def attend(form: Form, r: Refs, i: Array, b: Array, half: Array) -> None:
-    """One block of keys of tile i: as many turns of the pipeline as it has products."""
-    turns = form.stages // form.ahead
+
+def attend_large(form: Form, r: Refs, i: Array, b: Array, first: Array, half: Array) -> None:
+    """One block of keys of tile i, whose first is `first`: the turns of the pipeline that its products take."""
+    turns, places = form.stages // form.ahead, range(form.ahead)
 
     def one(m: Array, _: None) -> None:
-        for u in range(form.ahead):
-            _give(form, r, _piece(form, m - 2, u), u)
-            _weigh(form, r, _piece(form, m - 1, u), u)
-        for u in range(form.ahead):
+        gives, weighs = (jax.lax.rem(m + 2 * turns - back, turns) for back in (2, 1))  # of the block before, too
+
+        def give(u: int) -> None:
+            _give(form, r, _piece(form, gives, u), u)
+
+        if form.blocks.apart:
+
+            @pl.when((b - first) * turns + m >= 2)
+            def _() -> None:
+                for u in places:
+                    give(u)
+
+        for u in places:
+            if not form.blocks.apart:
+                give(u)
+            _weigh(form, r, _piece(form, weighs, u), u)
+        for u in places:
             _ask(form, r, i, b, half, m, u)
 
     jax.lax.fori_loop(0, turns, one, None)
 
 
-def _piece(form: Form, m: Array, u: int) -> Array:
-    """The heads that place u of turn m is about; m may be of the block before."""
-    t = (m * form.ahead + u + 2 * form.stages) % form.stages
-    return t // (form.blocks.keys // form.step)
+def _piece(form: Form, m: Any, u: Any) -> Any:
+    """The heads that place u of turn m of a block is about."""
+    cuts = form.blocks.keys // form.step
+    if form.ahead % cuts == 0:
+        return m * (form.ahead // cuts) + (u // cuts if isinstance(u, int) else jax.lax.div(u, cuts))
+    return jax.lax.div(jnp.int32(m * form.ahead + u), cuts)
 
 
 def _ask(form: Form, r: Refs, i: Array, b: Array, half: Array, m: Array, u: int) -> None:
@@ -89,7 +109,7 @@ def _ask(form: Form, r: Refs, i: Array, b: Array, half: Array, m: Array, u: int)
     n, kind = _piece(form, m, u), r.asks.dtype
     c: Any = u * form.step % form.blocks.keys
     if form.ahead * form.step % form.blocks.keys:
-        c = pl.multiple_of((m * form.ahead * form.step + c) % form.blocks.keys, LANES)
+        c = pl.multiple_of(jax.lax.rem(m * (form.ahead * form.step) + c, form.blocks.keys), LANES)
     part = Part(n, form.many, n, 1) if form.unfolds else Part(n, form.many, n * form.fold, form.fold)
     r.values[0, u] = _heads(form, r, half, part, c, form.step, value=True).astype(kind).T
     s = jax.lax.dot_general(
@@ -117,7 +137,7 @@ def _ask(form: Form, r: Refs, i: Array, b: Array, half: Array, m: Array, u: int)
     r.stats[u, FADE] = jnp.exp2(top - peak)
 
 
-def _weigh(form: Form, r: Refs, n: Array, u: int) -> None:
+def _weigh(form: Form, r: Refs, n: Array, u: Any) -> None:
     """The weights of what the turn before asked."""
     # where a query saw nothing yet, the peak is FAR and a weight is 1: the first real score fades that to nothing
     p = jnp.exp2(r.scores[u] - r.stats[u, PEAK])
@@ -126,7 +146,7 @@ def _weigh(form: Form, r: Refs, n: Array, u: int) -> None:
     r.stats[u, FADED], r.values[1, u] = r.stats[u, FADE], r.values[0, u]
 
 
-def _give(form: Form, r: Refs, n: Array, u: int) -> None:
+def _give(form: Form, r: Refs, n: Array, u: Any) -> None:
     """Add the values of what the turn before weighed."""
     o = jax.lax.dot_general(
         r.values[1, u],
@@ -139,17 +159,22 @@ def _give(form: Form, r: Refs, n: Array, u: int) -> None:
     r.outs[n] = held.reshape(o.shape) + o
 
 
-def finish(form: Form, r: Refs, half: Array) -> None:
+def finish_large(form: Form, r: Refs, half: Array) -> None:
     """What is left in the pipeline, then a tile's output: of each row the lanes of its own head, divided by the sum."""
-    turns, places = form.stages // form.ahead, range(form.ahead)
-    for u in places:
-        _give(form, r, _piece(form, turns - 2, u), u)
+    turns = form.stages // form.ahead
+
+    def weigh(u: Array, _: None) -> None:
+        _give(form, r, _piece(form, (turns - 2) % turns, u), u)
         _weigh(form, r, _piece(form, turns - 1, u), u)
-    for u in places:
+
+    def give(u: Array, _: None) -> None:
         _give(form, r, _piece(form, turns - 1, u), u)
         reset(form, r, u)
+
+    jax.lax.fori_loop(0, form.ahead, weigh, None)
+    jax.lax.fori_loop(0, form.ahead, give, None)
     size, rows, lanes = form.most, form.rows, form.lanes
-    head = jax.lax.broadcasted_iota(jnp.int32, (size * rows, lanes), 0) % rows // form.group
+
     for j in range(form.products):
         if form.unfolds:
             o = [_output(r, j * form.fold + k).reshape(-1, SUBLANES, lanes) for k in range(form.fold)]
@@ -158,6 +183,7 @@ def finish(form: Form, r: Refs, half: Array) -> None:
             out = jnp.concatenate(turned, axis=1).reshape(size * rows, lanes)
         else:
             acc = _output(r, j)
+            head = jax.lax.broadcasted_iota(jnp.int32, (size * rows, lanes), 0) % rows // form.group
             out = acc[:, :lanes]
             for k in range(1, form.fold):
                 out = jnp.where(head == k, acc[:, k * lanes : (k + 1) * lanes], out)

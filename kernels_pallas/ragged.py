@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import large, softmax
 from kernels_pallas.cached import narrow, widen
 from kernels_pallas.form import Form, Refs
+from kernels_pallas.large import attend_large, begin_large, finish_large, reset
+from kernels_pallas.softmax import attend, begin, finish
 
 Array: TypeAlias = jax.Array
 
@@ -23,7 +24,7 @@ def kernel(form: Form, r: Refs) -> None:
     r.keys[...] = jnp.zeros(r.keys.shape, r.keys.dtype)
     if form.large(form.most):
         for u in range(form.ahead):
-            large.reset(form, r, u)
+            reset(form, r, u)
 
     @pl.when(total > 0)
     def _() -> None:
@@ -60,9 +61,9 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
     """One tile, computed as `size` queries. turn: blocks before it; the block of turn t is in half t % 2."""
     first, last = _span(form, r, i)
     if form.large(size):
-        large.begin(form, r, i % 2)
+        begin_large(form, r, i % 2)
     else:
-        softmax.begin(form, r, i % 2, size)
+        begin(form, r, i % 2, size)
 
     def block(b: Array, turn: Array) -> Array:
         half = turn % 2
@@ -76,9 +77,9 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
         _fetch(form, r, i, b, half, start=False)
         _clear(form, r, i, b, half)
         if form.large(size):
-            large.attend(form, r, i, b, half)
+            attend_large(form, r, i, b, first, half)
         else:
-            softmax.attend(form, r, i, b, half, size)
+            attend(form, r, i, b, half, size)
         return turn + 1
 
     jax.lax.fori_loop(first, last + 1, block, turn)
@@ -88,9 +89,9 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
         _give(r, i - 2, start=False)
 
     if form.large(size):
-        large.finish(form, r, i % 2)
+        finish_large(form, r, i % 2)
     else:
-        softmax.finish(form, r, i % 2, size)
+        finish(form, r, i % 2, size)
     _give(r, i, start=True)
 
 

@@ -31,7 +31,7 @@ from tests.kernels.cases import (
     want,
 )
 
-BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, ahead=2)
+BLOCKS = Blocks(queries=(1, 4, 8), keys=256, large=8, step=128, ahead=2, apart=True)
 ONE = Blocks(queries=BLOCKS.queries[-1:], keys=128, large=64)
 """The same body once: it compiles sooner."""
 SMALL = Chip(name="v5e", vmem=16 << 20, smem=1 << 20)
@@ -113,8 +113,9 @@ FAULTS = {
     "page off by one": ("source = r.table[entry + p] + r.at[0]", "source = r.table[entry + p + 1] + r.at[0]"),
     "what nobody sees is not cleared": ("_clear(form, r, i, b, half)\n", "pass\n"),
     "a query does not see itself": ("seen = key <= query", "seen = key < query"),
-    "a query of a large tile does not see itself": ("seen = last >= begin + (c + d)", "seen = last > begin + (c + d)"),
-    "scores of one product weigh another's values": ("weigh, 1 - turn, c)", "weigh, turn, c)"),
+    "a query of a large tile does not see itself": ("seen = last >= key", "seen = last > key"),
+    "weights of one product meet another's values": ("r.values[1, u],\n", "r.values[0, u],\n"),
+    "what a tile left in the pipeline goes to the next": ("        reset(form, r, u)\n", "        pass\n"),
 }
 LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
 
@@ -123,11 +124,12 @@ LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
 def test_a_planted_fault_is_caught(fault: str) -> None:
     from tests.kernels.cases import planted
 
-    large, above = list(FAULTS).index(fault) > 5, ["kernels_pallas.ragged", "kernels_pallas.attention"]
-    module = "kernels_pallas.softmax" if list(FAULTS).index(fault) > 4 else above.pop(0)
+    place, above = list(FAULTS).index(fault), ["kernels_pallas.ragged", "kernels_pallas.attention"]
+    large = place > 5
+    module = "kernels_pallas.large" if large else "kernels_pallas.softmax" if place > 4 else above.pop(0)
     case = make(KINDS["grouped" if large else "float32"], 5, BLOCKS.queries[-1], LONG)
     with planted(module, *FAULTS[fault], *above) as broken:
-        assert caught(case, broken, replace(BLOCKS, queries=ONE.queries) if large else ONE)
+        assert caught(case, broken, replace(BLOCKS, queries=ONE.queries, apart=False) if large else ONE)
 
 
 def caught(case: Case, broken: ModuleType, blocks: Blocks) -> bool:
