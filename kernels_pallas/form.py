@@ -13,7 +13,7 @@ LANES, SUBLANES = 128, 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """What is fixed when a call is compiled. head: head_dim; entries: of a row's page table; page: tokens; scaled: the
-    cache holds numbers over their scales."""
+    cache holds numbers over their scales; tree: rows may feed guesses as trees."""
 
     q_heads: int
     kv_heads: int
@@ -24,6 +24,7 @@ class Form:
     window: int | None = None
     cap: float | None = None
     scaled: bool = False
+    tree: bool = False
     blocks: Blocks | None = None
 
     @property
@@ -78,7 +79,9 @@ class Form:
 class Refs(NamedTuple):
     """What the kernel reads and writes. Of each row of a query, heads holds its sink and the scales of its keys and its
     values. Of large tiles, scores holds two products' scores, and last of each row its query in the tile, less the
-    lane. Buffers have two halves; done: semaphores of (queries, keys, output)."""
+    lane. Buffers have two halves; done: semaphores of (queries, keys, output). Where rows may be trees, root, stands
+    and bits are as attention.Tree has them, and node holds of each row of a small tile its two words of bits and its
+    position; elsewhere they are None."""
 
     row: Any
     token: Any
@@ -88,6 +91,9 @@ class Refs(NamedTuple):
     at: Any
     table: Any
     base: Any
+    root: Any
+    stands: Any
+    bits: Any
     q: Any
     cache: Any
     heads: Any
@@ -101,4 +107,11 @@ class Refs(NamedTuple):
     acc: Any
     scores: Any
     last: Any
+    node: Any
     done: Any
+
+    @classmethod
+    def of(cls, form: Form, refs: tuple[Any, ...]) -> Refs:
+        """From those of a call, in order."""
+        names = [name for name in cls._fields if form.tree or name not in ("root", "stands", "bits", "node")]
+        return cls(**dict.fromkeys(cls._fields) | dict(zip(names, refs, strict=True)))
