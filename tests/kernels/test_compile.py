@@ -22,7 +22,6 @@ SHAPES = {
     "one of eight devices": (16, 4, 1, 128, "bfloat16", None),
     "int8": (8, 8, 2, 64, "int8", None),
     "fp8": (8, 8, 2, 128, "float8_e4m3fn", None),
-    "tree": (64, 32, 8, 128, "bfloat16", None),
     "tree, window, int8": (16, 8, 2, 64, "int8", 40),
 }
 """Tokens, q heads, kv heads, head, dtype of the cache, window."""
