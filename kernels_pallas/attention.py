@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.blocks import LEAST, Blocks, need, pick
+from kernels_pallas.blocks import LEAST, TREE, Blocks, need, pick
 from kernels_pallas.cached import TYPES
 from kernels_pallas.chip import Chip, chip
 from kernels_pallas.form import LANES, SUBLANES, Form, Refs
@@ -41,6 +41,19 @@ class Tiles(NamedTuple):
     total: Any
 
 
+class Tree(NamedTuple):
+    """Guesses as trees, of rows that feed up to 64 tokens, in tiles of no more queries than `Blocks.small`.
+
+    root int32[R]: the position of a row's first token; past all positions where the row is no tree. stands int32[T]:
+    the position of each token, one past that of whom it follows; in the cache they lie in the order they are fed.
+    bits int32[2, T]: of a tree's token, which of its row's tokens it sees, itself among them: bit j of 64, in words.
+    """
+
+    root: Any
+    stands: Any
+    bits: Any
+
+
 def supports(
     *,
     q_heads: int,
@@ -51,16 +64,16 @@ def supports(
     entries: int,
     dtype: str,
     tokens: int = 1 << 20,
-    drafts: str = "chain",
+    tree: int = 0,
     on: Chip | None = None,
 ) -> str:
     """Why the kernel can't be compiled; nothing where it can.
 
-    rows, entries: of the page tables. tokens: the most that a call holds. drafts: "chain" or "tree".
+    rows, entries: of the page tables. tokens: the most that a call holds. tree: the most that a row feeds as a tree.
     """
     on = on or chip()
-    if drafts != "chain":
-        return f"drafts as a {drafts} are not built"
+    if tree > TREE:
+        return f"trees of {tree} tokens are not built, the most is {TREE}"
     if dtype not in TYPES:
         return f"a {dtype} cache is not built"
     if head % 64:
@@ -69,9 +82,10 @@ def supports(
         return f"{kv_heads} kv heads do not divide {q_heads} heads"
     if page % (32 // TYPES[dtype]) or LEAST % page:
         return f"pages of {page} tokens are no multiple of {32 // TYPES[dtype]} that divides {LEAST}"
-    smem = 4 * rows * (entries + 8) + SPARE
+    smem = 4 * rows * (entries + 8) + (16 * tokens if tree else 0) + SPARE
     if smem > on.smem:
-        return f"page tables of {rows} rows x {entries} pages take {smem} bytes, {on.name} has {on.smem} of SMEM"
+        also = f" and trees of {tokens} tokens" if tree else ""
+        return f"page tables of {rows} rows x {entries} pages{also} take {smem} bytes, {on.name} has {on.smem} of SMEM"
     form = Form(q_heads=q_heads, kv_heads=kv_heads, head=head, page=page, entries=entries)
     if choose(form, tokens, TYPES[dtype], on) is None:
         return f"{q_heads} heads of {head} over {kv_heads} kv heads do not fit the {on.vmem} bytes of VMEM of {on.name}"
@@ -108,6 +122,7 @@ def attention(
     at: Any,
     sinks: Array | None = None,
     scales: Array | None = None,
+    tree: Tree | None = None,
     *,
     kv_heads: int,
     scale: float,
@@ -121,9 +136,11 @@ def attention(
     cache [pages, page, kv_heads * 2 * head_dim]: of a head first the key, then the value. table int32[R, E], base
     int32[R]: pages of a row, and the position of the first one's first token; at: what is added to pages (the first
     page of a layer). sinks [q_heads]. scales float32[2, kv_heads]: of keys and of values, what a number of the cache is
-    to be multiplied by. -> [T, q_heads, head_dim]; tokens that are in no tile hold anything.
+    to be multiplied by. tree: where a row's tokens may follow another than the one before. -> [T, q_heads, head_dim];
+    tokens that are in no tile hold anything.
     No tile holds more queries than the largest of blocks, by default what `blocks.tile` says for T tokens on this chip.
-    Cached tokens that no query of a tile sees may hold anything, NaN too. Raises ValueError for what can't be compiled.
+    Cached tokens before and behind all that a tile sees (of a tree: a row) may hold anything, NaN too. Raises
+    ValueError for what can't be compiled.
     """
     form = Form(
         q_heads=q.shape[1],
@@ -135,6 +152,7 @@ def attention(
         window=window,
         cap=cap,
         scaled=scales is not None,
+        tree=tree is not None,
     )
     why = supports(
         q_heads=form.q_heads,
@@ -145,6 +163,7 @@ def attention(
         entries=form.entries,
         dtype=str(cache.dtype),
         tokens=q.shape[0],
+        tree=TREE if form.tree else 0,
     )
     if why:
         raise ValueError(f"attention: {why}")
@@ -154,9 +173,9 @@ def attention(
     spread = _spread(form, q)
     most, held = form.most, form.products * form.rows
     call = pl.pallas_call(
-        lambda *refs: kernel(form, Refs(*refs)),
+        lambda *refs: kernel(form, Refs.of(form, refs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=8,
+            num_scalar_prefetch=11 if form.tree else 8,
             grid=(1,),
             in_specs=[
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -170,6 +189,7 @@ def attention(
                 pltpu.VMEM((2, most, held, form.lanes), q.dtype),
                 *_small(form, kind),
                 *_large(form, kind),
+                *([pltpu.VMEM((3, blocks.small * form.rows, LANES), jnp.int32)] if form.tree else ()),
                 pltpu.SemaphoreType.DMA((3, 2)),
             ],
         ),
@@ -181,7 +201,8 @@ def attention(
     )
     numbers = [x.astype(jnp.int32) for x in (tiles.row, tiles.token, tiles.count, tiles.position)]
     total, first = (jnp.asarray(x, jnp.int32).reshape(1) for x in (tiles.total, at))
-    out = call(*numbers, total, first, table.reshape(-1), base, spread, cache, _heads(form, sinks, scales))
+    nodes = [x.reshape(-1) for x in tree] if tree is not None else []
+    out = call(*numbers, total, first, table.reshape(-1), base, *nodes, spread, cache, _heads(form, sinks, scales))
     return _gather(form, out)
 
 

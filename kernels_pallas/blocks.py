@@ -22,9 +22,16 @@ class Blocks:
     ahead: int = 2
     apart: bool = False
 
+    @property
+    def small(self) -> int:
+        """Queries of the largest tile that is not `large`: the most that a tile of a tree may hold."""
+        return max(n for n in self.queries if n < self.large)
+
 
 SMALL = 1, 8
 """Sizes for rows that decode, and that verify drafts."""
+TREE = 64
+"""Tokens that a row may feed as a tree: the first, and guesses. They are bits of two words."""
 LARGE = {"v5e": 64, "v5p": 64, "v6e": 64, "7x": 64, "interpreted": 8}
 """Chip -> queries of a tile of a prompt."""
 KEYS = {"v5e": 512, "v5p": 512, "v6e": 512, "7x": 512, "interpreted": 128}

@@ -14,7 +14,7 @@ LANES, SUBLANES = 128, 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """What is fixed when a call is compiled. head: head_dim; entries: of a row's page table; page: tokens; scaled: the
-    cache holds numbers over their scales."""
+    cache holds numbers over their scales; tree: rows may feed guesses as trees."""
 
     q_heads: int
     kv_heads: int
@@ -25,6 +25,7 @@ class Form:
     window: int | None = None
     cap: float | None = None
     scaled: bool = False
+    tree: bool = False
     blocks: Blocks | None = None
 
     @property
@@ -109,6 +110,9 @@ class Refs(NamedTuple):
     query, top, sum, acc: of all tiles but large ones, which have asks to last. For each piece queries, peaks, sums and
     outputs; for each place of the pipeline scores, weights, values (two turns') and stats; and last, of each row its
     query in the tile, less the sublane. Rows are across in all of these but asks.
+
+    Where rows may be trees, root, stands and bits are as attention.Tree has them, and node holds of each row of a small
+    tile its two words of bits and its position; elsewhere they are None.
     """
 
     row: Any
@@ -119,6 +123,9 @@ class Refs(NamedTuple):
     at: Any
     table: Any
     base: Any
+    root: Any
+    stands: Any
+    bits: Any
     q: Any
     cache: Any
     heads: Any
@@ -139,4 +146,11 @@ class Refs(NamedTuple):
     values: Any
     stats: Any
     last: Any
+    node: Any
     done: Any
+
+    @classmethod
+    def of(cls, form: Form, refs: tuple[Any, ...]) -> Refs:
+        """From those of a call, in order."""
+        names = [name for name in cls._fields if form.tree or name not in ("root", "stands", "bits", "node")]
+        return cls(**dict.fromkeys(cls._fields) | dict(zip(names, refs, strict=True)))

@@ -63,7 +63,7 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
     if form.large(size):
         begin_large(form, r, i % 2)
     else:
-        begin(form, r, i % 2, size)
+        begin(form, r, i, size)
 
     def block(b: Array, turn: Array) -> Array:
         half = turn % 2
@@ -96,10 +96,13 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
 
 
 def _reach(form: Form, r: Refs, i: Array) -> tuple[Array, Array]:
-    """First and last key that some query of tile i sees. A row that outlives its page table sees no further."""
+    """First and last key that some query of tile i may see. A row that outlives its page table sees no further; any
+    guess of a tree may stand right after the row's first token."""
     high = jnp.minimum(r.position[i] + r.count[i], r.base[r.row[i]] + form.entries * form.page) - 1
-    low = jnp.clip(r.position[i] - form.window + 1, 0, high) if form.window else jnp.int32(0)
-    return low, high
+    if not form.window:
+        return jnp.int32(0), high
+    first = jnp.minimum(r.position[i], r.root[r.row[i]]) if form.tree else r.position[i]
+    return jnp.clip(first - form.window + 1, 0, high), high
 
 
 def _span(form: Form, r: Refs, i: Array) -> tuple[Array, Array]:

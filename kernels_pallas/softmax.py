@@ -30,9 +30,9 @@ class Part(NamedTuple):
         return self.j, pl.ds(0, self.many)
 
 
-def begin(form: Form, r: Refs, half: Array, size: int) -> None:
-    """The queries of a tile as matrices, block-diagonal where heads are folded, and nothing seen but sinks."""
-    rows, wide = form.rows, form.lanes
+def begin(form: Form, r: Refs, i: Array, size: int) -> None:
+    """The queries of tile i as matrices, block-diagonal where heads are folded, and nothing seen but sinks."""
+    rows, wide, half = form.rows, form.lanes, i % 2
     many = size * rows
     head = jax.lax.broadcasted_iota(jnp.int32, (many, wide), 0) % rows // form.group
     for j in range(form.products):
@@ -45,6 +45,17 @@ def begin(form: Form, r: Refs, half: Array, size: int) -> None:
         r.top[j, :many, :] = top
     r.sum[:, :many, :] = jnp.ones((form.products, many, LANES), jnp.float32)
     r.acc[:, :many, :] = jnp.zeros((form.products, many, r.acc.shape[2]), jnp.float32)
+    if form.tree:
+        _nodes(form, r, i, size)
+
+
+def _nodes(form: Form, r: Refs, i: Array, size: int) -> None:
+    """What each query of a small tile sees of its row's tokens, and where it stands, in its rows."""
+    tokens = r.stands.shape[0]
+    for t in range(size):
+        token = jnp.minimum(r.token[i] + t, tokens - 1)  # a tile's spare queries may be past the last
+        for n, value in enumerate((r.bits[token], r.bits[tokens + token], r.stands[token])):
+            r.node[n, t * form.rows : (t + 1) * form.rows, :] = jnp.full((form.rows, LANES), value, jnp.int32)
 
 
 def attend(form: Form, r: Refs, i: Array, b: Array, half: Array, size: int) -> None:
@@ -59,6 +70,11 @@ def _small(form: Form, r: Refs, i: Array, b: Array, half: Array, part: Part) -> 
     query = r.position[i] + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // form.rows
     key = b * keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = key <= query
+    if form.tree:
+        low, high, query = (_wide(r.node[n, : part.many, :], keys) for n in range(3))
+        bit = key - r.root[r.row[i]]
+        word = jax.lax.shift_right_logical(jnp.where(bit < 32, low, high), bit & 31)
+        seen &= (bit < 0) | (word & 1 != 0)
     if form.window:
         seen &= key > query - form.window
     s = jnp.where(seen, _scores(form, r, half, part, 0, keys), FAR)

@@ -104,7 +104,8 @@ class ScheduleStep:
     step: its number, and its ticket. slots int32[R]: a row's device slot, at most once per step.
     starts int32[R]: >= 0 seats the slot at this cached length; -1 goes on from the device's own length.
     lens int32[R]: tokens fed, >= 1. upper int32[R]: the host's upper bound of the length afterwards, for planning only.
-    drafts int32[R]: how many trailing tokens are guesses to verify. parents: None = the guesses are a chain.
+    drafts int32[R]: how many trailing tokens are guesses to verify. parents: None = the guesses are a chain; int32[T]:
+    of a guess the token that it follows, by its place among those that its row feeds; -1: the one before.
     tokens int32[T]: >= 0 literal; -1 the slot's last accepted token; -2-j its j-th device-made draft.
     next int32[R]: the literal that follows this chunk in the prompt, -1 = none. output uint8[R]: bits above.
     masked bool[R]: this row's vocabulary mask arrives in sample(). adapters int32[R]: LoRA index, 0 = none.

@@ -18,7 +18,7 @@ from backends.jax import attend_gpu
 from backends.jax.buckets import Shape
 from backends.jax.caches import HELD, State, columns, from_lines, to_lines
 from backends.jax.inputs import Batch
-from backends.jax.work import spots, unit
+from backends.jax.work import spots, tree, unit
 from backends.jax.work import tiles as cut
 from engine.config import Resolved
 from engine.mesh import share
@@ -40,8 +40,9 @@ Array: TypeAlias = jax.Array
 
 class Pages(NamedTuple):
     """One cache group as a step sees it. table int32[R, P]; base int32[R]: position of its index 0; page, offset
-    int32[T]: where each token's key and value go, page = -1 for padding. size: tokens a page; count: pages a layer.
-    spots: on a TPU the pages that are written."""
+    int32[T]: where each token's key and value go, page = -1 for padding. size: tokens a page; count: pages a layer;
+    window: positions that a token sees, 0 = all. spots: on a TPU the pages that are written. tree: where guesses may be
+    trees, what they see."""
 
     table: Any
     base: Any
@@ -49,11 +50,14 @@ class Pages(NamedTuple):
     offset: Any
     size: int
     count: int
+    window: int = 0
     spots: kv_write.Spots | None = None
+    tree: attention.Tree | None = None
 
 
 class View(NamedTuple):
-    """What attention knows of a step. before int32[R]: lengths before it; position int32[T].
+    """What attention knows of a step. before int32[R]: lengths before it; position int32[T]: where tokens stand, those
+    of a tree below whom they follow.
 
     tiles int32[N, 3]: as in Batch, `size` queries each; group: how many are attended at once. work: on a TPU the
     tiles of its kernel.
@@ -77,11 +81,12 @@ Kernel: TypeAlias = Callable[
 ]
 
 
-def choose(a: Attention, config: Resolved, on: Chip | None = None) -> tuple[Kernel, str]:
-    """The kernel for a layer, and why. on: a TPU that is only described; else the one that is compiled for."""
+def choose(a: Attention, config: Resolved, on: Chip | None = None, tree: int = 0) -> tuple[Kernel, str]:
+    """The kernel for a layer, and why. on: a TPU that is only described; else the one that is compiled for. tree: the
+    most tokens that a row feeds as a tree."""
     shape = f"head {a.head_dim}, {config.cache_dtype} cache"
     if config.platform == "gpu":
-        why = attend_gpu.refuses(a, config)
+        why = "guesses as trees are not built" if tree else attend_gpu.refuses(a, config)
         return (plain, f"plain XLA, {shape}: {why}") if why else (attend_gpu.paged, f"Pallas by way of Triton, {shape}")
     if config.platform != "tpu":
         return plain, f"plain XLA, {shape}: the Pallas kernels are for accelerators, not for a {config.platform}"
@@ -95,6 +100,7 @@ def choose(a: Attention, config: Resolved, on: Chip | None = None) -> tuple[Kern
         entries=-(-config.max_len // config.page),
         dtype=held,
         tokens=config.max_tokens,
+        tree=tree,
         on=on,
     ) or kv_write.supports(page=unit(config.page, held), line=kv_heads * 2 * a.head_dim, dtype=held, on=on)
     if why:
@@ -119,18 +125,29 @@ def locate(batch: Batch, state: State, position: Array, limits: Limits) -> tuple
                 offset=position % group.page,
                 size=group.page,
                 count=limits.pages[g],
+                window=group.window,
             )
         )
     return tuple(out)
 
 
 def look(
-    batch: Batch, before: Array, position: Array, groups: tuple[Pages, ...], shape: Shape, config: Resolved
+    batch: Batch,
+    before: Array,
+    position: Array,
+    groups: tuple[Pages, ...],
+    shape: Shape,
+    config: Resolved,
+    parents: Array | None = None,
 ) -> View:
-    """The view of a step. A bucket of one-query tiles is attended at once."""
+    """The view of a step. A bucket of one-query tiles is attended at once. position int32[T]: in the cache. parents: as
+    in backends.api.step.ScheduleStep."""
     work = None
+    if parents is not None:
+        groups = tuple(p._replace(tree=tree(batch, before, parents, p.window)) for p in groups)
+        position = groups[0].tree.stands
     if config.platform == "tpu":
-        work = cut(batch, before, sizes.tile(shape.tokens, chip()))
+        work = cut(batch, before, sizes.tile(shape.tokens, chip()), parents)
         held = HELD[config.cache_dtype].name
         groups = tuple(p._replace(spots=spots(batch, before, p.table, p.base, p.size, held)) for p in groups)
     group = GROUP if config.platform == "cpu" and shape.tile > 1 else shape.tiles
@@ -158,7 +175,7 @@ class Attend:
         turn: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         g = place.group
-        kernel, _ = choose(a, self.config)
+        kernel, _ = choose(a, self.config, tree=0 if self.view.groups[g].tree is None else sizes.TREE)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         o, one = kernel(a, q, k, v, sinks, cache[g], place.rank, self.view.groups[g], self.view, scales)
@@ -194,6 +211,7 @@ def paged(
         at,
         sinks,
         scales and scales[0],
+        pages.tree,
         kv_heads=k.shape[1],
         scale=a.scale,
         window=a.window,
@@ -254,13 +272,14 @@ def tiles(
     row, first, count = tiles[:, 0], tiles[:, 1], tiles[:, 2]
     token = first[:, None] + step
     position = (view.before[row] + first - batch.first[row])[:, None] + step
-    mine = step < count[:, None]
+    mine, token = step < count[:, None], jnp.minimum(token, q.shape[0] - 1)
+    mask = masks(a, jnp.where(mine, position, -1), pages.tree and _of(pages.tree, row, token))
     o = blocks(
         a,
-        q[jnp.minimum(token, q.shape[0] - 1)],
+        q[token],
         sinks,
         scales,
-        jnp.where(mine, position, -1),
+        mask,
         pages.table[row],
         pages.base[row],
         cache,
@@ -277,7 +296,7 @@ def blocks(
     q: Array,
     sinks: Array | None,
     scales: Scales,
-    position: Array,
+    mask: tuple[Array, Array, Callable[[Array], Array]],
     table: Array,
     base: Array,
     cache: Array,
@@ -286,10 +305,10 @@ def blocks(
 ) -> Array:
     """N tiles of Q queries, each over the pages of its own table: float32 [N, Q, kv_heads, G, head_dim].
 
-    q [N, Q, kv_heads, G, head_dim]; sinks [kv_heads * G]; position int32[N, Q], -1 = sees nothing; table int32[N, P];
-    base int32[N]; at: first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN
-    too. Numbers of 8 bits are multiplied as they are, exact in every dtype, and the scores and sums of values by their
-    scales, in float32.
+    q [N, Q, kv_heads, G, head_dim]; sinks [kv_heads * G]; mask: as `masks` has it; table int32[N, P]; base int32[N];
+    at: first page of the layer; size: tokens a page. What no query of a tile sees may hold anything, NaN too. Numbers
+    of 8 bits are multiplied as they are, exact in every dtype, and the scores and sums of values by their scales, in
+    float32.
     """
     n, queries, kv_heads, group, head = q.shape
     entries = min(max(BLOCK // size, 1), table.shape[1])
@@ -302,7 +321,7 @@ def blocks(
         score, value = (jnp.tile(x, n)[:, None, None] for x in (a.scale * scales[0][0], scales[0][1]))
     exact = precision(kind)
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, many, head).astype(kind)
-    low, high, seen = _bounds(a, position)
+    low, high, seen = mask
 
     def one(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, acc = carry
@@ -334,16 +353,32 @@ def blocks(
     return o.reshape(n, kv_heads, queries, group, head).transpose(0, 2, 1, 3, 4)
 
 
-def _bounds(a: Attention, position: Array) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """Of the queries of each tile, position int32[N, Q]: some query sees low < key <= high, int32[N] each; and which
-    keys int32[B] each query sees, bool[N, Q, B]."""
-    high = position.max(1)
-    if not a.window:
-        return jnp.full_like(high, -1), high, lambda key: key <= position[:, :, None]
-    earliest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max).min(1)
-    low = jnp.maximum(earliest - a.window, -1)
-    back = position[:, :, None] - a.window
-    return low, high, lambda key: (key <= position[:, :, None]) & (key > back)
+def _of(tree: attention.Tree, row: Array, token: Array) -> attention.Tree:
+    """A tree as tiles see it: root [N], stands [N, Q], bits [2, N, Q]. row int32[N]; token int32[N, Q]."""
+    return attention.Tree(tree.root[row], tree.stands[token], tree.bits[:, token])
+
+
+def masks(a: Attention, position: Array, tree: attention.Tree | None) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Of the queries of each tile, position int32[N, Q] in the cache, -1 = sees nothing: some query sees low < key <=
+    high, int32[N] each; and which keys int32[B] each query sees, bool[N, Q, B]. tree: as `_of` has it."""
+    high, ends = position.max(1), position[:, :, None]
+    stands = position if tree is None else tree.stands
+    low = jnp.full_like(high, -1)
+    if a.window:
+        earliest = jnp.where(position >= 0, stands, jnp.iinfo(jnp.int32).max).min(1)
+        low = jnp.maximum(earliest - a.window, -1)
+
+    def seen(key: Array) -> Array:
+        out = key <= ends
+        if a.window:
+            out &= key > stands[:, :, None] - a.window
+        if tree is not None:
+            bit = key - tree.root[:, None, None]
+            word = jnp.where(bit < 32, tree.bits[0, :, :, None], tree.bits[1, :, :, None])
+            out &= (bit < 0) | (word >> (bit & 31) & 1 != 0)
+        return out
+
+    return low, high, seen
 
 
 def _product(x: Array, y: Array, dim: int, exact: jax.lax.Precision) -> Array:

@@ -72,7 +72,7 @@ def run(
     view = look(batch, before, position, groups, shape, plan.config)
 
     attend = Attend(plan.config, view)
-    hidden, cache, found = decoder.forward(plan.spec, weights, tokens, position, attend, cache, taps)
+    hidden, cache, found = decoder.forward(plan.spec, weights, tokens, view.position, attend, cache, taps)
     ends = jnp.maximum(batch.first + batch.length - 1, 0)
     if "logits" in taps:
         whole = ops.gather(decoder.logits(plan.spec, weights, hidden), "vocab", 1)

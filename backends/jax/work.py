@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from backends.jax.inputs import Batch
-from kernels_pallas.attention import Tiles
+from kernels_pallas.attention import Tiles, Tree
+from kernels_pallas.blocks import SMALL, TREE
 from kernels_pallas.kv_write import Spots, step
 
+PAST = 1 << 30
+"""A position past all others."""
 
-def tiles(batch: Batch, before: jax.Array, size: int) -> Tiles:
-    """Rows cut into tiles of up to `size` queries. before int32[R]: lengths before the step."""
+
+def tiles(batch: Batch, before: jax.Array, most: int, parents: jax.Array | None = None) -> Tiles:
+    """Rows cut into tiles of up to `most` queries, trees into small ones. before int32[R]: lengths before the step."""
     tokens, rows = batch.tokens.shape[0], batch.slot.shape[0]
-    row, number, total = _expand((batch.length + size - 1) // size, min(tokens, rows + tokens // size))
+    least = most if parents is None else min(most, SMALL[-1])
+    size = most if parents is None else jnp.where(trees(batch, parents), least, most)
+    row, number, total = _expand((batch.length + size - 1) // size, min(tokens, rows + tokens // least))
+    size = jnp.broadcast_to(size, rows)[row]
     skip = number * size
     return Tiles(
         row=row,
@@ -23,6 +30,38 @@ def tiles(batch: Batch, before: jax.Array, size: int) -> Tiles:
         count=jnp.minimum(size, batch.length[row] - skip),
         position=before[row] + skip,
         total=total,
+    )
+
+
+def trees(batch: Batch, parents: jax.Array) -> jax.Array:
+    """bool[R]: the rows that are trees. parents int32[T]: as in backends.api.step.ScheduleStep."""
+    return jnp.zeros(batch.slot.shape, bool).at[batch.row].max(batch.real & (parents >= 0))
+
+
+def tree(batch: Batch, before: jax.Array, parents: jax.Array, window: int) -> Tree:
+    """Which tokens of its row each token of a tree sees: those at the last `window` positions, or all where that is 0.
+
+    They are found in strides: of the 2**k from each token on, itself the first, which they are, and whom the last of
+    them follows.
+    """
+    count, found = parents.shape[0], trees(batch, parents)
+    at = jnp.arange(count)
+    place = at - batch.first[batch.row]
+    up = batch.first[batch.row] + jnp.where(parents >= 0, parents, place - 1)
+    up = jnp.append(jnp.where(place > 0, up, count), count)  # `count` is nobody
+    one = jnp.where(place[None] // 32 == jnp.array([[0], [1]]), 1 << (place & 31), 0)
+    bits, near, end = jnp.pad(one, ((0, 0), (0, 1))), jnp.zeros_like(one), at
+    left = min(window or TREE, TREE)
+    for k in range(TREE.bit_length()):
+        if left >> k & 1:
+            near, end = near | bits[:, end], up[end]
+        if 2 << k <= TREE:
+            bits, up = bits | bits[:, up], up[up]
+    depth = jax.lax.population_count(bits[:, :count]).sum(0) - 1
+    return Tree(
+        root=jnp.where(found, before, PAST),
+        stands=before[batch.row] + jnp.where(found[batch.row], depth, place),
+        bits=near,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +21,12 @@ Q_HEADS, KV_HEADS, HEAD, PAGE, PAGES = 32, 8, 128, 16, 8192
 """Attention of an 8B Llama, and its cache of one layer."""
 ROWS, REACH, PROMPT = 64, 1536, 2048
 """Rows that decode and how far they reach; tokens of a prompt."""
+GUESSED = 8
+"""Tokens that a row feeds as a tree: one tile."""
 LINE = 2 * KV_HEADS * HEAD * 2
 """Bytes of one token in the cache."""
+RANKS = {"decode": 0, "verify tree": 1, "prefill": -1}
+"""Of the loops by length, that of each tile that is used: they are of 1, 8 and 64 queries."""
 I32, BF16 = jnp.int32, jnp.bfloat16
 
 
@@ -38,9 +43,9 @@ def cases(v3: ModuleType | None) -> list[Case]:
 
 
 def _work(tokens: int, rows: int, keys: int) -> dict[str, Any]:
-    """Turns of `keys` keys, and what the work needs. One row: a whole prompt. Several: a token each."""
+    """Turns of `keys` keys, and what the work needs. One row: a whole prompt. Several: a token each, or a few."""
     if rows > 1:
-        turns, pairs, read = rows * -(-REACH // keys), rows * REACH, rows * REACH
+        turns, pairs, read = rows * -(-REACH // keys), tokens * REACH, rows * REACH
     else:
         size = tile(tokens, chip())
         turns = sum(-(-(i + size) // keys) for i in range(0, tokens, size))
@@ -51,13 +56,15 @@ def _work(tokens: int, rows: int, keys: int) -> dict[str, Any]:
 
 def _ours() -> list[Case]:
     out = []
-    for name, tokens, rows in (("decode", ROWS, ROWS), ("prefill", PROMPT, 1)):
+    guessed = ROWS * GUESSED
+    for name, tokens, rows in (("decode", ROWS, ROWS), ("verify tree", guessed, ROWS), ("prefill", PROMPT, 1)):
 
-        def lower(shape: Shape, tokens: int = tokens, rows: int = rows) -> Any:
-            def call(q: Any, cache: Any, tiles: Any, table: Any, base: Any, at: Any) -> Any:
-                return attention.attention(q, cache, tiles, table, base, at, kv_heads=KV_HEADS, scale=HEAD**-0.5)
+        def lower(shape: Shape, name: str = name, tokens: int = tokens) -> Any:
+            def call(*given: Any, tree: attention.Tree | None) -> Any:
+                return attention.attention(*given, tree=tree, kv_heads=KV_HEADS, scale=HEAD**-0.5)
 
             many = shape((min(tokens, ROWS + tokens // 64),), I32)
+            nodes = attention.Tree(shape((ROWS,), I32), shape((tokens,), I32), shape((2, tokens), I32))
             return jax.jit(call).lower(
                 shape((tokens, Q_HEADS, HEAD), BF16),
                 shape((PAGES, PAGE, 2 * KV_HEADS * HEAD), BF16),
@@ -65,16 +72,16 @@ def _ours() -> list[Case]:
                 shape((ROWS, 512), I32),
                 shape((ROWS,), I32),
                 shape((), I32),
+                tree=nodes if name == "verify tree" else None,
             )
 
         form = Form(q_heads=Q_HEADS, kv_heads=KV_HEADS, head=HEAD, page=PAGE, entries=512)
         form = replace(form, blocks=attention.choose(form, tokens, 2, chip()))
-        # decode runs as the smallest tile, a prompt as the largest
         out.append(
             Case(
                 name=f"attention {name}",
                 lower=lower,
-                least=rows > 1,
+                rank=RANKS[name],
                 trips=form.stages // form.ahead,
                 **_work(tokens, rows, KEYS[chip().name]),
             )
@@ -126,16 +133,16 @@ def _builtin() -> list[Case]:
 
 
 def _v3(module: ModuleType) -> list[Case]:
-    """tpu-inference's, which writes too. It is several kernels, whose loops were not told apart: no cycles."""
+    """tpu-inference's, which writes too: a kernel for rows of one token and one for others, of which a case has work
+    for one: what the other takes is not counted."""
 
-    def lower(shape: Shape, tokens: int, sizes: tuple[int, int, int, int]) -> Any:
+    def lower(shape: Shape, tokens: int) -> Any:
         def call(*given: Any) -> Any:
             return module.ragged_paged_attention(
                 *given,
                 sm_scale=HEAD**-0.5,
                 d_block_sizes=(1, 512, 1, 512),
-                p_block_sizes=sizes,
-                m_block_sizes=sizes,
+                m_block_sizes=(64, 512, 64, 512),
             )
 
         return jax.jit(call, donate_argnums=3).lower(
@@ -150,6 +157,12 @@ def _v3(module: ModuleType) -> list[Case]:
         )
 
     return [
-        Case(name="v3 decode", lower=lambda shape: lower(shape, ROWS, (64, 512, 64, 512))),
-        Case(name="v3 prefill", lower=lambda shape: lower(shape, PROMPT, (64, 512, 64, 512))),
+        Case(
+            name=f"v3 {name}",
+            lower=partial(lower, tokens=tokens),
+            kernel=kernel,
+            around=True,
+            **_work(tokens, rows, 512),
+        )
+        for name, tokens, rows, kernel in (("decode", ROWS, ROWS, "RPAd"), ("prefill", PROMPT, 1, "RPAm"))
     ]

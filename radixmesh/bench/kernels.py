@@ -36,8 +36,9 @@ Shape: TypeAlias = Callable[..., Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """lower: from a way to make shapes to a lowered call. turns: of the loop that multiplies; 0 = cycles are not
-    estimated. least: it is the shortest of the loops that multiply, not the longest. trips: of a loop inside of it that
-    multiplies too, if there is one.
+    estimated. rank: of that loop among those that multiply, the shortest first; -1: the longest. trips: of a loop
+    inside of it that multiplies too, if there is one. kernel: of several, what the name of the one that works begins
+    with. around: the loop around the one that multiplies starts the copies, once for each turn.
 
     nest: for a kernel that is a grid instead: turns of the grid, and inside of each over columns and down the summed
     dimension; and of a loop that keeps rows of what was multiplied. What is 1 is no loop. All loops count then.
@@ -48,8 +49,10 @@ class Case:
     name: str
     lower: Callable[[Shape], Any]
     turns: int = 0
-    least: bool = False
+    rank: int = -1
     trips: int = 0
+    kernel: str = ""
+    around: bool = False
     nest: tuple[int, ...] = ()
     moved: float = 0
     flops: float = 0
@@ -135,7 +138,7 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     used = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
     row["vmem"] = max(map(int, re.findall(used, compiled.as_text())), default=0)
     row["temp"] = compiled.memory_analysis().temp_size_in_bytes
-    text = max(folder.glob("*[0-9]-final_bundles.txt"), key=lambda f: f.stat().st_size).read_text()
+    text = max(folder.glob(f"*{case.kernel}*[0-9]-final_bundles.txt"), key=lambda f: f.stat().st_size).read_text()
     found = [loop for loop in loops(text) if loop.depth]
     row["bundles"] = sum(1 for line in text.splitlines() if re.match(r"\s*0x", line))
     row["spills"] = len(re.findall(r"vst[^;]*_spill", text))
@@ -148,9 +151,10 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     if not multiply:
         return row
     turns = nested(found, case.trips) if case.trips else multiply
-    inner = (min if case.least else max)(turns, key=lambda loop: loop.bundles)
+    inner = sorted(turns, key=lambda loop: loop.bundles)[case.rank]
     # where copies of a block start apart from the product, the schedule is both
-    issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == inner.depth), default=0)
+    depth = inner.depth - case.around
+    issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == depth), default=0)
     row["spilled"] = inner.spills
     row["turn"] = inner.bundles + (0 if inner.copies else issue)
     if case.turns:

@@ -61,10 +61,19 @@ KINDS = {
 
 
 class Row(NamedTuple):
-    """length: queries, the last positions of the row; before: positions cached before them."""
+    """length: queries, the last positions of the row; before: positions cached before them. parents: of each query but
+    the first, which it follows, where that is not the one before."""
 
     length: int
     before: int
+    parents: tuple[int, ...] = ()
+
+    def path(self, i: int) -> list[int]:
+        """Query i and those that it follows, last first."""
+        out = [i]
+        while out[-1]:
+            out.append(self.parents[out[-1] - 1] if self.parents else out[-1] - 1)
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +98,21 @@ class Case:
     tiles: Array
     total: int
 
+    @property
+    def tree(self) -> tuple[Array, Array, Array]:
+        """As attention.Tree has it: root [R], stands [T], bits [2, T]. What nobody looks at is anything."""
+        root = np.array([row.before if row.parents else 1 << 30 for row in self.rows], np.int32)
+        stands, bits = np.full(len(self.q), 10**6, np.int32), np.full(len(self.q), 2**64 - 1, np.uint64)
+        token = 0
+        for row in self.rows:
+            for i in range(row.length):
+                path = row.path(i)
+                stands[token] = row.before + len(path) - 1
+                if row.parents:
+                    bits[token] = sum(1 << j for j in path[: self.kind.window])
+                token += 1
+        return root, stands, bits.view(np.int32).reshape(-1, 2).T.copy()
+
 
 def rounded(x: Array, dtype: str) -> Array:
     """What is left of x in a dtype."""
@@ -107,8 +131,21 @@ def draw_rows(draw: np.random.Generator) -> list[Row]:
     return rows
 
 
-def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None) -> Case:
-    """most: queries of a tile."""
+def draw_trees(draw: np.random.Generator) -> list[Row]:
+    """Rows of `draw_rows`, of which most with guesses are random trees: bushes, chains, and what lies between; one of
+    them is large."""
+    rows, large = draw_rows(draw), int(draw.integers(ROWS))
+    rows[large] = Row(int(draw.integers(30, 65)), int(draw.choice([0, PAGE, 200, 255, 300])))
+    for r, row in enumerate(rows):
+        wide = int(draw.choice([1, 3, 64]))
+        if r == large or draw.random() < 0.7:
+            parents = tuple(int(draw.integers(max(0, i - wide), i)) for i in range(1, row.length))
+            rows[r] = row._replace(parents=parents)
+    return rows
+
+
+def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None, tokens: int = TOKENS, small: int = 0) -> Case:
+    """most: queries of a tile; small: of one of a tree."""
     draw = np.random.default_rng(seed)
     rows = rows or draw_rows(draw)
     count, page_size = ROWS * ENTRIES + 2, kind.page
@@ -119,7 +156,7 @@ def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None) -> Cas
     cache = np.full((2 * count, page_size, kind.kv_heads * 2 * kind.head), np.nan, np.float32)
     table, base = draw.integers(0, count, (ROWS, ENTRIES)), np.zeros(ROWS, np.int64)
     keys, values, tiles, token = [], [], [], 0
-    for r, (length, before) in enumerate(rows):
+    for r, (length, before, parents) in enumerate(rows):
         shape = length + before, kind.kv_heads, kind.head
         stored = [rounded(draw.normal(size=shape).astype(np.float32) / s[:, None], kind.dtype) for s in scales]
         low = max(0, before - kind.window + 1) if kind.window else 0
@@ -133,14 +170,15 @@ def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None) -> Cas
             table[r, entry], used = names[used], used + 1
         keys.append(stored[0] * scales[0, :, None])
         values.append(stored[1] * scales[1, :, None])
-        tiles += [(r, token + i, min(most, length - i), before + i) for i in range(0, length, most)]
+        size = small if parents else most
+        tiles += [(r, token + i, min(size, length - i), before + i) for i in range(0, length, size)]
         token += length
-    listed = np.full((TOKENS, 4), 10**6)
+    listed = np.full((tokens, 4), 10**6)
     listed[: len(tiles)] = np.reshape(tiles, (-1, 4))
     return Case(
         kind=kind,
         rows=rows,
-        q=rounded(draw.normal(size=(TOKENS, kind.q_heads, kind.head)).astype(np.float32), kind.asks),
+        q=rounded(draw.normal(size=(tokens, kind.q_heads, kind.head)).astype(np.float32), kind.asks),
         keys=keys,
         values=values,
         sinks=draw.normal(size=kind.q_heads).astype(np.float32),
@@ -157,10 +195,10 @@ def make(kind: Kind, seed: int, most: int, rows: list[Row] | None = None) -> Cas
 def want(case: Case) -> Array:
     """Attention, written to be read, in float64: [tokens that are fed, q_heads, head]."""
     kind, out = case.kind, []
-    for (length, before), k, v in zip(case.rows, case.keys, case.values, strict=True):
-        for i in range(length):
-            end = before + i + 1
-            seen = slice(max(0, end - kind.window) if kind.window else 0, end)
+    for row, k, v in zip(case.rows, case.keys, case.values, strict=True):
+        for i in range(row.length):
+            path = row.path(i)[::-1]
+            seen = [*range(row.before), *(row.before + j for j in path)][-(kind.window or 0) :]
             line = []
             for h in range(kind.q_heads):
                 g = h * kind.kv_heads // kind.q_heads
@@ -169,7 +207,7 @@ def want(case: Case) -> Array:
                 s = kind.cap * np.tanh(s / kind.cap) if kind.cap else s
                 s = np.append(s, case.sinks[h]) if kind.sinks else s
                 p = np.exp(s - s.max())
-                line.append((p / p.sum())[: end - seen.start] @ v[seen, g].astype(np.float64))
+                line.append((p / p.sum())[: len(seen)] @ v[seen, g].astype(np.float64))
             out.append(np.stack(line))
     return np.stack(out) if out else np.zeros((0, kind.q_heads, kind.head))
 

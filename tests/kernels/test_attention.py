@@ -14,7 +14,7 @@ import pytest
 
 from kernels_pallas import attention as ours
 from kernels_pallas import kv_write
-from kernels_pallas.blocks import Blocks
+from kernels_pallas.blocks import TREE, Blocks
 from kernels_pallas.chip import Chip
 from tests.kernels.cases import (
     ENTRIES,
@@ -26,6 +26,7 @@ from tests.kernels.cases import (
     Case,
     Kind,
     Row,
+    draw_trees,
     make,
     races,
     want,
@@ -46,7 +47,7 @@ def program(kind: Kind) -> Any:
 def call(
     module: ModuleType, kind: Kind, q: Any, lines: Any, tiles: Any, total: Any, *rest: Any, blocks: Blocks = BLOCKS
 ) -> Any:
-    table, base, at, sinks, scales = rest
+    table, base, at, sinks, scales, *tree = rest
     return module.attention(
         q,
         lines,
@@ -56,6 +57,7 @@ def call(
         at,
         sinks if kind.sinks else None,
         scales if kind.scaled else None,
+        module.Tree(*tree) if tree else None,
         kv_heads=kind.kv_heads,
         scale=kind.head**-0.5,
         window=kind.window,
@@ -98,6 +100,38 @@ def test_attention_is_the_reference_more_often(name: str, seed: int) -> None:
     test_attention_is_the_reference(name, seed)
 
 
+def with_trees(kind: Kind, seed: int, rows: list[Row] | None = None) -> Case:
+    """A case with trees among its rows."""
+    rows = rows or draw_trees(np.random.default_rng(1000 + seed))
+    return make(kind, seed, BLOCKS.queries[-1], rows, TOKENS + TREE, BLOCKS.small)
+
+
+@pytest.mark.parametrize(("name", "seed"), [(name, 0) for name in ("grouped", "window, sinks", "int8")])
+def test_guesses_as_trees_see_whom_they_follow(name: str, seed: int) -> None:
+    case = with_trees(KINDS[name], seed)
+    assert any(len(row.parents) > 28 for row in case.rows)
+    assert worst(case, program(case.kind)(*given(case), *case.tree)) < limit(case.kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 110))
+@pytest.mark.parametrize("name", KINDS)
+def test_guesses_as_trees_see_whom_they_follow_more_often(name: str, seed: int) -> None:
+    test_guesses_as_trees_see_whom_they_follow(name, seed)
+
+
+@pytest.mark.parametrize("bit", [None, 19, 52], ids=["right", "whom it follows is not seen", "a sibling is seen"])
+def test_a_wrong_bit_of_a_tree_is_caught(bit: int | None) -> None:
+    """Of a tree of two branches around a page's edge, its last token."""
+    kind, parents = KINDS["float32"], tuple(max(0, i - 2) for i in range(1, TREE))
+    case = with_trees(kind, 3, [Row(1, 40), Row(TREE, 3 * PAGE - 1, parents), *[Row(0, 0)] * 4])
+    root, stands, bits = case.tree
+    if bit is not None:
+        assert bool(bits[bit // 32, TREE] >> bit % 32 & 1) == (bit == 19)
+        bits[bit // 32, TREE] ^= 1 << bit % 32
+    assert (worst(case, program(kind)(*given(case), root, stands, bits)) < limit(kind)) == (bit is None)
+
+
 def test_no_rows_and_the_edges_of_pages() -> None:
     kind = KINDS["float32"]
     edges = [Row(0, 40), Row(1, PAGE - 1), Row(1, PAGE), Row(4, 127), Row(9, 128), Row(1, 0)]
@@ -113,10 +147,13 @@ FAULTS = {
     "page off by one": ("source = r.table[entry + p] + r.at[0]", "source = r.table[entry + p + 1] + r.at[0]"),
     "what nobody sees is not cleared": ("_clear(form, r, i, b, half)\n", "pass\n"),
     "a query does not see itself": ("seen = key <= query", "seen = key < query"),
+    "a guess sees none of its tree": ("seen &= (bit < 0) |", "seen &= (bit < 0) &"),
+    "the words of a tree are taken for each other": ("jnp.where(bit < 32, low", "jnp.where(bit >= 32, low"),
     "a query of a large tile does not see itself": ("seen = last >= key", "seen = last > key"),
     "weights of one product meet another's values": ("r.values[1, u],\n", "r.values[0, u],\n"),
     "what a tile left in the pipeline goes to the next": ("        reset(form, r, u)\n", "        pass\n"),
 }
+TREES = list(FAULTS)[6:8]
 LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
 
 
@@ -125,16 +162,18 @@ def test_a_planted_fault_is_caught(fault: str) -> None:
     from tests.kernels.cases import planted
 
     place, above = list(FAULTS).index(fault), ["kernels_pallas.ragged", "kernels_pallas.attention"]
-    large = place > 5
+    large = place > 7
     module = "kernels_pallas.large" if large else "kernels_pallas.softmax" if place > 4 else above.pop(0)
-    case = make(KINDS["grouped" if large else "float32"], 5, BLOCKS.queries[-1], LONG)
+    kind = KINDS["grouped" if large else "float32"]
+    case = make(kind, 5, BLOCKS.queries[-1], LONG) if fault not in TREES else with_trees(kind, 5)
     with planted(module, *FAULTS[fault], *above) as broken:
         assert caught(case, broken, replace(BLOCKS, queries=ONE.queries, apart=False) if large else ONE)
 
 
 def caught(case: Case, broken: ModuleType, blocks: Blocks) -> bool:
+    tree = case.tree if any(row.parents for row in case.rows) else ()
     try:
-        return worst(case, call(broken, case.kind, *given(case), blocks=blocks)) > limit(case.kind)
+        return worst(case, call(broken, case.kind, *given(case), *tree, blocks=blocks)) > limit(case.kind)
     except (IndexError, jax.errors.JaxRuntimeError) as error:  # a page that isn't there
         return "out of bounds" in str(error) or "Out-of-bounds" in str(error)
 
@@ -224,7 +263,8 @@ def test_a_planted_fault_in_writing_is_caught(old: str, new: str) -> None:
         ({"page": 8}, "pages of 8"),
         ({"kv_heads": 5}, "5 kv heads"),
         ({"rows": 256, "entries": 8192}, "SMEM"),
-        ({"drafts": "tree"}, "tree"),
+        ({"tree": 65}, "trees of 65 tokens are not built, the most is 64"),
+        ({"tree": 64, "tokens": 1 << 16}, "trees of 65536 tokens"),
         ({"kv_heads": 32, "head": 512}, "VMEM"),
     ],
 )

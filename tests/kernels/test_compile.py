@@ -22,6 +22,7 @@ SHAPES = {
     "one of eight devices": (16, 4, 1, 128, "bfloat16", None),
     "int8": (8, 8, 2, 64, "int8", None),
     "fp8": (8, 8, 2, 128, "float8_e4m3fn", None),
+    "tree, window, int8": (16, 8, 2, 64, "int8", 40),
 }
 """Tokens, q heads, kv heads, head, dtype of the cache, window."""
 
@@ -47,10 +48,10 @@ def compile_all(chip: str, names: list[str]) -> dict[str, Any]:
         small = jnp.dtype(dtype).itemsize == 1
 
         def step(
-            q: Any, lines: Any, cache: Any, tiles: Any, spots: Any, *rest: Any, scales: Any = None, attend: Any = attend
+            q: Any, lines: Any, cache: Any, tiles: Any, spots: Any, *rest: Any, attend: Any = attend, **more: Any
         ) -> Any:
             cache = kv_write.write(lines, cache, spots, rest[-1])
-            return attend(q, cache, tiles, *rest, None, scales), cache
+            return attend(q, cache, tiles, *rest, **more), cache
 
         line, many, one = kv_heads * 2 * head, of(tokens), of()
         asks = "bfloat16" if small else dtype
@@ -67,6 +68,7 @@ def compile_all(chip: str, names: list[str]) -> dict[str, Any]:
                     of(16),
                     one,
                     scales=of(2, kv_heads, kind=jnp.float32) if small else None,
+                    tree=attention.Tree(of(16), many, of(2, tokens)) if "tree" in name else None,
                 )
                 .compile()
             )

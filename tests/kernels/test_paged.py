@@ -43,7 +43,8 @@ def step(draw: np.random.Generator, window: int | None, size: int) -> tuple[Batc
         tile_count=jnp.int32(len(planned)),
     )
     table = draw.permutation(ROWS * WIDTH).reshape(ROWS, WIDTH).astype(np.int32)
-    limits = SimpleNamespace(groups=(SimpleNamespace(page=size),), max_row_pages=(WIDTH,), pages=(ROWS * WIDTH,))
+    group = SimpleNamespace(page=size, window=window or 0)
+    limits = SimpleNamespace(groups=(group,), max_row_pages=(WIDTH,), pages=(ROWS * WIDTH,))
     return batch, jnp.asarray(before), State(None, None, jnp.asarray(table)), limits
 
 
@@ -80,3 +81,72 @@ def test_a_layer_by_the_kernels_is_the_layer_in_plain_xla(seed: int, window: int
     assert np.abs(np.asarray(got[0] - want[0])[real]).max() < 1e-5
     assert not np.asarray(got[0])[~real].any()
     assert np.array_equal(*(np.asarray(x[1]).view(np.uint8) for x in (got, want)))
+
+
+def guess(draw: np.random.Generator, batch: Batch) -> Any:
+    """Parents of random trees, after a chain of a few tokens; one row is none."""
+    parents = np.full(TOKENS, -1, np.int32)
+    for first, length in list(zip(batch.first.tolist(), batch.length.tolist(), strict=True))[:-3]:
+        for i in range(1 + min(length // 4, 2), length):
+            parents[first + i] = draw.integers(max(0, i - 3), i)
+    return parents
+
+
+def exact(a: Attention, q: Any, sinks: Any, cache: Any, batch: Batch, before: Any, table: Any, parents: Any) -> Any:
+    """Attention over the cache as it was left, in float64: of each real token, and where it stands."""
+    out, stands = np.zeros(q.shape), np.zeros(TOKENS, int)
+    q, cache, base, size = np.float64(q), np.float64(cache)[ROWS * WIDTH :], np.asarray(batch.base[0]), cache.shape[1]
+    for t in range(int(batch.real.sum())):
+        r = int(batch.row[t])
+        first, length = int(batch.first[r]), int(before[r])
+        path = [t - first]
+        while path[-1]:
+            follows = parents[first + path[-1]]
+            path.append(follows if follows >= 0 else path[-1] - 1)
+        stands[t] = length + len(path) - 1
+        seen = np.array([*range(length), *(length + j for j in path[::-1])])[-(a.window or 0) :]
+        lines = cache[table[r, (seen - base[r]) // size], seen % size].reshape(len(seen), a.kv_heads, 2, a.head_dim)
+        for h in range(a.q_heads):
+            k, v = lines[:, h * a.kv_heads // a.q_heads].transpose(1, 0, 2)
+            s = np.append(a.cap * np.tanh(k @ q[t, h] * a.scale / a.cap), float(sinks[h]))
+            p = np.exp(s - s.max())
+            out[t, h] = (p / p.sum())[:-1] @ v
+    return out, stands
+
+
+@pytest.mark.parametrize(("seed", "window"), [(5, None), (7, 5)])
+def test_guesses_as_trees(seed: int, window: int | None) -> None:
+    """From parents on, by the kernels and in plain XLA, trees and other rows in one step."""
+    draw = np.random.default_rng(seed)
+    batch, before, state, limits = step(draw, window, 16)
+    a = Attention(q_heads=4, kv_heads=2, head_dim=64, rope=None, scale=0.125, window=window, cap=20.0, sinks=True)
+    config: Any = SimpleNamespace(platform="tpu", cache_dtype="float32", mesh=MeshSpec())
+    shape: Any = SimpleNamespace(tile=TILE, tiles=len(batch.tiles), tokens=TOKENS)
+    position = before[batch.row] + jnp.arange(TOKENS) - batch.first[batch.row]
+    q, k, v = (jnp.asarray(draw.normal(size=(TOKENS, h, 64)), jnp.float32) for h in (4, 2, 2))
+    cache = jnp.asarray(draw.normal(size=(2 * ROWS * WIDTH, 16, 2 * 2 * 64)), jnp.float32)
+    sinks, parents = jnp.asarray(draw.normal(size=4), jnp.float32), guess(draw, batch)
+    groups = attend.locate(batch, state, position, limits)
+    view = attend.look(batch, before, position, groups, shape, config, jnp.asarray(parents))
+    plain = attend.plain(a, q, k, v, sinks, cache, 1, view.groups[0], view)
+    with pltpu.force_tpu_interpret_mode(INTERPRET):
+        paged = jax.block_until_ready(attend.paged(a, q, k, v, sinks, cache, 1, view.groups[0], view))
+    assert not races()
+    right, stands = exact(a, q, sinks, plain[1], batch, before, np.asarray(state.tables), parents)
+    real = np.asarray(batch.real)
+    assert np.array_equal(np.asarray(view.position)[real], stands[real])
+    for got in (plain, paged):
+        assert np.abs(np.asarray(got[0]) - right)[real].max() < 1e-5
+
+
+def test_trees_are_refused_by_name_where_no_kernel_sees_them() -> None:
+    a = Attention(q_heads=4, kv_heads=2, head_dim=64, rope=None, scale=0.125)
+    config: Any = SimpleNamespace(
+        platform="gpu", dtype="bfloat16", cache_dtype="bfloat16", mesh=MeshSpec(), page=16, max_rows=8, max_len=512
+    )
+    assert "guesses as trees are not built" in attend.choose(a, config, tree=8)[1]
+    config.platform, config.max_tokens = "tpu", 512
+    assert attend.choose(a, config, tree=64)[0] is attend.paged
+    kernel, why = attend.choose(a, config, tree=65)
+    assert kernel is attend.plain
+    assert "trees of 65 tokens are not built, the most is 64" in why
