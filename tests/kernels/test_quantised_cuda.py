@@ -60,7 +60,7 @@ def compiled(kernel: Any, target: str, types: dict[str, str], constants: dict[st
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in ("inner", "w_stride", "many")
+        if signature[name].startswith("*") or (name in ("inner", "w_stride", "many") and name not in constants)
     }
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=on, options=options)
