@@ -138,7 +138,8 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     used = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
     row["vmem"] = max(map(int, re.findall(used, compiled.as_text())), default=0)
     row["temp"] = compiled.memory_analysis().temp_size_in_bytes
-    text = max(folder.glob(f"*{case.kernel and f'{case.kernel}*'}[0-9]-final_bundles.txt"), key=lambda f: f.stat().st_size).read_text()
+    dump = f"*{case.kernel}*[0-9]-final_bundles.txt" if case.kernel else "*[0-9]-final_bundles.txt"
+    text = max(folder.glob(dump), key=lambda f: f.stat().st_size).read_text()
     found = [loop for loop in loops(text) if loop.depth]
     row["bundles"] = sum(1 for line in text.splitlines() if re.match(r"\s*0x", line))
     row["spills"] = len(re.findall(r"vst[^;]*_spill", text))
