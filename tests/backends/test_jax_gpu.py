@@ -25,7 +25,7 @@ from engine.model.weights import RandomWeights
 def test_its_attention_gives_the_tokens_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a window; rows of one token and of many in one step, chunks, a small bucket and a large one."""
     kernel = partial(attend_gpu.paged, interpret=True)
-    monkeypatch.setattr(attend, "choose", lambda a, config: (kernel, "interpreted"))
+    monkeypatch.setattr(attend, "choose", lambda a, config, tree=0: (kernel, "interpreted"))
     spec: ModelSpec = replace(SPEC, layers=SPEC.layers[1:])
     backend = JaxBackend(spec, config("jax", max_tokens=33, token_buckets=(1, 33), pages=(64,)))
     reference = ReferenceBackend(spec, config("reference", max_tokens=33, pages=(64,)))
