@@ -41,13 +41,13 @@ def test_the_demo_model_on_a_gpu_that_is_not_here(
     assert {"norm", "gated", "rope_write", "row", "largest", "look", "settle", "tree"} <= {
         k["case"].split()[0] for k in made["kernels"]
     }
-    assert len(made["kernels"]) == 22
+    assert len(made["kernels"]) == 26
     for kernel in made["kernels"]:
         assert kernel["compile_s"] >= 0
         assert 0 <= kernel["shared"] <= 1 << 16
         assert kernel["registers"] > 0
         assert kernel["spilled"] == 0
-    assert "22 kernels, 0 failed, 0 spill" in capsys.readouterr().out
+    assert "26 kernels, 0 failed, 0 spill" in capsys.readouterr().out
 
     monkeypatch.setattr(build, "build", lambda case, arch: {"case": case.name, "arch": arch, "error": "too large"})
     assert call(monkeypatch, *command, "--json") == 1
@@ -74,13 +74,11 @@ def test_explain_says_what_a_gpu_would_decide(
     assert said["platform"]["why"] == f"1 x {card}, by its data sheet), {memory * 1e9 / 2**30:.1f} GiB free"
     assert 0.8 * memory * 1e9 < made["memory"]["total"] < 0.9 * memory * 1e9
     arch = target.split(":")[1]
-    assert made["layers"] == [
-        {
-            "layers": [0, 31],
-            "kernel": f"Triton over pages on {arch}, head 128, bfloat16 cache, shared prefixes once for all rows where "
-            "it pays",
-        }
-    ]
+    (layers,) = made["layers"]
+    assert layers["layers"] == [0, 31]
+    assert layers["kernel"].startswith(f"Triton over pages on {arch}, head 128, bfloat16 cache, ")
+    assert layers["kernel"].endswith(", shared prefixes once for all rows where it pays")
+    assert ("Hopper" in layers["kernel"]) == (arch == "sm_90")
 
 
 def test_explain_of_a_gpu_tells_what_a_mesh_and_jax_would_do(
