@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels_cuda.attention import arch_of
-from kernels_cuda.quantised_matmul import _widen
+from kernels_cuda.quantised_matmul import widen
 from kernels_cuda.route import Plan
 
 By: TypeAlias = Literal["row", "block"]
@@ -176,7 +176,7 @@ def _add(
         raw = tl.load(w + line[:, None] + k[None, :])
     else:
         raw = tl.load(w + line[:, None] + k[None, :], mask=(k < inner)[None, :], other=0)
-    wide = raw.to(WIDE) if KIND == "plain" else _widen(raw, KIND).to(WIDE)
+    wide = raw.to(WIDE) if KIND == "plain" else widen(raw, KIND).to(WIDE)
     if SCALED == "block":
         down, across = (columns + 127) // 128, (inner + 127) // 128
         by = tl.load(scale + (e * down + first // 128) * across + begin // 128)

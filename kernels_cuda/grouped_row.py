@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels_cuda.grouped_matmul import Matrices, _act, kind_of, pointers
-from kernels_cuda.quantised_matmul import _widen
+from kernels_cuda.quantised_matmul import widen
 from kernels_cuda.route import Plan
 
 READ = 8192
@@ -60,7 +60,7 @@ def summed(h: torch.Tensor, down: Matrices, share: torch.Tensor, plan: Plan) -> 
 def _numbers(at, scale, e, n, k, inside, columns, inner, KIND: tl.constexpr, SCALED: tl.constexpr):
     """Numbers of a matrix in float32, times the scales of their blocks. e, n, k: expert, row and column of each."""
     raw = tl.load(at, mask=inside, other=0)
-    wide = raw.to(tl.float32) if KIND == "plain" else _widen(raw, KIND)
+    wide = raw.to(tl.float32) if KIND == "plain" else widen(raw, KIND)
     if SCALED == "block":
         down, across = (columns + 127) // 128, (inner + 127) // 128
         wide *= tl.load(scale + (e * down + n // 128) * across + k // 128, mask=inside, other=0.0)

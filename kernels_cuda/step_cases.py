@@ -56,7 +56,7 @@ def step(
     types = dict.fromkeys(names, whole) | dict.fromkeys(("first32", "start32", "base32", "table32"), "*i32")
     types |= dict.fromkeys(("rows", "tokens_", "across"), "i32")
     constants = {"width": 512, "PAGE": 16, "FIRST": True}
-    yield Case("look", "begin", "_look", types, constants, {"num_warps": 4})
+    yield Case("places", "begin", "_look", types, constants, {"num_warps": 4})
 
     for act in (0, 1):
         some, chunk, warps = row.shape(ffn, hidden, dtype.itemsize, bool(act))
