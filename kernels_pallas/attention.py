@@ -207,14 +207,15 @@ def attention(
 
 
 def _small(form: Form, kind: Any) -> list[Any]:
-    """Buffers of tiles that are not large: queries, peaks, sums, outputs."""
+    """Buffers of tiles that are not large, in the order of Refs."""
     rows, depth = (
         max([n * form.rows for n in form.blocks.queries if not form.large(n)], default=8),
         form.fold * form.lanes,
     )
     stat = pltpu.VMEM((form.products, rows, LANES), jnp.float32)
     out = pltpu.VMEM((form.products, rows, depth), jnp.float32)
-    return [pltpu.VMEM((form.products, rows, depth), kind), stat, stat, out]
+    scores = pltpu.VMEM((rows, form.blocks.keys), jnp.float32)
+    return [pltpu.VMEM((form.products, rows, depth), kind), stat, stat, out, stat, scores, scores]
 
 
 def _large(form: Form, kind: Any) -> list[Any]:

@@ -36,7 +36,7 @@ LARGE = {"v5e": 64, "v5p": 64, "v6e": 64, "7x": 64, "interpreted": 8}
 """Chip -> queries of a tile of a prompt."""
 KEYS = {"v5e": 512, "v5p": 512, "v6e": 512, "7x": 512, "interpreted": 128}
 """Chip -> keys of a block, before it is cut to fit."""
-STEPS = {"v5e": (512, 2, True), "v5p": (512, 2, True), "v6e": (512, 2, False), "7x": (256, 4, False)}
+STEPS = {"v5e": (512, 2, True), "v5p": (512, 2, True), "v6e": (512, 4, False), "7x": (256, 4, False)}
 """Chip -> step, ahead and apart of its blocks: those that spill no registers."""
 LEAST = 128
 """Keys of the smallest block: the lanes of a register."""

@@ -107,9 +107,12 @@ class Refs(NamedTuple):
     """What the kernel reads and writes. Of each row of a query, heads holds its sink and the scales of its keys and its
     values. Buffers of copies have two halves; done: semaphores of (queries, keys, output).
 
-    query, top, sum, acc: of all tiles but large ones, which have asks to last. For each piece queries, peaks, sums and
-    outputs; for each place of the pipeline scores, weights, values (two turns') and stats; and last, of each row its
-    query in the tile, less the sublane. Rows are across in all of these but asks.
+    query to score: of all tiles but large ones. fade: what a new peak makes of sums and outputs; sum: of each lane;
+    seen: what to add to scores.
+
+    asks to last: of large tiles. For each piece queries, peaks, sums and outputs; for each place of the pipeline
+    scores, weights, values (two turns') and stats; and last, of each row its query in the tile, less the sublane. Rows
+    are across in all of these but asks.
 
     Where rows may be trees, root, stands and bits are as attention.Tree has them, and node holds of each row of a small
     tile its two words of bits and its position; elsewhere they are None.
@@ -137,6 +140,9 @@ class Refs(NamedTuple):
     top: Any
     sum: Any
     acc: Any
+    fade: Any
+    seen: Any
+    score: Any
     asks: Any
     tops: Any
     sums: Any

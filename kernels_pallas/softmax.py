@@ -43,7 +43,7 @@ def begin(form: Form, r: Refs, i: Array, size: int) -> None:
         blocks = [jnp.where(head == k, x, 0) for k in range(form.fold)] if form.fold > 1 else [x]
         r.query[j, :many, :] = jnp.concatenate(blocks, axis=1).astype(r.query.dtype)
         r.top[j, :many, :] = top
-    r.sum[:, :many, :] = jnp.ones((form.products, many, LANES), jnp.float32)
+    r.sum[:, :many, :] = jnp.full((form.products, many, LANES), 1 / LANES, jnp.float32)
     r.acc[:, :many, :] = jnp.zeros((form.products, many, r.acc.shape[2]), jnp.float32)
     if form.tree:
         _nodes(form, r, i, size)
@@ -59,31 +59,47 @@ def _nodes(form: Form, r: Refs, i: Array, size: int) -> None:
 
 
 def attend(form: Form, r: Refs, i: Array, b: Array, half: Array, size: int) -> None:
-    """One block of keys of tile i."""
-    for j in range(form.products):
-        _small(form, r, i, b, half, Part(j, size * form.rows, j * form.fold, form.fold))
+    """One block of keys of tile i. What a product asked is weighed before the next one asks: few registers are live."""
+    parts = [Part(j, size * form.rows, j * form.fold, form.fold) for j in range(form.products)]
+    _see(form, r, i, b, size * form.rows)
+    for part in parts:
+        if part.j:
+            _give(form, r, half, parts[part.j - 1])
+        _ask(form, r, half, part)
+    _give(form, r, half, parts[-1])
 
 
-def _small(form: Form, r: Refs, i: Array, b: Array, half: Array, part: Part) -> None:
-    """A product, whose scores registers hold."""
-    keys, shape = form.blocks.keys, (part.many, form.blocks.keys)
+def _see(form: Form, r: Refs, i: Array, b: Array, many: int) -> None:
+    """Put aside what to add to scores: FAR where a query does not see a key."""
+    keys, shape = form.blocks.keys, (many, form.blocks.keys)
     query = r.position[i] + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // form.rows
     key = b * keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = key <= query
     if form.tree:
-        low, high, query = (_wide(r.node[n, : part.many, :], keys) for n in range(3))
+        low, high, query = (_wide(r.node[n, :many, :], keys) for n in range(3))
         bit = key - r.root[r.row[i]]
         word = jax.lax.shift_right_logical(jnp.where(bit < 32, low, high), bit & 31)
         seen &= (bit < 0) | (word & 1 != 0)
     if form.window:
         seen &= key > query - form.window
-    s = jnp.where(seen, _scores(form, r, half, part, 0, keys), FAR)
-    # where a query saw nothing yet, top is FAR and p is 1: the first real score fades that to nothing
+    r.seen[:many, :] = jnp.where(seen, 0.0, FAR)
+
+
+def _ask(form: Form, r: Refs, half: Array, part: Part) -> None:
+    """Put aside the scores of a product, and what their peak makes of sums and outputs."""
+    s = _scores(form, r, half, part, 0, form.blocks.keys) + r.seen[: part.many, :]
     top = r.top[part.rows]
-    peak = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
-    p, fade = jnp.exp2(s - _wide(peak, keys)), jnp.exp2(top - peak)
-    r.top[part.rows] = peak
-    r.sum[part.rows] = r.sum[part.rows] * fade + jnp.sum(p, axis=1, keepdims=True)
+    r.score[: part.many, :] = s
+    r.top[part.rows] = peak = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
+    r.fade[part.rows] = jnp.exp2(top - peak)
+
+
+def _give(form: Form, r: Refs, half: Array, part: Part) -> None:
+    """Weigh what a product asked, and add its values."""
+    keys, fade = form.blocks.keys, r.fade[part.rows]
+    # where a query saw nothing yet, the peak is FAR and p is 1: the first real score fades that to nothing
+    p = jnp.exp2(r.score[: part.many, :] - _wide(r.top[part.rows], keys))
+    r.sum[part.rows] = r.sum[part.rows] * fade + sum(p[:, n : n + LANES] for n in range(0, keys, LANES))
     o = _values(form, r, half, part, p, 0)
     r.acc[*part.rows, : o.shape[1]] = r.acc[*part.rows, : o.shape[1]] * _wide(fade, o.shape[1]) + o
 
@@ -148,7 +164,7 @@ def finish(form: Form, r: Refs, half: Array, size: int) -> None:
         o = acc[:, :wide]
         for k in range(1, form.fold):
             o = jnp.where(head == k, acc[:, k * wide : (k + 1) * wide], o)
-        o = o / _wide(r.sum[j, :many, :], wide)
+        o = o / jnp.sum(r.sum[j, :many, :], axis=1, keepdims=True)
         if form.scaled:
             o *= _wide(_each(form, r, 2, j, size), wide)
         r.made[half, :size, j * rows : (j + 1) * rows, :] = o.reshape(size, rows, wide).astype(r.made.dtype)

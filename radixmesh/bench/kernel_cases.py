@@ -25,8 +25,8 @@ GUESSED = 8
 """Tokens that a row feeds as a tree: one tile."""
 LINE = 2 * KV_HEADS * HEAD * 2
 """Bytes of one token in the cache."""
-RANKS = {"decode": 0, "verify tree": 1, "prefill": -1}
-"""Of the loops by length, that of each tile that is used: they are of 1, 8 and 64 queries."""
+RANKS = {"decode": -3, "verify tree": -2, "prefill": -1}
+"""Of the loops by length, that of each tile that is used: they are of 1, 8 and 64 queries; what ends one is shorter."""
 I32, BF16 = jnp.int32, jnp.bfloat16
 
 
