@@ -86,7 +86,7 @@ def limit(kind: Kind) -> float:
     return 2e-2 if kind.asks == "bfloat16" else 1e-5
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", KINDS)
 def test_attention_is_the_reference(name: str, seed: int) -> None:
     case = make(KINDS[name], seed, BLOCKS.queries[-1])
