@@ -13,7 +13,7 @@ from typing import Any
 from engine.config import Resolved
 from engine.errors import ConfigError
 from engine.model.spec import ModelSpec
-from engine.resolve import Device
+from engine.resolve.facts import Device
 from engine.target import MOST, Target, known
 
 NVIDIA, AMD = Path("/dev/nvidiactl"), Path("/dev/kfd")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from math import prod
 
 from engine.errors import ConfigError
-from engine.resolve import Device
+from engine.resolve.facts import Device
+from engine.resolve.memory import GIB
 
-GIB = 1 << 30
 MOST = 0.92
 """Of a device's memory, what a program may take at its peak."""
 

@@ -19,7 +19,9 @@ from engine.config import Config, dotted, keys, load, show
 from engine.errors import ConfigError
 from engine.model.groups import cache_groups
 from engine.model.spec import Attention, Experts, Layer, Mlp, ModelSpec, Rope
-from engine.resolve import Device, plan_memory, resolve
+from engine.resolve import resolve
+from engine.resolve.facts import Device
+from engine.resolve.memory import plan_memory
 from engine.sched.admission import capacity
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "radixmesh.toml"

@@ -32,7 +32,7 @@ from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
 from engine.model.scales import calibrated
 from engine.model.spec import Experts, ModelSpec, eight
 from engine.model.weights import WeightSource
-from engine.resolve import graph_bytes
+from engine.resolve.memory import graph_bytes
 from kernels_cuda.cascade import COST
 from models_torch import experts
 from models_torch.ops import over

@@ -19,7 +19,7 @@ import engine.errors
 from engine.config import Config
 from engine.errors import InvalidRequest, RadixmeshError, StepRefused
 from engine.mesh import MeshSpec
-from engine.resolve import Decision
+from engine.resolve.facts import Decision
 from engine.run.messages import Abort, Flush, Info, Load, Message, News, Submit
 from engine.sched.request import Request
 

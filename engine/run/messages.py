@@ -8,7 +8,7 @@ from typing import TypeAlias
 from backends.api.limits import Limits
 from backends.api.protocol import Status
 from engine.errors import RadixmeshError
-from engine.resolve import Decision
+from engine.resolve.facts import Decision
 from engine.sched.request import Output, Request
 from engine.sched.store import Account
 

@@ -19,7 +19,8 @@ from engine.model.registry import read_spec
 from engine.model.scales import read_largest
 from engine.model.spec import ModelSpec, fit
 from engine.model.weights import RandomWeights, WeightSource
-from engine.resolve import Decision, resolve
+from engine.resolve import resolve
+from engine.resolve.facts import Decision
 from engine.run.messages import Info
 from engine.run.sizes import SizeLog
 from engine.sampling import SamplingParams

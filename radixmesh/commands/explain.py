@@ -38,7 +38,7 @@ def explain(
     """Print every decision with its reason, the memory plan and each layer's kernel. Allocates nothing."""
     from backends.probe import kernels
     from engine.config import load
-    from engine.resolve import plan_memory
+    from engine.resolve.memory import plan_memory
     from engine.run.start import decide
     from engine.target import Target
     from radixmesh.engine import DEMO

@@ -10,7 +10,7 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.model.groups import cache_groups
 from engine.model.spec import ModelSpec
-from engine.resolve import weight_bytes
+from engine.resolve.memory import weight_bytes
 from engine.run.start import Decided
 from engine.target import Target, smallest
 from radixmesh.compile import report, roofline

@@ -15,7 +15,7 @@ from engine.mesh import shard_shape, share
 from engine.model.groups import ITEMSIZE
 from engine.model.params import params
 from engine.model.spec import Experts, ModelSpec
-from engine.resolve import local_groups
+from engine.resolve.memory import local_groups
 from engine.target import Chip
 
 

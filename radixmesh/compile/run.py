@@ -19,7 +19,10 @@ from engine.errors import BackendLost, ConfigError
 from engine.mesh import MeshSpec
 from engine.model.registry import read_spec
 from engine.model.spec import ModelSpec, fit
-from engine.resolve import SHARE, Device, local_groups, resolve, weight_bytes
+from engine.resolve import resolve
+from engine.resolve.cache import SHARE
+from engine.resolve.facts import Device
+from engine.resolve.memory import local_groups, weight_bytes
 from engine.run import wire
 from engine.run.start import Decided
 from engine.target import GIB, GPUS, Target, smallest

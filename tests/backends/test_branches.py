@@ -26,7 +26,8 @@ from engine.errors import ConfigError
 from engine.model.checkpoint import Checkpoint
 from engine.model.groups import cache_groups
 from engine.model.registry import read_spec
-from engine.resolve import Device, resolve
+from engine.resolve import resolve
+from engine.resolve.facts import Device
 from engine.run.loop import Loop
 from engine.run.messages import Submit
 from engine.sampling import SamplingParams

@@ -28,7 +28,7 @@ from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError
 from engine.mesh import MeshSpec
 from engine.model.params import params
 from engine.model.spec import ModelSpec
-from engine.resolve import count_bytes
+from engine.resolve.memory import count_bytes
 
 FLAT: ModelSpec = replace(SPEC, layers=SPEC.layers[:1])
 DEEP: ModelSpec = replace(

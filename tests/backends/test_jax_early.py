@@ -20,7 +20,8 @@ from backends.jax.backend import JaxBackend
 from backends.jax.warmup import Programs
 from backends.reference.backend import ReferenceBackend
 from engine.config import load
-from engine.resolve import Device, resolve
+from engine.resolve import resolve
+from engine.resolve.facts import Device
 from radixmesh import Engine
 from tests.plain import ids as ids_of
 from tests.plain import plain

@@ -27,7 +27,9 @@ from backends.torch.params import held
 from engine.config import load
 from engine.errors import DeviceFailed
 from engine.model.spec import Experts
-from engine.resolve import Device, plan_memory, resolve
+from engine.resolve import resolve
+from engine.resolve.facts import Device
+from engine.resolve.memory import plan_memory
 from models_torch.ops import Joined
 
 DRAWN = [

@@ -24,7 +24,8 @@ from engine.model.registry import FAMILIES, read_spec
 from engine.model.rules import origins
 from engine.model.spec import fit
 from engine.model.weights import WeightSource
-from engine.resolve import plan_memory, resolve
+from engine.resolve import resolve
+from engine.resolve.memory import plan_memory
 from radixmesh.parity.compare import Verdict, compare
 from radixmesh.parity.readings import Reading, read_backend, read_oracle
 from tests.parity import meshed

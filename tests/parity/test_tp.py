@@ -19,7 +19,7 @@ from engine.config import load
 from engine.errors import BackendLost, ConfigError
 from engine.model.registry import read_spec
 from engine.model.spec import fit
-from engine.resolve import plan_memory
+from engine.resolve.memory import plan_memory
 from engine.run.start import decide
 from radixmesh import Engine
 from radixmesh.parity.compare import compare

@@ -19,7 +19,7 @@ from engine.config import Config, load
 from engine.errors import InvalidRequest, RadixmeshError, StepRefused
 from engine.mesh import MeshSpec
 from engine.model.groups import CacheGroup
-from engine.resolve import Decision
+from engine.resolve.facts import Decision
 from engine.run import ipc
 from engine.run.messages import Abort, Flush, Info, News, Stats, Submit
 from engine.sampling import SamplingParams

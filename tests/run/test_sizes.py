@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import load
 from engine.errors import ConfigError
-from engine.resolve import STEP
+from engine.resolve.steps import STEP
 from engine.run.sizes import Traffic, read, suggest
 from radixmesh import Engine, cli
 
