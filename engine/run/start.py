@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backends import open_backend, several
+from backends.api.limits import Limits
 from backends.api.protocol import Backend
 from backends.probe import probe
 from engine.config import Config, Resolved
@@ -104,39 +106,27 @@ def start(
 
     tokenizer: finds stop strings; queue, queue_tokens: bounds of what waits (Scheduler); stage: told as each begins.
     """
-    stages: list[tuple[str, float]] = []
+    took: list[tuple[str, float]] = []
 
-    def timed(name: str, then: float) -> float:
-        now = time.monotonic()
-        stages.append((name, now - then))
-        return now
+    @contextmanager
+    def staged(name: str) -> Iterator[None]:
+        stage(name)
+        begin = time.monotonic()
+        yield
+        took.append((name, time.monotonic() - begin))
 
-    clock = time.monotonic()
-    stage("device")
-    backend = open_device(decided)
+    with staged("device"):
+        backend = open_device(decided)
     limits = backend.limits  # warmup may leave them smaller for a while
     try:
         room = capacity(limits)
         sizes = SizeLog(decided.resolved.log, limits.token_buckets) if decided.resolved.log else None
-        clock = timed("device", clock)
-        stage("weights")
-        backend.load(decided.source())
-        clock = timed("weights", clock)
-        stage("programs")
-        backend.warmup()
-        timed("programs", clock)
-        stages += [(f"programs.{name}", seconds) for name, seconds in backend.status().stages.items()]
-        scheduler = Scheduler(
-            backend.limits,
-            policy=decided.resolved.policy,
-            priority_preemption=decided.resolved.priority_preemption,
-            ageing=decided.resolved.ageing,
-            radix=decided.resolved.radix,
-            queue=queue,
-            queue_tokens=queue_tokens,
-            eviction=decided.resolved.eviction,
-            events=bool(decided.resolved.events),
-        )
+        with staged("weights"):
+            backend.load(decided.source())
+        with staged("programs"):
+            backend.warmup()
+        took += [(f"programs.{name}", seconds) for name, seconds in backend.status().stages.items()]
+        scheduler = _scheduler(decided.resolved, backend.limits, queue, queue_tokens)
         publisher = _publisher(decided.resolved)
     except BaseException:
         backend.close()
@@ -150,24 +140,39 @@ def start(
         room=room,
         eos=tuple(sorted(set(ids))),
         status=backend.status(),
-        stages=tuple(stages),
+        stages=tuple(took),
         decisions=decided.decisions,
     )
-
-    def stopper(params: SamplingParams) -> Stopper | None:
-        if tokenizer is None or not params.stop:
-            return None
-        return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
-
     return Started(
         scheduler=scheduler,
         backend=backend,
         info=info,
-        stopper=stopper,
+        stopper=partial(_stopper, tokenizer),
         weights=partial(other_weights, decided),
         publisher=publisher,
         sizes=sizes,
     )
+
+
+def _scheduler(resolved: Resolved, limits: Limits, queue: int | None, queue_tokens: int | None) -> Scheduler:
+    return Scheduler(
+        limits,
+        policy=resolved.policy,
+        priority_preemption=resolved.priority_preemption,
+        ageing=resolved.ageing,
+        radix=resolved.radix,
+        queue=queue,
+        queue_tokens=queue_tokens,
+        eviction=resolved.eviction,
+        events=bool(resolved.events),
+    )
+
+
+def _stopper(tokenizer: Tokenizer | None, params: SamplingParams) -> Stopper | None:
+    """What finds the stop strings of a request, if it has any."""
+    if tokenizer is None or not params.stop:
+        return None
+    return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
 
 
 def _publisher(resolved: Resolved) -> Publisher | None:
