@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.api.check import check_masks, check_step
+from backends.api.check import check_step
 from backends.api.limits import Limits
 from backends.api.protocol import Backend, Status
 from backends.api.step import (
@@ -30,6 +30,7 @@ from backends.api.step import (
     StepResult,
     Ticket,
 )
+from backends.api.turns import may_collect, may_forward, may_sample
 from engine.config import Resolved
 from engine.errors import DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
@@ -137,7 +138,7 @@ class Tiled:
             token_buckets=(),
         )
         self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
-        self.waiting: Flight | None = None
+        self._waiting: ScheduleStep | None = None
         self.number = 0
 
     def load(self, weights: WeightSource, version: int = 0) -> None:
@@ -150,38 +151,29 @@ class Tiled:
 
     def forward(self, step: ScheduleStep) -> Ticket:
         """Enqueue the tiles of a step, up to the first that waits for a mask."""
-        if self.waiting is not None:
-            raise StepRefused(f"step: step {self.waiting.step.step} was not sampled yet", field="step")
-        if len(self.flights) >= self.limits.depth:
-            raise StepRefused(f"step: {self.limits.depth} steps are out, collect one first", field="step")
-        if step.step in self.flights:
-            raise StepRefused(f"step: step {step.step} is out already", field="step")
+        may_forward(step, True, self._waiting, self.flights, self.limits)
         check_step(step, self.limits)
         flight = Flight(step=step, tiles=cut(step, self._counts(step), self.inner.limits.max_edits, self.tile))
         self._go(flight, None)
-        self.flights[step.step] = self.waiting = flight
+        self.flights[step.step], self._waiting = flight, step
         return step.step
 
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
         """Sample the tile that waits, and enqueue the rest."""
-        now = self.waiting
-        if now is None or now.step.step != ticket:
-            raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
-        check_masks(masks, now.step, self.limits)
-        self.waiting = None
+        may_sample(ticket, self._waiting, masks, self.limits)
+        self._waiting = None
         if masks is not None:
-            self._go(now, masks)
+            self._go(self.flights[ticket], masks)
 
     def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
         """Wait for all tiles of the oldest step. timeout: seconds."""
-        if next(iter(self.flights), None) != ticket or (self.waiting is not None and self.waiting.step.step == ticket):
-            raise StepRefused(f"ticket: {ticket} is not the oldest step that was sampled", field="ticket")
+        may_collect(ticket, self.flights, self._waiting)
         flight, end = self.flights[ticket], time.monotonic() + timeout
         try:
             found = [self.inner.collect(t, max(0.0, end - time.monotonic())) for t in flight.tickets]
         except DeviceFailed:
             self.flights.clear()
-            self.waiting = None
+            self._waiting = None
             raise
         del self.flights[ticket]
         return self._join(flight, found)
@@ -193,7 +185,7 @@ class Tiled:
     def close(self) -> None:
         """Free the device."""
         self.flights.clear()
-        self.waiting = None
+        self._waiting = None
         self.inner.close()
 
     def _counts(self, step: ScheduleStep) -> list[I32]:
@@ -219,7 +211,7 @@ class Tiled:
                 flight.sampled += 1
         except DeviceFailed:
             self.flights.clear()
-            self.waiting = None
+            self._waiting = None
             raise
         except StepRefused as refusal:
             rows = [tile[r].row for r in refusal.rows if r < len(tile)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -11,11 +10,12 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.api.check import check_masks, check_step
+from backends.api.check import check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
 from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, TOKEN, U8, U32, ScheduleStep, StepResult, Ticket
+from backends.api.turns import may_collect, may_forward, may_sample, until
 from backends.jax import bundle, params
 from backends.jax.buckets import ladder, make_shape, pick
 from backends.jax.choosing import (
@@ -31,7 +31,7 @@ from backends.jax.mesh import open_mesh, replicated
 from backends.jax.step import Plan
 from backends.jax.warmup import COPY, COUNT, EDIT, EMPTY, Program, Programs, options, score
 from engine.config import Resolved
-from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
+from engine.errors import BackendLost, ConfigError, DeviceFailed
 from engine.model.scales import calibrated
 from engine.model.spec import ModelSpec, eight
 from engine.model.weights import WeightSource
@@ -120,7 +120,7 @@ class JaxBackend:
 
     def _forward(self, step: ScheduleStep) -> Ticket:
         self._open()
-        self._may_start(step)
+        may_forward(step, self.weights is not None, self.unsampled, self.flights, self.limits)
         limits = self.limits  # a thread may raise them meanwhile
         check_step(step, limits, None if self.packed is None else self.packed.step)
         asks = Asks.of(step)
@@ -166,17 +166,6 @@ class JaxBackend:
         self.flights[step.step], self.unsampled = flight, step
         return step.step
 
-    def _may_start(self, step: ScheduleStep) -> None:
-        """Refuse a forward that comes too early."""
-        if self.weights is None:
-            raise StepRefused("step: no weights are loaded", field="step")
-        if self.unsampled is not None:
-            raise StepRefused(f"step: step {self.unsampled.step} was not sampled yet", field="step")
-        if len(self.flights) >= self.limits.depth:
-            raise StepRefused(f"step: {self.limits.depth} steps are out, collect one first", field="step")
-        if step.step in self.flights:
-            raise StepRefused(f"step: step {step.step} is out already", field="step")
-
     def _count(self, size: int, tokens: int) -> None:
         """One more step of a bucket."""
         steps, asked = self.buckets[size]
@@ -202,10 +191,7 @@ class JaxBackend:
 
     def _sample(self, ticket: Ticket, masks: U32 | None) -> None:
         self._open()
-        step = self.unsampled
-        if step is None or step.step != ticket:
-            raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
-        check_masks(masks, step, self.limits)
+        step = may_sample(ticket, self.unsampled, masks, self.limits)
         if self.flights[ticket].logits is not None:
             try:
                 self.flights[ticket] = self._choose(step, self.flights[ticket], masks)
@@ -241,13 +227,11 @@ class JaxBackend:
     def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
         """Wait for the oldest step. timeout: seconds."""
         self._open()
-        if not self.flights or next(iter(self.flights)) != ticket:
-            raise StepRefused(f"ticket: {ticket} is not the oldest step out", field="ticket")
-        if self.unsampled is not None and self.unsampled.step == ticket:
-            raise StepRefused(f"ticket: {ticket} was not sampled yet", field="ticket")
+        may_collect(ticket, self.flights, self.unsampled)
         flight = self.flights[ticket]
         try:
-            _wait(flight.arrays, timeout)
+            if not until(lambda: all(array.is_ready() for array in flight.arrays), timeout):
+                raise TimeoutError(f"no result after {timeout:g} s")
             with self.programs.served:
                 result = _result(ticket, flight)
         except (jax.errors.JaxRuntimeError, TimeoutError) as error:
@@ -344,16 +328,6 @@ def _result(ticket: Ticket, flight: Flight) -> StepResult:
         prompt_logprobs=prompts,
         taps={name: np.asarray(value)[: flight.tokens] for name, value in flight.taps.items()},
     )
-
-
-def _wait(arrays: list[jax.Array], timeout: float) -> None:
-    """Until all are ready. jax can't wait with a deadline, so this looks again after a part of the time waited."""
-    start = time.monotonic()
-    while not all(array.is_ready() for array in arrays):
-        waited = time.monotonic() - start
-        if waited > timeout:
-            raise TimeoutError(f"no result after {timeout:g} s")
-        time.sleep(min(2e-5 + waited / 32, 1e-3))
 
 
 def _held(tree: Any) -> int:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.api.check import check_masks, check_step
+from backends.api.check import check_step
 from backends.api.choice import score
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Status
 from backends.api.seats import Asks, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
+from backends.api.turns import may_collect, may_forward, may_sample
 from backends.reference.caches import Caches, Row
 from backends.reference.model import forward, logits
 from backends.reference.sampler import Counts, sample
@@ -109,7 +110,7 @@ class ReferenceBackend:
     def forward(self, step: ScheduleStep) -> Ticket:
         """Run the model on a step; tokens are chosen in `sample`."""
         self._open()
-        self._may_start(step)
+        may_forward(step, bool(self.weights), self.fed and self.fed.step, self.out, self.limits)
         check_step(step, self.limits)
         self.seats.check_penalties(step, Asks.of(step))
         rows, tokens = self._rows(step)
@@ -121,18 +122,17 @@ class ReferenceBackend:
     def sample(self, ticket: Ticket, masks: U32 | None = None) -> None:
         """Choose and verify, and move the slots on."""
         self._open()
-        if self.fed is None or self.fed.step.step != ticket:
-            raise StepRefused(f"ticket {ticket} is not waiting to be sampled", field="ticket")
-        check_masks(masks, self.fed.step, self.limits)
-        fed, self.fed = self.fed, None
+        fed = self.fed
+        may_sample(ticket, fed and fed.step, masks, self.limits)
+        assert fed is not None
+        self.fed = None
         result = self._result(fed, masks)
         self.out[ticket] = None if fed.doomed else result
 
     def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
         """The oldest step's result."""
         self._open()
-        if next(iter(self.out), None) != ticket:
-            raise StepRefused(f"ticket {ticket} is not the oldest that was sampled", field="ticket")
+        may_collect(ticket, self.out)
         result = self.out.pop(ticket)
         if result is None:
             self._reset()
@@ -160,17 +160,6 @@ class ReferenceBackend:
     def _open(self) -> None:
         if self.closed:
             raise BackendLost("the reference backend was closed")
-
-    def _may_start(self, step: ScheduleStep) -> None:
-        """Refuse a forward that comes too early."""
-        if not self.weights:
-            raise StepRefused("weights: load comes before the first forward", field="weights")
-        if self.fed is not None:
-            raise StepRefused(f"step: {self.fed.step.step} is forwarded and not sampled", field="step")
-        if len(self.out) >= self.limits.depth:
-            raise StepRefused(f"depth: {self.limits.depth} steps are out", field="depth")
-        if step.step in self.out:
-            raise StepRefused(f"step: {step.step} is out already", field="step")
 
     def _rows(self, step: ScheduleStep) -> tuple[list[Row], I32]:
         """Rows with their lengths, and literal tokens. Refuses rows that go on from nothing."""

@@ -9,26 +9,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from backends.api.build import Host
-from backends.api.check import check_masks, check_step
+from backends.api.check import check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Member, Status
-from backends.api.seats import Asks, Scored, Seats, deal, scored
-from backends.api.step import F32, I32, NONFINITE, OK, TOKEN, U32, Logprobs, ScheduleStep, StepResult, Ticket
+from backends.api.seats import Asks, Scored, Seats, scored
+from backends.api.step import TOKEN, U32, ScheduleStep, StepResult, Ticket
+from backends.api.turns import may_collect, may_forward, may_sample, until
 from backends.torch import attend, caches, joined, mesh, params, step, warmup
 from backends.torch.branches import Layout, layout, pays
 from backends.torch.buckets import Shape, ladder, one
 from backends.torch.choosing import Scores, seat, send_masks, wishes
 from backends.torch.comm import Comm
+from backends.torch.flight import Flight, mark, result
 from backends.torch.graphs import Graph, Graphs, Recorder
 from backends.torch.inputs import Batch, Order, pack
 from backends.torch.late import Late
 from engine.config import Resolved
-from engine.errors import BackendLost, ConfigError, DeviceFailed, StepRefused
+from engine.errors import BackendLost, ConfigError, DeviceFailed
 from engine.model.scales import calibrated
 from engine.model.spec import Experts, ModelSpec, eight
 from engine.model.weights import WeightSource
@@ -36,26 +36,6 @@ from engine.resolve.memory import graph_bytes
 from kernels_cuda.cascade import COST
 from models_torch import experts
 from models_torch.ops import over
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flight:
-    """A step that is out. made: int64[2, O] on the host once `done` has happened; taps likewise.
-
-    asked int32[R]: logprobs of the tokens; scores: those of the rows that ask. wanted: what is scored of prompts;
-    prompts: how.
-    """
-
-    version: int
-    asked: I32
-    order: Order
-    started: Any
-    made: torch.Tensor
-    taps: dict[str, torch.Tensor]
-    scores: Scores | None
-    wanted: Scored | None
-    prompts: Scores | None
-    done: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +151,7 @@ class TorchBackend:
     def forward(self, step_: ScheduleStep) -> Ticket:
         """Enqueue the model; never waits for the device."""
         self._open()
-        self._may_start(step_)
+        may_forward(step_, bool(self.weights), self.waiting and self.waiting.step, self.flights, self.limits)
         check_step(step_, self.limits)
         asks = Asks.of(step_)
         before = self.seats.before(step_, asks)
@@ -180,7 +160,7 @@ class TorchBackend:
         branched = pays(self.layout, step_)
         shape = self._shape(step_, asks, asked, branched)
         with self._device(), self.late.inside(self.ready):
-            started = self._mark()
+            started = mark(self.device)
             if len(step_.copies):
                 self.caches.copy(self.limits, step_.copies)
             if shape is not None and self.graphs is not None:
@@ -235,9 +215,8 @@ class TorchBackend:
         """Choose tokens, and send them on their way to the host."""
         self._open()
         now = self.waiting
-        if now is None or now.step.step != ticket:
-            raise StepRefused(f"ticket: {ticket} is not the last forward, or was sampled already", field="ticket")
-        check_masks(masks, now.step, self.limits)
+        may_sample(ticket, now and now.step, masks, self.limits)
+        assert now is not None
         self.waiting = None
         most = int(now.step.sampling.logprobs.max(initial=0))
         with self._device(), self.late.inside(self.ready):
@@ -259,21 +238,20 @@ class TorchBackend:
                 scores=self._bring_scores(scores),
                 wanted=now.asked,
                 prompts=self._bring_scores(now.fed.prompts),
-                done=self._mark(),
+                done=mark(self.device),
             )
 
     def collect(self, ticket: Ticket, timeout: float = 60.0) -> StepResult:
         """Wait for the oldest step. timeout: seconds."""
         self._open()
-        if next(iter(self.flights), None) != ticket:
-            raise StepRefused(f"ticket: {ticket} is not the oldest step that was sampled", field="ticket")
+        may_collect(ticket, self.flights)
         flight = self.flights[ticket]
         with self._device():
-            if not _wait(flight.done, timeout):
+            if not until(flight.landed, timeout):
                 self._fail(TimeoutError(f"step {ticket} gave no result after {timeout:g} s"))
-            micros = _micros(flight.started, flight.done)
+            micros = flight.micros
         del self.flights[ticket]
-        return _result(ticket, flight, micros)
+        return result(ticket, flight, micros)
 
     def status(self) -> Status:
         """How the backend stands. Programs are the pieces of steps that were captured."""
@@ -303,17 +281,6 @@ class TorchBackend:
     def _open(self) -> None:
         if self.closed:
             raise BackendLost("the torch backend is closed")
-
-    def _may_start(self, step_: ScheduleStep) -> None:
-        """Refuse a forward that comes too early."""
-        if not self.weights:
-            raise StepRefused("weights: load comes before the first forward", field="weights")
-        if self.waiting is not None:
-            raise StepRefused(f"step: step {self.waiting.step.step} was not sampled yet", field="step")
-        if len(self.flights) >= self.limits.depth:
-            raise StepRefused(f"step: {self.limits.depth} steps are out, collect one first", field="step")
-        if step_.step in self.flights:
-            raise StepRefused(f"step: step {step_.step} is out already", field="step")
 
     def _empty(self) -> None:
         """Empty caches, no slot seated, no ticket out."""
@@ -345,14 +312,6 @@ class TorchBackend:
             raise BackendLost(f"the device failed and can't be used again: {again}") from error
         raise DeviceFailed(f"the device failed: {error}") from error
 
-    def _mark(self) -> Any:
-        """A point in the device's time: an event, or on a CPU the clock."""
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def _bring(self, value: torch.Tensor) -> torch.Tensor:
         """Start a copy to the host."""
         if self.device.type == "cpu":
@@ -361,70 +320,3 @@ class TorchBackend:
 
     def _bring_scores(self, scores: Scores | None) -> Scores | None:
         return None if scores is None else Scores(*(self._bring(value) for value in scores))
-
-
-def _wait(done: Any, timeout: float) -> bool:
-    """Whether an event happened before `timeout` seconds were over. torch can't wait with a deadline, so this looks
-    again after a part of the time waited."""
-    start = time.monotonic()
-    while not isinstance(done, float) and not done.query():
-        waited = time.monotonic() - start
-        if waited > timeout:
-            return False
-        time.sleep(min(2e-5 + waited / 32, 1e-3))
-    return True
-
-
-def _micros(started: Any, done: Any) -> int:
-    """Microseconds between two marks."""
-    return int(1e6 * (done - started)) if isinstance(done, float) else int(1e3 * started.elapsed_time(done))
-
-
-def _result(ticket: Ticket, flight: Flight, micros: int) -> StepResult:
-    """A step's result in the order of its rows and tokens. A row with non-finite logits has no token."""
-    order, (made, finite) = flight.order, flight.made.numpy()
-    if order.padded:
-        made, finite = made[order.chosen], finite[order.chosen]
-    rows = order.rows[order.chosen]
-    count = len(flight.asked)
-    tokens, counts, status = np.full((count, 1), -1, np.int32), np.zeros(count, np.int32), np.full(count, OK, np.uint8)
-    tokens[rows, 0] = np.where(finite, made, -1)
-    counts[rows], status[rows] = finite, np.where(finite, OK, NONFINITE)
-    back = np.argsort(order.tokens)
-    return StepResult(
-        step=ticket,
-        version=flight.version,
-        tokens=tokens,
-        counts=counts,
-        status=status,
-        logprobs=_logprobs(flight, rows, counts),
-        prompt_logprobs=_prompts(flight),
-        taps={name: value.numpy()[back] for name, value in flight.taps.items()},
-        device_us=micros,
-    )
-
-
-def _logprobs(flight: Flight, rows: NDArray[np.int64], counts: I32) -> tuple[Logprobs | None, ...] | None:
-    """Of the tokens made. rows int64[O]: that return one; counts int32[R]: tokens of each."""
-    asked = flight.asked
-    if not np.count_nonzero(asked != -1):
-        return None
-    told = rows[asked[rows] >= 0]  # as the scores stand
-    order = np.argsort(told)
-    order = order[counts[told[order]] > 0]
-    scores = _host(flight.scores)
-    some = None if scores is None else (scores[0][order], scores[1][order], scores[2][order])
-    return deal(asked, np.where(asked >= 0, counts, 0), some)
-
-
-def _prompts(flight: Flight) -> tuple[Logprobs | None, ...] | None:
-    """Of the prompts' tokens."""
-    wanted = flight.wanted
-    return None if wanted is None else deal(wanted.asked, wanted.counts, _host(flight.prompts))
-
-
-def _host(scores: Scores | None) -> tuple[F32, I32, F32] | None:
-    """Scores as arrays."""
-    if scores is None:
-        return None
-    return scores.own.numpy(), scores.ids.numpy().astype(np.int32), scores.top.numpy()

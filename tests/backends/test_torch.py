@@ -21,6 +21,7 @@ from backends.api.build import Host, Row, build
 from backends.api.choice import Choice, kept
 from backends.api.conformance.bench import SPEC, Ask, Weights, alike, config, one, prompt, refused
 from backends.api.ties import judge, margin
+from backends.torch import backend as torch_backend
 from backends.torch import caches, sampler
 from backends.torch.backend import TorchBackend
 from backends.torch.inputs import SLACK, arrange, pack
@@ -337,7 +338,7 @@ def test_a_step_that_never_ends_is_a_device_failure(monkeypatch: pytest.MonkeyPa
     host, ask, want = started()
     text = host.open()
     with monkeypatch.context() as patch:
-        patch.setattr(host.backend, "_mark", Never)
+        patch.setattr(torch_backend, "mark", lambda device: Never())
         ticket = host.enqueue([(text, host.row(text, prompt(4)))])
     with pytest.raises(DeviceFailed, match=r"0\.02 s"):
         host.backend.collect(ticket, timeout=0.02)
