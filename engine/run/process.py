@@ -12,7 +12,6 @@ import queue
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import zmq
 
 from engine.config import Config
-from engine.errors import BackendLost, ConfigError, RadixmeshError
+from engine.errors import BackendLost, RadixmeshError
 from engine.run.ipc import (
     ORDERS,
     REPORTS,
@@ -37,6 +36,7 @@ from engine.run.ipc import (
     encode_order,
 )
 from engine.run.messages import Flush, Info, Load, Message, News, Submit
+from engine.run.spawn import bind, spawn
 from engine.sched.request import Output
 from engine.sched.stop import Finish
 
@@ -77,7 +77,7 @@ class ProcessClient:
         self._folder = tempfile.mkdtemp(prefix="radixmesh-")
         self._context = zmq.Context()
         try:
-            self._orders, self._reports = (self._bind(name) for name in (ORDERS, REPORTS))
+            self._orders, self._reports = (bind(self._context, self._folder, name) for name in (ORDERS, REPORTS))
         except BaseException:
             self._clean()
             raise
@@ -156,20 +156,6 @@ class ProcessClient:
             raise
         return said.info
 
-    def _bind(self, name: str) -> zmq.Socket[bytes]:
-        path = os.path.join(self._folder, name)
-        socket = self._context.socket(zmq.PAIR)
-        socket.set_hwm(0)  # what is said is bounded by the requests that are open
-        socket.linger = 0
-        try:
-            socket.bind(f"ipc://{path}")
-        except zmq.ZMQError as error:
-            raise ConfigError(
-                f"no socket can be made at {path}: {error}; set TMPDIR to a folder with a short name, on a local disk",
-                field="TMPDIR",
-            ) from error
-        return socket
-
     def _run(self, begin: bytes) -> None:
         """The client's thread: starts the process and hears it until it is gone."""
         reason: RadixmeshError = BackendLost("the engine's client died; its traceback says why")
@@ -204,17 +190,8 @@ class ProcessClient:
 
     def _spawn(self, last: int) -> subprocess.Popen[bytes]:
         """Start the process from this thread: where the parent's death ends the child, it is that of the thread which
-        started it. A group of its own: an interrupt from the terminal is the parent's to handle. last: a pipe for its
-        last words."""
-        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # the same packages as here
-        return subprocess.Popen(
-            [sys.executable, "-P", *self._program, self._folder, str(os.getpid()), str(last)],
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            env=os.environ | {"PYTHONPATH": path},
-            pass_fds=(last,),
-            process_group=0,
-        )
+        started it. last: a pipe for its last words."""
+        return spawn([*self._program, self._folder, str(os.getpid()), str(last)], keep=[last])
 
     def _greet(self, process: subprocess.Popen[bytes], begin: bytes) -> None:
         """Send the first order as soon as there is somebody to take it."""

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -32,6 +31,7 @@ from engine.model.spec import ModelSpec
 from engine.model.weights import WeightSource
 from engine.run import wire
 from engine.run.ipc import Malformed
+from engine.run.spawn import bind, spawn
 
 LOOK_MS = 50
 """How often a backend that waits looks whether its processes live."""
@@ -187,17 +187,17 @@ class _Crew:
     """The processes and their sockets."""
 
     def __init__(self, size: int, program: Sequence[str]) -> None:
-        self.size, self._program = size, program
+        self.size = size
         self.processes: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.mkdtemp(prefix="radixmesh-")
         self._context, self._poller = zmq.Context(), zmq.Poller()
         self._sockets: list[zmq.Socket[bytes]] = []
         try:
             for rank in range(size):
-                self._sockets.append(self._bind(rank))
+                self._sockets.append(bind(self._context, self._folder, f"rank-{rank}"))
                 self._poller.register(self._sockets[rank], zmq.POLLIN)
             for rank in range(size):
-                self.processes.append(self._spawn(rank))
+                self.processes.append(spawn([*program, self._folder, str(rank), str(size), str(os.getpid())]))
             self._meet()
         except BaseException:
             self.end(0.0)
@@ -255,31 +255,6 @@ class _Crew:
             process.wait()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _bind(self, rank: int) -> zmq.Socket[bytes]:
-        path = os.path.join(self._folder, f"rank-{rank}")
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
-        socket.set_hwm(0)
-        try:
-            socket.bind(f"ipc://{path}")
-        except zmq.ZMQError as error:
-            raise ConfigError(
-                f"no socket can be made at {path}: {error}; set TMPDIR to a folder with a short name, on a local disk",
-                field="TMPDIR",
-            ) from error
-        return socket
-
-    def _spawn(self, rank: int) -> subprocess.Popen[bytes]:
-        """Start a process with the same packages as this one, in a group of its own: an interrupt from the terminal is
-        the parent's to handle."""
-        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        return subprocess.Popen(
-            [sys.executable, "-P", *self._program, self._folder, str(rank), str(self.size), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            env=os.environ | {"PYTHONPATH": path},
-            process_group=0,
-        )
 
     def _meet(self) -> None:
         """Wait until every process is connected."""
