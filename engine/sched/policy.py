@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from math import floor
 
+from engine.cache.node import common
 from engine.sched.request import KEY_BYTES, Run
-from engine.sched.sharing import alike
 
 POLICIES = ("lpm", "fcfs", "dfs-weight")
 WINDOW = 128
@@ -70,7 +70,7 @@ def by_weight(runs: Sequence[Run]) -> list[Run]:
             out += branch
             continue
         low, high = min(r.key for r in branch), max(r.key for r in branch)
-        at += alike(low[at:], high[at:])  # what the first and the last in alphabetical order share, all share
+        at += common(low[at:], high[at:], KEY_BYTES)  # all share what the first and the last by alphabet do
         out += [run for run in branch if len(run.key) == at]
         going = [(run.key[at : at + KEY_BYTES], run) for run in branch if len(run.key) > at]
         todo += [(b, at) for b in _lightest_first(going)]

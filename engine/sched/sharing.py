@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice
 
+from engine.cache.node import common
 from engine.cache.sequence import MOST
 from engine.model.groups import CacheGroup
 from engine.sched.request import KEY_BYTES, Run
@@ -72,7 +73,7 @@ class Sharing:
             return None
         best: tuple[Run, int] | None = None
         for other in islice(reversed(self._open.get(self._mark(run), {})), LOOKED_AT):
-            same = min(alike(other.key, run.key) // KEY_BYTES, run.length - 1) // self.page * self.page
+            same = self._same(other, run, run.length - 1)
             if same < self.least or same - cached < gain or other.settled >= same:
                 continue
             if self.exact(other) and other.fed > same:
@@ -93,7 +94,7 @@ class Sharing:
         space, mark = run.space, run.key[: self.least * KEY_BYTES]
         for other in waiting:
             if other.space == space and other.key.startswith(mark):
-                ends.add(min(alike(other.key, run.key) // KEY_BYTES, other.length - 1) // self.page * self.page)
+                ends.add(self._same(other, run, other.length - 1))
         return {end for end in ends if end > run.fed}
 
     def exact(self, run: Run) -> bool:
@@ -107,20 +108,9 @@ class Sharing:
             return None
         return parent if parent.request.tokens == run.request.tokens else None
 
+    def _same(self, other: Run, run: Run, most: int) -> int:
+        """Tokens that two begin with alike, no more than `most`, in whole pages."""
+        return min(common(other.key, run.key, KEY_BYTES) // KEY_BYTES, most) // self.page * self.page
+
     def _mark(self, run: Run) -> Hashable:
         return run.space, run.key[: self.least * KEY_BYTES]
-
-
-def alike(a: bytes, b: bytes) -> int:
-    """Length in bytes of what two keys have in common at their beginning, whole tokens."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    low, high = 0, n // KEY_BYTES
-    while high - low > 1:
-        mid = (low + high) // 2
-        if a[low * KEY_BYTES : mid * KEY_BYTES] == b[low * KEY_BYTES : mid * KEY_BYTES]:
-            low = mid
-        else:
-            high = mid
-    return low * KEY_BYTES
