@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from typing import Any
 
 from engine.config import Resolved
 from engine.errors import ConfigError
+from engine.installed import version
 from engine.model.spec import ModelSpec
 from engine.target import GPUS, Target
 
@@ -28,13 +29,13 @@ def check(target: Target) -> None:
     """Refuse, in one line, a target that can't be compiled for here. Raises ConfigError."""
     if target.platform in GPUS:
         for name in ("torch", "triton"):
-            if not _version(name):
+            if not version(name):
                 raise ConfigError(
                     f"target {target}: {name} is not installed: pip install 'radixmesh[{EXTRA[target.platform]}]'",
                     field="target",
                 )
     if target.platform == "tpu":
-        check_pair(_version("jax"), _version("libtpu"), wanted(requires("jax") or []))
+        check_pair(version("jax"), version("libtpu"), wanted(requires("jax") or []))
 
 
 def wanted(needs: list[str]) -> str:
@@ -52,16 +53,9 @@ def check_pair(jax: str, libtpu: str, goes: str) -> None:
         raise ConfigError(f"target: libtpu {libtpu} is the wrong version; {install}", field="target")
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
 def versions() -> dict[str, str]:
     """Of the compilers."""
-    return {name: found for name in ("jax", "jaxlib", "libtpu") if (found := _version(name))}
+    return {name: found for name in ("jax", "jaxlib", "libtpu") if (found := version(name))}
 
 
 def examine(spec: ModelSpec, config: Resolved, topology: str, only: str, bundle: str) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ TOP = ("radixmesh", "engine", "backends", "models_jax", "models_torch", "kernels
 ORDER: tuple[tuple[str, ...], ...] = (
     (
         "engine.errors",
+        "engine.installed",
         "engine.config",
         "engine.resolve",
         "engine.target",

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from backends.jax.step import Plan
+from engine.installed import version
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("backends/api", "backends/jax", "engine/mesh.py", "engine/model", "kernels_pallas", "models_jax")
@@ -30,7 +30,7 @@ def recipe(plan: Plan, options: Mapping[str, Any] | None) -> dict[str, Any]:
     device = plan.mesh.devices.flat[0]
     on_cpu = device.platform == "cpu"
     made = {
-        "versions": {name: _version(name) for name in ("jax", "jaxlib", *(() if on_cpu else ("libtpu",)))},
+        "versions": {name: version(name) for name in ("jax", "jaxlib", *(() if on_cpu else ("libtpu",)))},
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
@@ -77,10 +77,3 @@ def processor() -> str:
     if cpu.is_file():
         facts = {x for x in cpu.read_text().splitlines() if x.startswith(("flags", "Features", "model name"))}
     return sha256(f"{machine.machine()} {sorted(facts)}".encode()).hexdigest()[:12]
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

@@ -7,13 +7,13 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
 
 from engine.config import show
 from engine.errors import InvalidRequest, ModelError
+from engine.installed import version
 from engine.run.answer import Answer
 from engine.sampling import SamplingParams, scoring
 from engine.serve.call import Call
@@ -222,13 +222,8 @@ async def info(x: Exchange) -> None:
 @cache
 def versions() -> dict[str, str]:
     """Of Python and the packages that matter, where they are installed."""
-    out = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out
+    found = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: each for name, each in found.items() if each}
 
 
 def _plain(value: Any) -> Any:

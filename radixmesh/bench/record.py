@@ -8,9 +8,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from engine.installed import version
 
 PACKAGES = ("radixmesh", "jax", "jaxlib", "torch", "transformers", "triton", "numpy")
 
@@ -39,13 +40,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what counts."""
-    out = {}
-    for name in PACKAGES:
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out
+    return {name: found for name in PACKAGES if (found := version(name))}
 
 
 def commit() -> str:

@@ -9,11 +9,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
 from engine.errors import RadixmeshError
+from engine.installed import version
 from radixmesh.commands import options
 
 NEEDED = (
@@ -84,13 +84,12 @@ def examine() -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Versions, read without importing anything."""
     for name in (*NEEDED, *OPTIONAL):
-        try:
-            yield Finding(name=name, value=version(name))
-        except PackageNotFoundError:
-            if name in OPTIONAL:
-                yield Finding(name=name, value="not installed (optional)")
-            else:
-                yield Finding(name=name, value="not installed", fix=f"pip install {name}", broken=True)
+        if found := version(name):
+            yield Finding(name=name, value=found)
+        elif name in OPTIONAL:
+            yield Finding(name=name, value="not installed (optional)")
+        else:
+            yield Finding(name=name, value="not installed", fix=f"pip install {name}", broken=True)
 
 
 def device() -> Finding:

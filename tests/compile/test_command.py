@@ -84,7 +84,7 @@ def test_a_libtpu_that_is_missing_or_of_another_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], libtpu: str, says: str
 ) -> None:
     goes, jax = target.wanted(requires("jax") or []), version("jax")
-    monkeypatch.setattr(target, "_version", lambda name: libtpu if name == "libtpu" else version(name))
+    monkeypatch.setattr(target, "version", lambda name: libtpu if name == "libtpu" else version(name))
     assert call(monkeypatch, "compile", "--target", "tpu:v6e:2x2") == 2
     assert goes
     fix = f"jax {jax} goes with libtpu {goes}: pip install 'jax[tpu]=={jax}'"

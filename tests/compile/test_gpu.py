@@ -95,6 +95,6 @@ def test_explain_of_a_gpu_tells_what_a_mesh_and_jax_would_do(
 
 def test_gpus_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     check(Target.parse("rocm:gfx942"))
-    monkeypatch.setattr(target, "_version", lambda name: "" if name == "triton" else version(name))
+    monkeypatch.setattr(target, "version", lambda name: "" if name == "triton" else version(name))
     with pytest.raises(ConfigError, match=r"triton is not installed: pip install 'radixmesh\[rocm\]'"):
         check(Target.parse("rocm:gfx942"))
