@@ -37,15 +37,10 @@ class Speed:
     spread: float
 
 
-def known(shape: str) -> str:
-    """A name of SHAPES. Raises ConfigError for any other."""
+def make_model(folder: Path, shape: str) -> Path:
+    """Write a random bfloat16 Llama of a named shape. Needs torch. Raises ConfigError for an unknown name."""
     if shape not in SHAPES:
         raise ConfigError(f"shape: unknown {shape!r}; there are {', '.join(SHAPES)}", field="shape")
-    return shape
-
-
-def make_model(folder: Path, shape: str) -> Path:
-    """Write a random bfloat16 Llama of a named shape. Needs torch."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -61,7 +60,6 @@ def offline(
     from radixmesh.bench import offline as bench
     from radixmesh.bench.plot import check
     from radixmesh.bench.record import write
-    from radixmesh.engine import DEMO
 
     check(plot)
     exact = options.read_set(pairs) | options.exact(deterministic)
@@ -70,8 +68,7 @@ def offline(
         return workloads(model, shape, names, backend, dummy, scale, repeats, out, plot, exact)
     sizes, settings = [int(b) for b in batch.split(",")], exact
     figures: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = bench.make_model(Path(folder), bench.known(shape)) if shape else Path(model) if model else DEMO
+    with options.folder(model, shape, bench.make_model) as path:
         print(f"{'subject':24} {'batch':>5} {'first s':>8} {'whole s':>8} {'decode tok/s':>12} {'spread':>7}")
         for name in subjects.split(","):
             # a process for each: what one leaves behind (threads above all) must not slow the next
@@ -103,12 +100,10 @@ def workloads(
     """Run workloads by name on one engine, and print a line for each."""
     from radixmesh.bench import workloads as bench
     from radixmesh.bench.record import write
-    from radixmesh.engine import DEMO
 
     for name in names:
         bench.workload(name, scale)  # refused before anything is opened
-    with tempfile.TemporaryDirectory() as folder:
-        path = bench.make_config(Path(folder), shape) if shape else Path(model) if model else DEMO
+    with options.folder(model, shape, bench.make_config) as path:
         given = {"model.weights": "dummy"} if dummy or shape else {}
         figures = bench.measure(path, backend, names, scale, repeats, given | settings)
     for f in figures:
@@ -138,11 +133,9 @@ def prefix(
     from radixmesh.bench import offline as models
     from radixmesh.bench.prefix import measure
     from radixmesh.bench.record import write
-    from radixmesh.engine import DEMO
 
     figures: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = models.make_model(Path(folder), models.known(shape)) if shape else Path(model) if model else DEMO
+    with options.folder(model, shape, models.make_model) as path:
         for name in subjects.split(","):
             both = []
             for radix in (True, False):
@@ -369,8 +362,7 @@ def serve(
         figures = {"radixmesh": bench.measure(bench.peer_at(url, api_key), streams, seconds, made, workload, scale)}
     else:
         given = {"--model": model, "--backend": backend, "--mesh": mesh, "--dtype": dtype, "--config": config}
-        flags = [str(x) for name, value in given.items() if value is not None for x in (name, value)]
-        flags += [x for pair in pairs or () for x in ("--set", pair)]
+        flags = options.words(given, pairs)
         if api_key is not None:
             flags += ["--set", f"serve.api_key={api_key}"]
         with bench.started(["-m", "radixmesh", "serve", "--port", "0", *flags], api_key) as peer:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +50,25 @@ def read_bias(pairs: list[str] | None) -> dict[str, float] | None:
             says = f"logit_bias: {pair}: write it as ID=VALUE, such as 5=-100"
             raise InvalidRequest(says, field="logit_bias") from error
     return out or None
+
+
+def words(given: Mapping[str, object], pairs: list[str] | None) -> list[str]:
+    """Options as the words of a command line; None is what was not given."""
+    out = [str(x) for name, value in given.items() if value is not None for x in (name, value)]
+    return out + [x for pair in pairs or () for x in ("--set", pair)]
+
+
+@contextmanager
+def folder(model: str | None, shape: str | None, make: Callable[[Path, str], Path]) -> Iterator[Path]:
+    """A model's folder: a random one's of a shape, which `make` makes in a folder that is gone afterwards; or else the
+    named one, or the demo model's."""
+    from radixmesh.engine import DEMO
+
+    if not shape:
+        yield Path(model) if model else DEMO
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield make(Path(temporary), shape)
 
 
 def exact(deterministic: bool) -> dict[str, Any]:

@@ -100,11 +100,9 @@ def deterministic(
     from radixmesh.bench import deterministic as bench
     from radixmesh.bench.record import write
     from radixmesh.bench.workloads import make_config
-    from radixmesh.engine import DEMO
 
     figures = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = make_config(Path(folder), shape) if shape else Path(model) if model else DEMO
+    with options.folder(model, shape, make_config) as path:
         settings = options.read_set(pairs) | ({"model.weights": "dummy"} if shape else {})
         for dtype in dtypes.split(","):
             f = bench.measure(path, backend, dtype.strip(), requests, made, min(alone, requests), settings)
@@ -138,14 +136,12 @@ def latency(
     from radixmesh.bench.plot import check
     from radixmesh.bench.record import write
     from radixmesh.bench.workloads import make_config
-    from radixmesh.engine import DEMO
 
     check(plot)
     points = bench.loads(concurrency or ("" if rate else "1,16,64"), rate)
     names = [name.strip() for name in workload.split(",")]
     figures: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = make_config(Path(folder), shape) if shape else Path(model) if model else DEMO
+    with options.folder(model, shape, make_config) as path:
         settings = options.read_set(pairs) | ({"model.weights": "dummy"} if shape else {})
         print(f"{'workload':11} {'load':>14} {'tokens/s':>9}  ms: " + " ".join(f"{h:>23}" for h in HEADS))
         for f in bench.measure(path, backend, names, points, requests, scale, settings):
@@ -188,8 +184,7 @@ def start(
     with tempfile.TemporaryDirectory() as folder:
         if shape:
             model, pairs = str(bench.make_model(Path(folder), shape)), ["model.weights=dummy", *(pairs or ())]
-        flags = [x for key, value in {"--model": model, "--mesh": mesh}.items() if value for x in (key, value)]
-        flags += [x for pair in pairs or () for x in ("--set", pair)]
+        flags = options.words({"--model": model, "--mesh": mesh}, pairs)
         for name in names:
             s = bench.measure(backend, name, repeats, flags)
             figures.append(asdict(s) | {"model": shape or model or "demo"})
