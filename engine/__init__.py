@@ -1,3 +1,1 @@
 """The hardware-neutral middle: descriptions, cache, scheduler, loop and text. Imports neither jax nor torch."""
-
-DISTRIBUTION = "radixmesh"

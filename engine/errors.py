@@ -53,13 +53,6 @@ class Overloaded(RadixmeshError):
     grpc = "RESOURCE_EXHAUSTED"
 
 
-class Aborted(RadixmeshError):
-    """The request was aborted by its client or by a shutdown."""
-
-    http = 499
-    grpc = "CANCELLED"
-
-
 class RequestFailed(RadixmeshError):
     """The engine could not finish this one request (non-finite logits, a step that kills the device)."""
 

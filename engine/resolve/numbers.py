@@ -22,7 +22,7 @@ def decide_numbers(config: Config, spec: ModelSpec, mesh: MeshSpec, device: Devi
     quantised = _quantise(config, spec, mesh, device)
     return [
         *_dtypes(config, spec, device),
-        _scales(config, device),
+        _scales(config),
         _unaligned(quantised, spec, mesh, device),
         _activations(config, quantised.value, device),
     ]
@@ -53,7 +53,7 @@ def _dtypes(config: Config, spec: ModelSpec, device: Device) -> list[Decision]:
     ]
 
 
-def _scales(config: Config, device: Device) -> Decision:
+def _scales(config: Config) -> Decision:
     """Where a cache of 8 bits has its scales from."""
     asked, dtype = config.cache.scales, config.cache.dtype
     if dtype not in EIGHT:

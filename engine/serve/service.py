@@ -45,7 +45,6 @@ class Ask:
     text: str | None = None
     ids: Sequence[int] | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
     n: int = 1
     priority: int = 0
     namespace: tuple[str | int, ...] = ()
@@ -237,7 +236,7 @@ class Service:
                     )
             return ask.ids
         if ask.messages is not None:
-            return await asyncio.to_thread(render, self._text(ask.field), ask.messages, ask.tools)
+            return await asyncio.to_thread(render, self._text(ask.field), ask.messages)
         if ask.text is None:
             raise InvalidRequest(f"{ask.field}: is missing", field=ask.field)
         return await self.ids(ask.text, name=ask.field)

@@ -19,12 +19,10 @@ MAX_SECONDS = 3.0
 """Of rendering. It is also what bounds the text that a template keeps to itself, in a macro or a variable."""
 
 
-def render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-) -> list[int]:
+def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Ids of a conversation, up to where the assistant's answer begins.
 
-    messages: {"role": ..., "content": ...} each. tools: JSON schemas of functions, as OpenAI writes them.
+    messages: {"role": ..., "content": ...} each.
     Raises InvalidRequest naming the field: no messages, a message without a role, a model without a template, or a
     conversation that its template refuses, takes too long for or makes too much of.
     """
@@ -39,7 +37,7 @@ def render(
         raise InvalidRequest("messages: this model has no chat template; give a prompt instead", field="messages")
     try:
         with Deadline(MAX_SECONDS):
-            text = _text(tokenizer.inner, [dict(m) for m in messages], [dict(t) for t in tools] if tools else None)
+            text = _text(tokenizer.inner, [dict(m) for m in messages])
     except TimeoutError as error:
         raise InvalidRequest(
             f"messages: the chat template is not done with them after {MAX_SECONDS:g} s", field="messages"
@@ -53,7 +51,7 @@ def render(
         raise InvalidRequest(str(error).replace("prompt", "messages", 1), field="messages") from error
 
 
-def _text(inner: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+def _text(inner: Any, messages: list[dict[str, Any]]) -> str:
     """The conversation as the model's template writes it."""
     from transformers.utils import chat_template_utils
 
@@ -61,8 +59,8 @@ def _text(inner: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]
     # a function of its environment. It is the only way to stop a template before all of its text is made.
     compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
     if compiled is not None:
-        compiled(inner.get_chat_template(None, tools)).environment.concat = _join
-    text = str(inner.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False))
+        compiled(inner.get_chat_template()).environment.concat = _join
+    text = str(inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     return _join((text,))
 
 

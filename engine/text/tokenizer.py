@@ -63,11 +63,6 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that skip_special_tokens leaves out of a text."""
-        return frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
-
-    @property
     def eos(self) -> int | None:
         """The id that ends a text."""
         return None if self.inner.eos_token_id is None else int(self.inner.eos_token_id)

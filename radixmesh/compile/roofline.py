@@ -21,13 +21,12 @@ from engine.target import Chip
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What one device does in a step: bytes of weights and of cache that it reads, operations, bytes that come to it
-    from others, and seconds of each on its chip."""
+    """What one device does in a step: bytes of weights and of cache that it reads, operations, and seconds on its chip
+    of reading, of computing and of the links to others."""
 
     weights: int
     cache: int
     flops: int
-    joined: int
     memory_s: float
     compute_s: float
     link_s: float
@@ -42,7 +41,6 @@ def load(spec: ModelSpec, config: Resolved, chip: Chip, tokens: int, rows: int, 
     """Of a step of `tokens` tokens in `rows` rows that each see `context` positions."""
     weights, products = _weights(spec, config, tokens, rows)
     cache, scores = _attention(spec, config, tokens, rows, context)
-    joined = sum(count * size for _, count, size in collectives(spec, config, tokens, rows))
     parts = config.mesh.tp
     moved = sum(
         count * size * (2 if name == "all-reduce" else 1) * (parts - 1) / parts
@@ -52,7 +50,6 @@ def load(spec: ModelSpec, config: Resolved, chip: Chip, tokens: int, rows: int, 
         weights=weights,
         cache=cache,
         flops=2 * products + scores,
-        joined=joined,
         memory_s=(weights + cache) / chip.bandwidth,
         compute_s=(2 * products + scores) / chip.flops[config.dtype],
         link_s=moved / (chip.ici / 2),

@@ -15,9 +15,7 @@ from backends.api.step import F32, I32
 from backends.api.ties import margin
 from engine.errors import ConfigError, ModelError
 from engine.model import orbax
-from engine.model.checkpoint import Checkpoint
 from engine.model.spec import ModelSpec
-from engine.run.start import Decided, open_device
 from radixmesh.parity import routing
 from radixmesh.parity.subjects import ORACLE
 
@@ -61,17 +59,6 @@ def read_backend(
         tokens.append(int(result.tokens[0, 0]))
         margins.append(margin(result.taps["logits"][0]))
     return Reading(name=name, values={n: values[n] for n in wanted}, tokens=tokens, margins=margins, routing=experts)
-
-
-def read_model(decided: Decided, prompt: Sequence[int], count: int) -> Reading:
-    """What a backend, opened as was decided, computes of a prompt with the checkpoint's weights."""
-    name = decided.resolved.backend
-    backend = open_device(decided)
-    try:
-        backend.load(Checkpoint(decided.path, decided.spec))
-        return read_backend(name, backend, decided.spec, prompt, count)
-    finally:
-        backend.close()
 
 
 def open_oracle(path: Path, dtype: str = "float32") -> Any:

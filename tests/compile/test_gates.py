@@ -108,7 +108,8 @@ def test_the_roofline_of_8b_by_hand() -> None:
     assert found.weights == pytest.approx(matrices * 2 / 8, rel=2e-3)
     assert found.cache == 128 * 1024 * 32 * 2 * 128 * 2
     assert found.flops == pytest.approx(128 * (2 * matrices + 4 * 32 * 1024 * 4096) / 8, rel=2e-3)
-    assert found.joined == 65 * 128 * 4096 * 2 + 128 // 8 * 128256 * 4 + 128 * 2 * 4
+    moved = roofline.collectives(one.spec, one.resolved, 128, 128)
+    assert sum(count * size for _, count, size in moved) == 65 * 128 * 4096 * 2 + 128 // 8 * 128256 * 4 + 128 * 2 * 4
     assert found.memory_s == pytest.approx((found.weights + found.cache) / 1638e9)
     assert found.seconds == max(found.memory_s, found.compute_s) + found.link_s
 

@@ -9,6 +9,7 @@ import random
 import resource
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from transformers import AutoModelForCausalLM
 from backends.api.choice import Choice
 from backends.api.ties import admissible, first_difference
 from engine.config import load
-from engine.run.start import decide
+from engine.run.start import decide, open_device
 from engine.text.tokenizer import Tokenizer
 from radixmesh import Engine
 from radixmesh.engine import DEMO
 from radixmesh.parity.compare import compare
-from radixmesh.parity.readings import read_model
+from radixmesh.parity.readings import read_backend
 
 PROMPTS, MADE = 100, 64
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0.02}
@@ -78,7 +79,9 @@ def measured() -> float:
     readings = []
     for name in ("jax", "torch"):
         decided = decide(load(None, {"backend": name, "dtype": "float32", "sched.slots": 1}), DEMO)
-        readings.append(read_model(decided, ids, 1))
+        with closing(open_device(decided)) as backend:
+            backend.load(decided.source())
+            readings.append(read_backend(name, backend, decided.spec, ids, 1))
     return compare(*readings).gaps[-1].worst
 
 

@@ -17,7 +17,7 @@ from tests.text.made import made
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
-    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if tools %}tools {{ tools[0]['name'] }}\n{% endif %}"
+    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
@@ -41,7 +41,6 @@ def test_a_saved_tokenizer_opens_as_transformers_has_it(folder: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos == inner.eos_token_id
     assert tokenizer.size == len(inner)
-    assert tokenizer.special_ids == frozenset(inner.all_special_ids)
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
@@ -100,8 +99,8 @@ def test_text_that_is_not_unicode(folder: Path) -> None:
 
 def test_chat(folder: Path) -> None:
     tokenizer = Tokenizer.open(folder)
-    ids = render(tokenizer, [{"role": "user", "content": "the dog"}], [{"name": "f"}])
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>user: the dog\ntools f\nassistant:"
+    ids = render(tokenizer, [{"role": "user", "content": "the dog"}])
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>user: the dog\nassistant:"
 
 
 @pytest.mark.parametrize(
