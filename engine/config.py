@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from engine.checks import address, checked, fail, flag, ladder, one_of, or_auto, portion, text, whole
 from engine.errors import ConfigError
 from engine.mesh import MeshSpec
 from engine.model.spec import EIGHT
 
-Check: TypeAlias = Callable[[str, Any], Any]
-"""(key, value) -> the value as it is kept. Raises ConfigError naming the key."""
-
-MOST = 2**31 - 1
-MOST_BUCKETS = 12
-"""Sizes that steps are padded to: each is a program."""
 BACKENDS = ("auto", "jax", "torch", "reference")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -95,78 +88,6 @@ class Resolved:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _fail(key: str, what: str) -> ConfigError:
-    return ConfigError(f"{key}: {what}", field=key)
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _fail(key, f"must be a string, not {value!r}")
-    return value
-
-
-def _address(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith(("tcp://", "ipc://")):
-        raise _fail(key, f'must be an address such as "tcp://127.0.0.1:5557" or "ipc:///tmp/events", not {value!r}')
-    return value
-
-
-def _flag(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _fail(key, f"must be true or false, not {value!r}")
-    return value
-
-
-def _whole(low: int, high: int = MOST) -> Check:
-    def check(key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise _fail(key, f"must be an integer, not {value!r}")
-        if not low <= value <= high:
-            raise _fail(key, f"must be between {low} and {high}, not {value}")
-        return value
-
-    return check
-
-
-def _share(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _fail(key, f"must be a number, not {value!r}")
-    if not 0 < value <= 1:
-        raise _fail(key, f"must be above 0 and at most 1, not {value:g}")
-    return float(value)
-
-
-def _one_of(names: tuple[str, ...]) -> Check:
-    def check(key: str, value: Any) -> str:
-        if value in names:
-            return str(value)
-        near = difflib.get_close_matches(str(value), names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise _fail(key, f"must be one of {', '.join(names)}, not {value!r}{hint}")
-
-    return check
-
-
-def _ladder(key: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise _fail(key, f"must be a list of integers, not {value!r}")
-    steps = tuple(_whole(1)(key, v) for v in value)
-    if any(a >= b for a, b in pairwise(steps)):
-        raise _fail(key, f"must rise, not {list(steps)}")
-    if len(steps) > MOST_BUCKETS:
-        raise _fail(key, f"at most {MOST_BUCKETS} sizes, not {len(steps)}; radixmesh buckets chooses them from a log")
-    return steps
-
-
-def _or_auto(check: Check) -> Check:
-    """A key that is decided when it is left out or "auto"."""
-    return lambda key, value: None if value == "auto" else check(key, value)
-
-
-def _key(check: Check, default: Any) -> Any:
-    return field(default=default, metadata={"check": check})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """path: a model's folder; None is the demo model that comes with the package. dtype: of weights and activations.
@@ -176,22 +97,22 @@ class Model:
     are. max_len: positions (prompt and answer) a request may reach. weights: "checkpoint", or "dummy" random ones, for
     which config.json is enough."""
 
-    path: str | None = _key(_text, None)
-    dtype: str = _key(_one_of(DTYPES), "auto")
-    quantise: str = _key(_one_of(QUANTISE), "auto")
-    activations: str = _key(_one_of(ACTIVATIONS), "auto")
-    max_len: int | None = _key(_or_auto(_whole(2)), None)
-    weights: str = _key(_one_of(WEIGHTS), "checkpoint")
+    path: str | None = checked(text, None)
+    dtype: str = checked(one_of(DTYPES), "auto")
+    quantise: str = checked(one_of(QUANTISE), "auto")
+    activations: str = checked(one_of(ACTIVATIONS), "auto")
+    max_len: int | None = checked(or_auto(whole(2)), None)
+    weights: str = checked(one_of(WEIGHTS), "checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
     """Devices along each axis, as engine.mesh.MeshSpec has them."""
 
-    dp: int = _key(_whole(1), 1)
-    pp: int = _key(_whole(1), 1)
-    tp: int = _key(_whole(1), 1)
-    ep: int = _key(_whole(1), 1)
+    dp: int = checked(whole(1), 1)
+    pp: int = checked(whole(1), 1)
+    tp: int = checked(whole(1), 1)
+    ep: int = checked(whole(1), 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,15 +125,15 @@ class Cache:
     where it can be had again; "auto" is none.
     """
 
-    tokens: int | None = _key(_or_auto(_whole(1)), None)
-    fraction: float | None = _key(_or_auto(_share), None)
-    page: int | None = _key(_or_auto(_whole(1, 128)), None)
-    dtype: str = _key(_one_of(CACHES), "auto")
-    scales: str | None = _key(_or_auto(_text), None)
-    radix: bool = _key(_flag, True)
-    eviction: str = _key(_one_of(EVICTIONS), "lru")
-    events: str | None = _key(_or_auto(_address), None)
-    replay: str | None = _key(_or_auto(_address), None)
+    tokens: int | None = checked(or_auto(whole(1)), None)
+    fraction: float | None = checked(or_auto(portion), None)
+    page: int | None = checked(or_auto(whole(1, 128)), None)
+    dtype: str = checked(one_of(CACHES), "auto")
+    scales: str | None = checked(or_auto(text), None)
+    radix: bool = checked(flag, True)
+    eviction: str = checked(one_of(EVICTIONS), "lru")
+    events: str | None = checked(or_auto(address), None)
+    replay: str | None = checked(or_auto(address), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,18 +147,18 @@ class Sched:
     are made. log: file that the sizes of steps are appended to; "auto" is none.
     """
 
-    slots: int | None = _key(_or_auto(_whole(1, 65536)), None)
-    max_rows: int | None = _key(_or_auto(_whole(1, 65536)), None)
-    max_tokens: int | None = _key(_or_auto(_whole(1, 1 << 20)), None)
-    token_buckets: tuple[int, ...] | None = _key(_or_auto(_ladder), None)
-    depth: int | None = _key(_or_auto(_whole(1, 8)), None)
-    policy: str = _key(_one_of(POLICIES), "lpm")
-    priority_preemption: int = _key(_whole(0), 10)
-    ageing: int = _key(_whole(0), 30)
-    penalties: bool = _key(_flag, True)
-    max_logprobs: int = _key(_whole(0, 1024), 20)
-    ready_early: bool = _key(_flag, False)
-    log: str | None = _key(_or_auto(_text), None)
+    slots: int | None = checked(or_auto(whole(1, 65536)), None)
+    max_rows: int | None = checked(or_auto(whole(1, 65536)), None)
+    max_tokens: int | None = checked(or_auto(whole(1, 1 << 20)), None)
+    token_buckets: tuple[int, ...] | None = checked(or_auto(ladder), None)
+    depth: int | None = checked(or_auto(whole(1, 8)), None)
+    policy: str = checked(one_of(POLICIES), "lpm")
+    priority_preemption: int = checked(whole(0), 10)
+    ageing: int = checked(whole(0), 30)
+    penalties: bool = checked(flag, True)
+    max_logprobs: int = checked(whole(0, 1024), 20)
+    ready_early: bool = checked(flag, False)
+    log: str | None = checked(or_auto(text), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,17 +171,17 @@ class Serve:
     seconds that open requests get after SIGTERM. watchdog: seconds after which a step counts as stuck.
     """
 
-    host: str = _key(_text, "127.0.0.1")
-    port: int = _key(_whole(0, 65535), 30000)
-    grpc_port: int | None = _key(_or_auto(_whole(0, 65535)), None)
-    name: str | None = _key(_or_auto(_text), None)
-    api_key: str | None = _key(_or_auto(_text), None)
-    queue: int = _key(_whole(1), 1024)
-    queue_tokens: int = _key(_whole(1), 1 << 22)
-    body: int = _key(_whole(1024), 8 << 20)
-    n: int = _key(_whole(1, 1024), 64)
-    drain: int = _key(_whole(0, 86400), 30)
-    watchdog: int = _key(_whole(1, 86400), 300)
+    host: str = checked(text, "127.0.0.1")
+    port: int = checked(whole(0, 65535), 30000)
+    grpc_port: int | None = checked(or_auto(whole(0, 65535)), None)
+    name: str | None = checked(or_auto(text), None)
+    api_key: str | None = checked(or_auto(text), None)
+    queue: int = checked(whole(1), 1024)
+    queue_tokens: int = checked(whole(1), 1 << 22)
+    body: int = checked(whole(1024), 8 << 20)
+    n: int = checked(whole(1, 1024), 64)
+    drain: int = checked(whole(0, 86400), 30)
+    watchdog: int = checked(whole(1, 86400), 300)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,10 +191,10 @@ class Jax:
     to start from (`radixmesh compile --bundle`); "auto" is none. devices: that a CPU is cut into, so that meshes can be
     tried without accelerators; "auto" is what the mesh needs."""
 
-    stack: str = _key(_one_of(STACKS), "auto")
-    cache: str = _key(_text, "auto")
-    bundle: str | None = _key(_or_auto(_text), None)
-    devices: int | None = _key(_or_auto(_whole(1, 64)), None)
+    stack: str = checked(one_of(STACKS), "auto")
+    cache: str = checked(text, "auto")
+    bundle: str | None = checked(or_auto(text), None)
+    devices: int | None = checked(or_auto(whole(1, 64)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,8 +203,8 @@ class Torch:
     cascade: rows whose prompts begin alike read what they share once for all: "auto" on a GPU where it pays, "on"
     whatever it costs and on a CPU too, "off" never."""
 
-    graphs: str = _key(_one_of(GRAPHS), "auto")
-    cascade: str = _key(_one_of(CASCADES), "auto")
+    graphs: str = checked(one_of(GRAPHS), "auto")
+    cascade: str = checked(one_of(CASCADES), "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,9 +212,9 @@ class Backend:
     """name: which backend; "auto" is torch on NVIDIA and AMD GPUs, jax on TPUs and CPUs. platform: on what it runs.
     deterministic: the same bits for a request whatever else runs, cold or warm, in chunks of any size."""
 
-    name: str = _key(_one_of(BACKENDS), "auto")
-    platform: str = _key(_one_of(PLATFORMS), "auto")
-    deterministic: bool = _key(_flag, False)
+    name: str = checked(one_of(BACKENDS), "auto")
+    platform: str = checked(one_of(PLATFORMS), "auto")
+    deterministic: bool = checked(flag, False)
     jax: Jax = field(default_factory=Jax)
     torch: Torch = field(default_factory=Torch)
 
@@ -350,9 +271,9 @@ def dotted(name: str) -> str:
     if len(short) == 1:
         return short[0]
     if short:
-        raise _fail(name, f"could mean {' or '.join(short)}; write one of them")
+        raise fail(name, f"could mean {' or '.join(short)}; write one of them")
     flat = {alias: alias for alias in (*SHORT, "mesh", *known)} | {k.rpartition(".")[2]: k for k in known}
-    raise _fail(name, f"unknown key{_nearest(name, flat)}")
+    raise fail(name, f"unknown key{_nearest(name, flat)}")
 
 
 def load(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -366,7 +287,7 @@ def load(file: str | Path | None = None, overrides: Mapping[str, Any] | None = N
         if value is None:
             continue
         if name == "mesh":
-            sizes = MeshSpec.parse(_text("mesh", value)) if value else MeshSpec()
+            sizes = MeshSpec.parse(text("mesh", value)) if value else MeshSpec()
             for f in fields(Mesh):
                 tree = _put(tree, ("mesh", f.name), getattr(sizes, f.name))
         else:
@@ -400,13 +321,13 @@ def _put(tree: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str
 def _build(tree: Any, name: str) -> Any:
     """The dataclass of the table `name`, from what TOML or flags say."""
     if not isinstance(tree, Mapping):
-        raise _fail(name, f"must be a table, [{name}], not {tree!r}")
+        raise fail(name, f"must be a table, [{name}], not {tree!r}")
     table, values = TABLES[name], {}
     for key, value in tree.items():
         full = f"{name}.{key}" if name else str(key)
         known = next((f for f in fields(table) if f.name == key), None)
         if known is None:
-            raise _fail(full, f"unknown key{_hint(name, str(key))}")
+            raise fail(full, f"unknown key{_hint(name, str(key))}")
         values[key] = known.metadata["check"](full, value) if "check" in known.metadata else _build(value, full)
     return table(**values)
 

@@ -15,6 +15,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     (
         "engine.errors",
         "engine.installed",
+        "engine.checks",
         "engine.config",
         "engine.resolve",
         "engine.target",

@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from backends.api.step import ScheduleStep
-from engine.config import MOST_BUCKETS
+from engine.checks import MOST_BUCKETS
 from engine.errors import ConfigError
 
 
