@@ -33,11 +33,9 @@ def calibrate(
     model: options.Model = None,
     backend: Annotated[str, typer.Option(help="reference, or torch, which runs on a GPU where one is.")] = "reference",
     dtype: options.Dtype = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to feed, instead of the packaged ones; may be repeated.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=0, help="Feed so many random ids instead of a text.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the random ids.")] = 0,
+    prompt: options.Texts = None,
+    tokens: options.Ids = 0,
+    seed: options.Seed = 0,
     config: options.File = None,
     pairs: options.Set = None,
 ) -> None:

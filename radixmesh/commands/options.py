@@ -20,7 +20,14 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
 File = Annotated[Path | None, typer.Option("--config", help="A TOML configuration; flags stand over it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as cache.page=32.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits whatever else runs; slower.")]
+Texts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="Text to feed, instead of the packaged ones; may be repeated.")
+]
+Ids = Annotated[int, typer.Option("--tokens", min=0, help="Feed so many random ids instead of a text.")]
+Seed = Annotated[int, typer.Option(help="Of the random ids.")]
+Thresholds = Annotated[Path, typer.Option("--thresholds", help="A TOML of thresholds instead of the packaged.")]
 Out = Annotated[Path | None, typer.Option(help="Write JSON here.")]
+Html = Annotated[Path | None, typer.Option(help="Write a page with plots here.")]
 Plot = Annotated[Path | None, typer.Option(help="Write charts here: a page (.html), or the charts alone (.svg).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -35,18 +35,16 @@ def parity(
     ] = "jax,torch,reference,hf",
     a: Annotated[str | None, typer.Option("--a", help="The judge, instead of a list.")] = None,
     b: Annotated[list[str] | None, typer.Option("--b", help="A subject beside it; may be repeated.")] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to feed, instead of the packaged ones; may be repeated.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=0, help="Feed so many random ids instead of a text.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the random ids.")] = 0,
+    prompt: options.Texts = None,
+    tokens: options.Ids = 0,
+    seed: options.Seed = 0,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values on every backend, such as fp8; as cache.dtype.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 32,
-    limits: Annotated[Path, typer.Option("--thresholds", help="A TOML of thresholds instead of the packaged.")] = FILE,
-    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    limits: options.Thresholds = FILE,
+    html: options.Html = None,
+    out: options.Out = None,
     file: options.File = None,
     pairs: options.Set = None,
     as_json_: options.Json = False,

@@ -33,8 +33,8 @@ def plan(
     dtype: options.Dtype = None,
     config: options.File = None,
     pairs: options.Set = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
+    html: options.Html = None,
+    out: options.Out = None,
     as_json: options.Json = False,
 ) -> None:
     """Try meshes, print which fit and what each gives. Exit code 1 where none is fast enough."""

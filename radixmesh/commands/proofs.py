@@ -35,7 +35,7 @@ def parity(
         str, typer.Option(help="demo, wide (random, heads of 128, 4 to a kv head), or folders of models.")
     ] = f"{DEMO_NAME},{WIDE}",
     only: Annotated[str, typer.Option(help="Cases whose name holds this.")] = "",
-    limits: Annotated[Path, typer.Option("--thresholds", help="A TOML of thresholds instead of the packaged.")] = FILE,
+    limits: options.Thresholds = FILE,
     out: options.Out = None,
     pairs: options.Set = None,
 ) -> None:
