@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -250,6 +250,20 @@ def wishes(rng: random.Random, prompt: int, least: int, masked: bool) -> dict[st
     return given
 
 
+def make_scheduler(rng: random.Random, limits: Limits, seed: int) -> Scheduler:
+    scheduler = Scheduler(
+        limits,
+        policy=rng.choice(["lpm", "fcfs", "dfs-weight"]),
+        radix=rng.random() < 0.75,
+        priority_preemption=rng.choice([0, 1, 3]),
+        ageing=rng.choice([0.0, 5.0, 50.0]),
+        least=rng.choice([1, 4, 1000]),
+        eviction=EVICTIONS[seed % len(EVICTIONS)],
+    )
+    scheduler.estimate.share = rng.choice([0.0, 0.7])
+    return scheduler
+
+
 def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     """Run one random configuration; AssertionError says what differs. Returns what happened."""
     rng = random.Random(seed)
@@ -260,16 +274,7 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
     cases = {c.request.rid: c for c in make_cases(rng, truth, limits.max_len, requests, chaos)}
     later = random.Random(seed).randrange(-20, 40)  # when a backend that is ready early has all its programs
     first = replace(limits, max_tokens=min(4, limits.max_tokens)) if later > 0 else limits
-    scheduler = Scheduler(
-        first,
-        policy=rng.choice(["lpm", "fcfs", "dfs-weight"]),
-        radix=rng.random() < 0.75,
-        priority_preemption=rng.choice([0, 1, 3]),
-        ageing=rng.choice([0.0, 5.0, 50.0]),
-        least=rng.choice([1, 4, 1000]),
-        eviction=EVICTIONS[seed % len(EVICTIONS)],
-    )
-    scheduler.estimate.share = rng.choice([0.0, 0.7])
+    scheduler = make_scheduler(rng, first, seed)
 
     def guess(slot: int, length: int) -> list[int]:
         run = next((r for r in scheduler.running if r.slot == slot), None)
@@ -308,31 +313,46 @@ def trial(seed: int, requests: int = 8, turns: int = 3000) -> Counter[str]:
         loop.take([Abort(rid=c.request.rid) for c in cases.values() if c.abort_at == turn and c not in todo])
         loop.turn()
         balance(scheduler, seed)
-        for case in cases.values():
-            late = case.request.deadline is not None and case.request.deadline <= turn and case not in todo
-            assert case.end or not late, f"seed {seed}: {case.request.rid} goes on past its deadline"
-        for run in scheduler.waiting:
-            if run.leader is not None:
-                seen["followed"] += 1
-                assert run.leader.state == "seated", f"seed {seed}: {run.request.rid} waits for what isn't computed"
+        on_time(cases.values(), todo, turn, seed)
+        seen["followed"] += followers(scheduler, seed)
     for case in cases.values():
         judge(case, seed, lone=flaky and toy.failures > 0)
     scheduler.store.tree.flush()
     assert [p.free for p in scheduler.store.pools] == list(limits.pages), f"seed {seed}: pages were lost"
-    seen.update(
+    seen[f"depth {limits.depth}, drafts {limits.max_draft > 0}"] += 1
+    return seen + happened(scheduler, toy, cases.values())
+
+
+def happened(scheduler: Scheduler, toy: Toy, cases: Iterable[Case]) -> Counter[str]:
+    """Of a trial that is over."""
+    ends = [case.end for case in cases if case.end]
+    return Counter(
         {
             "preempted": scheduler.preemptions,
             "failed": toy.failures,
             "branched": toy.copied["full"],
             "shared": toy.shared["groups"],
             "nested": toy.shared["inner"],
-            "late": sum(isinstance(c.end.error, DeadlineExceeded) for c in cases.values() if c.end),
-            "aborted": sum(c.end.finish.kind == "abort" for c in cases.values() if c.end),
-            "errors": sum(c.end.error is not None for c in cases.values() if c.end),
-            f"depth {limits.depth}, drafts {limits.max_draft > 0}": 1,
+            "late": sum(isinstance(end.error, DeadlineExceeded) for end in ends),
+            "aborted": sum(end.finish.kind == "abort" for end in ends),
+            "errors": sum(end.error is not None for end in ends),
         }
     )
-    return seen
+
+
+def on_time(cases: Iterable[Case], todo: Sequence[Case], turn: int, seed: int) -> None:
+    """Nobody goes on past a deadline, but those that are not submitted yet."""
+    for case in cases:
+        late = case.request.deadline is not None and case.request.deadline <= turn and case not in todo
+        assert case.end or not late, f"seed {seed}: {case.request.rid} goes on past its deadline"
+
+
+def followers(scheduler: Scheduler, seed: int) -> int:
+    """Runs that wait for another, which must be seated."""
+    led = [(run, run.leader) for run in scheduler.waiting if run.leader is not None]
+    for run, leader in led:
+        assert leader.state == "seated", f"seed {seed}: {run.request.rid} waits for what isn't computed"
+    return len(led)
 
 
 def balance(scheduler: Scheduler, seed: int) -> None:
