@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends import probe as probing
@@ -328,6 +328,7 @@ def test_sizes_that_contradict_each_other(asked: dict[str, Any], key: str) -> No
     assert caught.value.field == key
 
 
+@settings(deadline=None)
 @given(
     platform=st.sampled_from(["cpu", "gpu", "tpu"]),
     memory=st.integers(16 << 20, 64 * GIB),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache.pages import FEW, PagePool
 
 
+@settings(deadline=None)
 @given(counts=st.lists(st.integers(0, 3 * FEW), max_size=8))
 def test_every_page_is_out_once(counts: list[int]) -> None:
     pool = PagePool(100)
