@@ -1,19 +1,21 @@
 """Serves random requests on a GPU that is only pretended: run as a program, with a seed and names of CASES. Prints a
 line for each kernel that was compiled after a backend was ready and each request that failed, then "done". FAULT in the
-environment: a warm-up that knows of fewer products."""
+environment: one of FAULTS."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 
 from backends import open_backend
-from backends.torch import warmup
+from backends.torch import step, warmup
 from engine.config import Resolved
 from engine.model.groups import cache_groups
 from engine.model.spec import Attention, Experts, Layer, Mlp, ModelSpec, Rope
@@ -36,6 +38,7 @@ SPEC = ModelSpec(
     max_len=4096,
     dtype="bfloat16",
 )
+SAMPLE = step.sample
 EXPERTS = Experts(count=8, top_k=2, size=128, renormalised=True)
 
 
@@ -60,6 +63,19 @@ CASES: dict[str, tuple[ModelSpec, dict[str, Any]]] = {
     "narrow, none captured": (SPEC, {"graphs": False, "quantise": "fp8-row"}),
     "experts, none captured": (replace(SPEC, layers=feeds(EXPERTS, _FEED)), {"graphs": False, "quantise": "int8"}),
 }
+
+
+def _kept(fed: Any, *rest: Any) -> Any:
+    """A choice of tokens that sends a number along."""
+    return torch.tensor(0).to(fed.after.device) + 0, SAMPLE(fed, *rest)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "rows": lambda: setattr(warmup, "ROWS", ()),
+    "waits": lambda: setattr(step, "count", lambda counts, wishes, tokens: tokens.tolist()),
+    "captured": lambda: setattr(step, "sample", lambda *given: _kept(*given)[1]),
+}
+"""A warm-up that knows of fewer products, a step with penalties that waits, a capture that copies from the host."""
 
 
 def config(**given: Any) -> Resolved:
@@ -111,8 +127,8 @@ def serve(case: str, seed: int) -> None:
 
 def main(seed: int, cases: list[str]) -> None:
     pretended.begin()
-    if "FAULT" in os.environ:
-        warmup.ROWS = ()
+    if fault := os.environ.get("FAULT"):
+        FAULTS[fault]()
     for case in cases:
         serve(case, seed)
         pretended.forget()

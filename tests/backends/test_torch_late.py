@@ -16,10 +16,10 @@ from tests.backends.serve_pretended import CASES
 FEW = ("shared",)
 
 
-def serve(*cases: str, **settings: str) -> str:
-    """What it prints of these cases."""
+def run(*cases: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The program, of these cases and a seed of their own."""
     seed = str(np.random.SeedSequence().entropy % 2**31)  # type: ignore[operator]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "tests.backends.serve_pretended", seed, *cases],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | settings,
@@ -27,23 +27,32 @@ def serve(*cases: str, **settings: str) -> str:
         text=True,
         check=False,
     )
-    assert not done.returncode, f"seed {seed}: {done.stderr[-2000:]}"
-    return done.stdout
 
 
 def test_nothing_compiles_late() -> None:
     pytest.importorskip("triton")
-    assert serve(*FEW) == "done\n"
+    done = run(*FEW)
+    assert done.stdout == "done\n", f"{done.args}: {done.stdout}{done.stderr[-2000:]}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(set(CASES) - set(FEW)))
 def test_nothing_compiles_late_of(case: str) -> None:
     pytest.importorskip("triton")
-    assert serve(case) == "done\n"
+    done = run(case)
+    assert done.stdout == "done\n", f"{done.args}: {done.stdout}{done.stderr[-2000:]}"
 
 
 @pytest.mark.slow
-def test_a_kernel_that_no_step_of_the_warm_up_runs_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("fault", "case", "told"),
+    [
+        ("rows", "narrow, none captured", ": late: _few_rows"),
+        ("waits", "none captured", "tolist waits for the device"),
+        ("captured", "plain", "to from or to the host is captured"),
+    ],
+)
+def test_planted_faults_are_noticed(fault: str, case: str, told: str) -> None:
     pytest.importorskip("triton")
-    assert ": late: _few_rows" in serve("narrow, none captured", FAULT="rows")
+    done = run(case, FAULT=fault)
+    assert told in done.stdout + done.stderr
