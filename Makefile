@@ -14,11 +14,14 @@ serve: $(READY)
 run: $(READY)
 	$(BIN)/radixmesh generate --compare
 
+# Two processes at once, each with whole files of tests.
+TEST := -m pytest -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(TEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python $(TEST)
 
 # The jax side with the newest jax, which needs python >= 3.12: NEXT=python3.14 names one. Golden records are of the jax
 # that dev pins.
@@ -31,7 +34,7 @@ test-next:
 		|| { echo "test-next: $(NEXT) is no python >= 3.12" >&2; exit 2; }
 	test -x $(NEXT_BIN)/python || '$(NEXT)' -m venv $(VENV)-next
 	$(NEXT_BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[next]'
-	$(NEXT_BIN)/python -m pytest -m "not slow" tests/backends/test_jax*.py tests/compile \
+	$(NEXT_BIN)/python $(TEST) -m "not slow" tests/backends/test_jax*.py tests/compile \
 		tests/test_rooms.py --ignore tests/compile/test_golden.py --ignore tests/compile/test_gpu.py
 
 lint: $(READY)

@@ -18,7 +18,8 @@ LOOSE = ("first", "start", "base", "table", "sinks", "scales")
 
 
 def build(case: Case, arch: str) -> dict[str, Any]:
-    """Seconds, bytes of shared memory, registers and spilled bytes of a thread where they are known, or the error."""
+    """Seconds, bytes of shared memory, registers and spilled bytes of a thread where they are known, or the error.
+    early: of a kernel that overlaps others, loads and stores of the device's memory ahead of its wait."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,7 +48,9 @@ def build(case: Case, arch: str) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 whatever a compiler says is the figure
         return row | {"error": " ".join(str(error).split())[-300:]}
     row |= {"compile_s": round(time.perf_counter() - begin, 2), "shared": made.metadata.shared}
-    return row | (_amd(made.asm["amdgcn"]) if arch.startswith("gfx") else _nvidia(made.asm["cubin"]))
+    if arch.startswith("gfx"):
+        return row | _amd(made.asm["amdgcn"])
+    return row | _nvidia(made.asm["cubin"], bool(constants.get("OVERLAP")))
 
 
 def _amd(text: str) -> dict[str, int]:
@@ -55,17 +58,23 @@ def _amd(text: str) -> dict[str, int]:
     return {"registers": int(found["vgpr_count"]), "spilled": int(found["private_segment_fixed_size"])}
 
 
-def _nvidia(binary: bytes) -> dict[str, int]:
+def _nvidia(binary: bytes, overlaps: bool) -> dict[str, Any]:
     from triton import knobs
+
+    def told(what: str) -> str:
+        return subprocess.run(
+            [knobs.nvidia.cuobjdump.path, what, str(file)], capture_output=True, text=True, check=True
+        ).stdout
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(binary)
-        said = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK):(\d+)", said))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"])}
+        found = dict(re.findall(r"(REG|STACK):(\d+)", told("--dump-resource-usage")))
+        more = {"early": _early(told("--dump-sass"))} if overlaps else {}
+    return {"registers": int(found["REG"]), "spilled": int(found["STACK"])} | more
+
+
+def _early(code: str) -> list[str]:
+    """What touches the device's memory ahead of the wait for the kernels before; all of a kernel that has none."""
+    names = r"\b(?:LDG|LDGSTS|LD|STG|ST|ATOMG?|REDG?|UBLKCP|UTMALDG|UTMASTG)\b[.A-Z0-9]*"
+    return re.findall(names, code.partition("ACQBULK")[0])

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from backends.api.build import Host
 from backends.api.check import check_step
 from backends.api.limits import Limits, choosing
 from backends.api.protocol import Member, Status
@@ -104,21 +103,16 @@ class TorchBackend:
         self.version = version
 
     def warmup(self) -> None:
-        """On a GPU a large step and a small one make its libraries load and reserve memory; then small steps are
-        captured. On a CPU there is nothing to do."""
+        """On a GPU steps of all kinds make its libraries load and reserve memory; then small ones are captured. On a
+        CPU there is nothing to do."""
         self._open()
         began = time.monotonic()
         if self.device.type != "cpu" and self.weights and not self.flights:
-            host, limits = Host(self), self.limits
-            text, room = host.open(), min(p * g.page for p, g in zip(limits.pages, limits.groups, strict=True))
-            most = min(limits.max_tokens, limits.max_len - 1, room - 1)
-            drawn = {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "min_p": 0.1}
-            for tokens in ([0] * most, [-1]):
-                host.run([(text, host.row(text, tokens, **drawn))])
+            warmup.steps(self)
             with self._device():
                 self._empty()
                 dtype = params.DTYPES[self.config.dtype]
-                warmup.experts(self.spec, self.weights, limits.max_tokens, dtype, self.device)
+                warmup.experts(self.spec, self.weights, self.limits.max_tokens, dtype, self.device)
                 if not self.config.deterministic:
                     warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
                     warmup.products(self.weights, self.limits.max_tokens)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from backends.api.build import Host
+from backends.api.protocol import Backend
 from backends.torch.attend import choose
 from backends.torch.branches import Layout
 from backends.torch.buckets import MIXED
@@ -23,6 +25,28 @@ from models_torch.ops import Joined
 
 STRIDE = 256
 """Tokens between sizes of a step that may have other kernels."""
+ROWS = (2, 17, 33, 65, 129, 193, 257)
+"""The least numbers of rows that kernels of products (kernels_cuda.quantised_matmul, scaled_matmul) differ for."""
+
+
+def steps(backend: Backend) -> None:
+    """A large step, then small ones that are drawn, greedy, and of as many rows as some kernel is for: what is not
+    captured is compiled and loaded, and reserves memory. Leaves slots seated."""
+    host, limits = Host(backend), backend.limits
+    room = min(p * g.page for p, g in zip(limits.pages, limits.groups, strict=True))
+    most = min(limits.max_tokens, limits.max_len - 2, room - 2)
+    drawn = {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "min_p": 0.1}
+    text = host.open()
+    for tokens, how in (([0] * most, drawn), ([-1], drawn), ([-1], {})):
+        host.run([(text, host.row(text, tokens, **how))])
+    host.close(text)
+    for tokens in (n for n in ROWS if n <= most):
+        spare = min(p - -(-tokens // g.page) for p, g in zip(limits.pages, limits.groups, strict=True))
+        rows = min(tokens, limits.max_rows, limits.slots, max(1, spare))
+        texts = [host.open() for _ in range(rows)]
+        host.run([(t, host.row(t, [0] * (1 if i else tokens - rows + 1))) for i, t in enumerate(texts)])
+        for t in texts:
+            host.close(t)
 
 
 def attend(spec: ModelSpec, config: Resolved, caches: Caches, dtype: torch.dtype, layout: Layout | None = None) -> None:

@@ -72,15 +72,24 @@ def _layer(tokens: int, layers: list[list[Matrices]], ceiling: dict[str, Any]) -
         "summed": lambda i: kernel.summed(h[i], of[i][2], routed[i][0], plans[i]),
         "whole": whole,
     }
-    if of[0][0].scale is None and tokens > 1:
-        parts |= _peers(x, h, of, [chosen for _, chosen in routed], plans)
     out: dict[str, Any] = {f"{name}_us": round(1e3 * timed(call, calls), 2) for name, call in parts.items()}
+    if of[0][0].scale is None and tokens > 1:
+        for name, call in _peers(x, h, of, [chosen for _, chosen in routed], plans).items():
+            out |= _beside(name, call, calls)
     used = sum(chosen.unique().numel() for _, chosen in routed) / calls
     ms = (out["gated_us"] + out["summed_us"]) / 1e3
     bytes_ = used * sum(w.body[0].nbytes for w in of[0]) + 2 * tokens * (2 * HIDDEN + TOP * 2 * SIZE)
     flops = 6 * tokens * TOP * SIZE * HIDDEN
     out |= {"experts": round(used, 1), "of_copy": round(bytes_ / ms / 1e6 / ceiling["copy_gbs"], 3)}
     return out | {"of_matrix": round(flops / ms / 1e9 / ceiling["matrix_tflops"], 3)}
+
+
+def _beside(name: str, call: Callable[[int], Any], count: int) -> dict[str, Any]:
+    """Microseconds of another's product, or why there are none."""
+    try:
+        return {f"{name}_us": round(1e3 * timed(call, count), 2)}
+    except Exception as error:  # noqa: BLE001 a peer that fails must not stop the table
+        return {f"{name}_error": " ".join(str(error).split())[-200:]}
 
 
 def _peers(x: Any, h: Any, of: Any, chosen: Any, plans: Any) -> dict[str, Callable[[int], Any]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.run.start import Decided
 
 PARTS = ("all", "steps", "decode", "layers")
-EVERY = ("cpu", "tpu:v5e:2x4", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1")
+EVERY = ("cpu", "tpu:v5e:2x4", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1", "cuda:sm_90", "rocm:gfx942")
 """What --all-targets compiles for."""
 
 
@@ -69,8 +69,8 @@ def compile(
     names = EVERY if all_targets else (target or "",)
     asked = options.flags(model, None, mesh, dtype, pairs)
     part = "" if only == "all" else only
-    if target is not None and target.partition(":")[0] in ("cuda", "rocm"):
-        sys.exit(_gpu(target, asked, config, only != "all" or bundle is not None or html is not None, out, as_json))
+    if target is not None and target.partition(":")[0] in ("cuda", "rocm") and (part or bundle):
+        raise ConfigError(f"target {target}: has kernels; only and bundle are for programs", field="target")
     wanted = Wanted(only=part, bundle=str(bundle or ""), context=context, temp=temp << 20, quiet=as_json)
     reports = list(_reports(names, asked, config, wanted))
     from radixmesh.bench import record
@@ -108,18 +108,19 @@ def _reports(
     {"target", "refused", "ok"}; where that is all of them, as an error, before anything is compiled."""
     from backends.target import check
     from engine.config import load
-    from engine.target import Target
-    from radixmesh.compile import report, run
+    from engine.target import GPUS, Target
+    from radixmesh.compile import gpu, report, run
     from radixmesh.compile import show as terminal
     from radixmesh.engine import DEMO
 
     settings = load(file, asked)
     targets = [Target.parse(name) for name in names]
-    for target in targets:
-        check(target)
     decided: list[Decided | ConfigError] = []
     for target in targets:
         try:
+            check(target)
+            if target.platform in GPUS:
+                gpu.check(settings, target)
             decided.append(run.decide(settings, target, DEMO))
         except ConfigError as error:
             decided.append(error)
@@ -131,6 +132,9 @@ def _reports(
         if isinstance(one, ConfigError):
             yield {"target": str(target), "refused": str(one), "ok": False}
             continue
+        if target.platform in GPUS:
+            yield gpu.report(one, target, console, wanted.quiet)
+            continue
         found = []
         for r in run.records(one, target, wanted.only, wanted.bundle):
             found.append(r)
@@ -141,26 +145,6 @@ def _reports(
             terminal.show(made, console)
             _bundled(wanted.bundle, found)
         yield made
-
-
-def _gpu(name: str, asked: dict[str, Any], file: Path | None, more: bool, out: Path | None, as_json: bool) -> int:
-    """The Triton kernels of a GPU. more: something was asked that only programs have. Exit code."""
-    from engine.config import load
-    from engine.target import Target
-    from radixmesh.bench import record
-    from radixmesh.compile import gpu, show
-    from radixmesh.engine import DEMO
-
-    target = Target.parse(name)
-    if more:
-        raise ConfigError(f"target {target}: has kernels; only, bundle and html are for programs", field="target")
-    made = gpu.report(load(file, asked), target, DEMO, as_json)
-    text = json.dumps(made | {"made": record.made()}, indent=1)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
-    print(text) if as_json else gpu.show(made, show.console())
-    return 0 if made["ok"] else 1
 
 
 def _bundled(folder: str, found: Sequence[dict[str, Any]]) -> None:

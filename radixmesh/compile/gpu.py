@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,27 +12,29 @@ from rich.table import Table
 from backends.target import examine_gpu
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.run.start import Decided
 from engine.target import Target
-from radixmesh.compile.run import decide
 
 FIELDS = ("compile_s", "shared", "registers", "spilled")
 
 
-def report(config: Config, target: Target, default: Path, quiet: bool) -> dict[str, Any]:
-    """Compile, and tell of each kernel as it is done. Raises ConfigError for another backend, or what can't be
-    decided."""
+def check(config: Config, target: Target) -> None:
+    """Refuse a backend that has no kernels of its own. Raises ConfigError."""
     if config.backend.name not in ("auto", "torch"):
         raise ConfigError(
             f"backend: {config.backend.name} has no kernels for {target}; torch has them", field="backend.name"
         )
-    decided = decide(config, target, default)
+
+
+def report(decided: Decided, target: Target, console: Console, quiet: bool) -> dict[str, Any]:
+    """Compile, and show each kernel as it is done and all as a table, unless it is to be quiet."""
     spec, resolved = decided.spec, decided.resolved
     layers, kernels = [], []
     for record in examine_gpu(spec, resolved, target.arch):
         (layers if "layer" in record else kernels).append(record)
         if not quiet and "case" in record:
             print(f"{target}: {record['case']}: {record.get('error') or said(record)}", file=sys.stderr, flush=True)
-    return {
+    made = {
         "target": str(target),
         "model": str(decided.path),
         "family": spec.family,
@@ -45,6 +46,9 @@ def report(config: Config, target: Target, default: Path, quiet: bool) -> dict[s
         "kernels": kernels,
         "ok": all("error" not in k for k in kernels),
     }
+    if not quiet:
+        show(made, console)
+    return made
 
 
 def said(kernel: Mapping[str, Any]) -> str:
@@ -65,8 +69,13 @@ def show(made: Mapping[str, Any], console: Console) -> None:
             console.print(f"{layer['layer']}: plain torch, {layer['plain']}", markup=False)
     table = Table("kernel", *FIELDS, box=None, pad_edge=False)
     for kernel in made["kernels"]:
-        table.add_row(kernel["case"], *(str(kernel.get(name, kernel.get("error", ""))) for name in FIELDS))
+        table.add_row(*row(kernel))
     console.print(table)
     spilled = sum(k.get("spilled", 0) > 0 for k in made["kernels"])
     failed = sum("error" in k for k in made["kernels"])
     console.print(f"{len(made['kernels'])} kernels, {failed} failed, {spilled} spill registers")
+
+
+def row(kernel: Mapping[str, Any]) -> list[str]:
+    """A kernel's cells: its name, and FIELDS or why it failed."""
+    return [kernel["case"], *(str(kernel.get(name, kernel.get("error", ""))) for name in FIELDS)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from radixmesh.compile import gpu
 from radixmesh.compile.gates import size
 from radixmesh.compile.report import UNCOUNTED
 from radixmesh.compile.show import row
@@ -25,6 +26,9 @@ def make(reports: Sequence[Mapping[str, Any]], made: dict[str, Any]) -> str:
     sections = sections if several else []
     for r in whole:
         at = f"{escape(r['target'])}: " if several else ""
+        if "kernels" in r:
+            sections.append((f"{at}kernels", "Of Triton: what the compiler says of each.", _kernels(r)))
+            continue
         sections += [
             (f"{at}memory", "Of one device, with the temporaries of the largest program.", _memory(r)),
             (f"{at}programs", f"{escape(UNCOUNTED[0].upper() + UNCOUNTED[1:])}.", _programs(r)),
@@ -33,9 +37,10 @@ def make(reports: Sequence[Mapping[str, Any]], made: dict[str, Any]) -> str:
         if any("estimate" in p for p in r["programs"]):
             sections.append((f"{at}step times", "Milliseconds, by the size of the step.", _times(r)))
     intro = (
-        f"{escape(first['family'])}, {first['layers']} layers, {escape(first['dtype'])}, compiled for "
-        f"<b>{escape(', '.join(r['target'] for r in reports))}</b> without that hardware; rows that each see "
-        f"{first['context']} positions."
+        f"{escape(first['family'])}, {escape(first['dtype'])}, compiled for "
+        f"<b>{escape(', '.join(r['target'] for r in reports))}</b> without that hardware"
+        + next((f"; rows that each see {r['context']} positions" for r in whole if "context" in r), "")
+        + "."
     )
     return document("compile", first["model"], ("passes" if ok else "fails", ok), intro, sections, made)
 
@@ -79,6 +84,15 @@ def _memory(r: Mapping[str, Any]) -> str:
 
 def _programs(r: Mapping[str, Any]) -> str:
     return table(HEAD, [_plain(row(p, r, True)) for p in r["programs"]])
+
+
+def _kernels(r: Mapping[str, Any]) -> str:
+    plain = "".join(
+        f"<p>{escape(layer['layer'])}: plain torch, {escape(layer['plain'])}</p>"
+        for layer in r["layers"]
+        if layer["plain"]
+    )
+    return plain + table(("kernel", *gpu.FIELDS), [_plain(gpu.row(k)) for k in r["kernels"]])
 
 
 def _gates(r: Mapping[str, Any]) -> str:
@@ -127,6 +141,12 @@ def summary(r: Mapping[str, Any]) -> list[str]:
     """A report as one row of the matrix of targets."""
     if "refused" in r:
         return [r["target"], *[""] * (len(MATRIX) - 2), r["refused"]]
+    if "kernels" in r:
+        good = [k for k in r["kernels"] if "error" not in k]
+        failed = len(r["kernels"]) - len(good)
+        count = f"{len(good)} of {len(r['kernels'])} kernels"
+        seconds = f"{sum(k['compile_s'] for k in good):.0f} s"
+        return [r["target"], r["mesh"], "", "", "", count, seconds, "", "", f"{failed} failed" if failed else "pass"]
     made = [p for p in r["programs"] if "error" not in p]
     decode = next((p for p in sorted(made, key=lambda p: p["tokens"]) if p["rows"] >= r["max_rows"]), None)
     e = (decode or {}).get("estimate") or r["unrolled"]

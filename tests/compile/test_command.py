@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from backends import target
-from engine.config import load
+from engine.config import Resolved, load
 from engine.errors import BackendLost
+from engine.model.spec import ModelSpec
 from engine.run.start import Decided
 from engine.target import Target
 from radixmesh import cli
-from radixmesh.compile import run
+from radixmesh.compile import gpu, run
 from radixmesh.engine import DEMO
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def check_one_line(
         (("compile", "--target", "tpu:v6e:2x4", "--mesh", "tp=16"), "not divided by tp=16"),
         (("compile", "--target", "tpu:v6e:2x4", "--mesh", "tp=8"), "does not divide q_heads=4"),
         (("compile", "--target", "tpu:v6e:2x4", "--mesh", "dp=2"), "dp=2 is not built yet"),
-        (("compile", "--target", "cuda:sm_90", "--only", "steps"), "only, bundle and html are for programs"),
+        (("compile", "--target", "cuda:sm_90", "--only", "steps"), "only and bundle are for programs"),
         (("compile", "--target", "cpu", "--only", "some"), "'some' is none of all, steps"),
         (("compile", "--target", "cpu", "--update"), "give --golden too"),
         (("compile", "--target", "cpu", "--set", "backend.name=torch"), "torch runs no compiled programs"),
@@ -186,17 +187,25 @@ def test_of_all_targets_those_that_cannot_hold_a_model_are_told(
         compiled.append(str(target))
         return [{"held": held, "device": "made up"}]
 
+    def kernels(spec: ModelSpec, config: Resolved, arch: str) -> list[dict[str, Any]]:
+        compiled.append(arch)
+        return [{"case": "made up", "error": "too large"}]
+
     monkeypatch.setattr(run, "records", records)
+    monkeypatch.setattr(gpu, "examine_gpu", kernels)
     files = ("--out", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html"))
     asked = ("--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b"))
     assert call(monkeypatch, "compile", "--all-targets", *asked, *files) == 1
     told = {r["target"]: r.get("refused", "") for r in json.loads((tmp_path / "r.json").read_text())["targets"]}
     why = told["tpu:v5e:2x4"]
     assert "3.04 GiB more than" in why
-    assert compiled == [target for target, refused in told.items() if not refused]
+    assert compiled == [t.removeprefix("cuda:").removeprefix("rocm:") for t, refused in told.items() if not refused]
+    assert {"sm_90", "gfx942"} <= set(compiled)
     assert {"tpu:v5p:2x2x2", "tpu:v6e:2x4", "tpu:tpu7x:2x2x1"} <= set(compiled)
     assert f"tpu:v5e:2x4: {why}" in capsys.readouterr().out.splitlines()
-    assert why in (tmp_path / "p.html").read_text()
+    assert why in (page := (tmp_path / "p.html").read_text())
+    assert "0 of 1 kernels" in page
+    assert "too large" in page
     assert call(monkeypatch, "compile", "--all-targets", "--mesh", "tp=3") == 2
     assert not capsys.readouterr().out
 

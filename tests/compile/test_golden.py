@@ -11,6 +11,7 @@ from radixmesh.compile import golden
 from radixmesh.compile.golden import CASES, Case
 
 FAST = [c for c in CASES if c.fast]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,8 @@ def test_the_demo_model_on_a_gpu_that_is_not_here(
     """Every kernel with what the compiler says of it; one that does not compile is an exit code."""
     from kernels_cuda import build
 
-    command = ("compile", "--target", "rocm:gfx942", "--set", "model.max_len=128", "--out", str(tmp_path / "r.json"))
+    files = ("--out", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html"))
+    command = ("compile", "--target", "rocm:gfx942", "--set", "model.max_len=128", *files)
     assert call(monkeypatch, *command) == 0
     made = json.loads((tmp_path / "r.json").read_text())
     assert made["layers"] == [{"layer": "4/2 heads of 64", "plain": ""}]
@@ -42,7 +43,9 @@ def test_the_demo_model_on_a_gpu_that_is_not_here(
         k["case"].split()[0] for k in made["kernels"]
     }
     assert len(made["kernels"]) == 26
+    page = (tmp_path / "p.html").read_text()
     for kernel in made["kernels"]:
+        assert kernel["case"] in page
         assert kernel["compile_s"] >= 0
         assert 0 <= kernel["shared"] <= 1 << 16
         assert kernel["registers"] > 0

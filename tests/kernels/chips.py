@@ -122,7 +122,7 @@ def run(which: str) -> dict[str, dict[str, dict[str, int]]]:
             env=os.environ | settings,
             capture_output=True,
             text=True,
-            timeout=280 if which == "small" else 1100,
+            timeout=550 if which == "small" else 1100,
         )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

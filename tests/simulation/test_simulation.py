@@ -13,6 +13,9 @@ from tests.simulation.faults import FAULTS
 from tests.simulation.scenes import SCENES, Stage
 from tests.simulation.trial import balance, trial
 
+QUICK = set(range(0, len(FAULTS), 2))
+"""Faults that `make test` plants; `make test-all` plants all."""
+
 
 def run(seeds: range) -> Counter[str]:
     seen: Counter[str] = Counter()
@@ -64,6 +67,9 @@ def test_scene(scene: Callable[[], None]) -> None:
     scene()
 
 
-@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f.name for f in FAULTS])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(i, id=f.name, marks=[] if i in QUICK else pytest.mark.slow) for i, f in enumerate(FAULTS)],
+)
 def test_fault_is_noticed(number: int) -> None:
     check_noticed("tests.simulation.faults", FAULTS, number, 120)
