@@ -193,6 +193,7 @@ def test_of_all_targets_those_that_cannot_hold_a_model_are_told(
 
     monkeypatch.setattr(run, "records", records)
     monkeypatch.setattr(gpu, "examine_gpu", kernels)
+    monkeypatch.setattr(target, "version", lambda name: version(name) if name in ("jax", "libtpu") else "made up")
     files = ("--out", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html"))
     asked = ("--mesh", "tp=8", "--model", str(MODELS / "llama-3.1-70b"))
     assert call(monkeypatch, "compile", "--all-targets", *asked, *files) == 1
