@@ -1,10 +1,11 @@
 """Attention of a tile of a prompt: more scores than registers hold, so its work goes through buffers, in three stages.
 
 Work is cut into products of `step` keys (a cut) and the rows of one product. Of a block, cuts that no query sees are
-left out, and where blocks say so a cut that all queries see has turns without a mask. A stage of the pipeline asks (scores
-of a product and their peak; its values are turned), weighs (scores become weights) or gives (weights times values). A
-turn asks `ahead` products, weighs those that the turn before asked and gives those that it weighed, so that in a turn
-nothing waits for another stage. Cuts follow each other without a gap; a tile's last two turns are done when it ends.
+left out, and where blocks say so a cut that all queries see has turns without a mask. A stage of the pipeline asks
+(scores of a product and their peak; its values are turned), weighs (scores become weights) or gives (weights times
+values). A turn asks `ahead` products, weighs those that the turn before asked and gives those that it weighed, so that
+in a turn nothing waits for another stage. Cuts follow each other without a gap; a tile's last two turns are done when
+it ends.
 
 Scores stand with keys down and rows of queries across: what a row needs (peak, sum, mask) is a few registers for all of
 its keys, and no register is reduced across its lanes.

@@ -117,7 +117,8 @@ def pipeline(found: list[Loop], trips: int, turns: int, cuts: tuple[int, int]) -
     """Cycles of all turns of a loop over blocks of keys, and registers spilled in what is counted.
 
     In it are what starts copies and, after that, a loop over cuts, in which are those that multiply, `trips` turns
-    each: the longest has a mask, the shortest none. All else from there to the next product counts for a block, or a cut.
+    each: the longest has a mask, the shortest none. All else from there to the next product counts for a block, or a
+    cut.
     """
     deepest = max(loop.depth for loop in found if loop.products)
     at = [n for n, loop in enumerate(found) if loop.depth == deepest and loop.products]
