@@ -11,7 +11,8 @@ from kernels_pallas.chip import Chip
 class Blocks:
     """queries: sizes of tiles, rising; a tile runs as the smallest that holds it. keys: of one turn of the loop.
 
-    The largest tile, if of `large` queries and more, is a pipeline of products with `step` keys, `ahead` a turn.
+    The largest tile, if of `large` queries and more, is a pipeline of products with `step` keys, `ahead` a turn; plain:
+    whether it has turns without a mask too, for keys that all queries see.
     apart: what a turn gives is a branch, so that nothing else of the turn waits for it in registers, or fills its gaps.
     """
 
@@ -21,6 +22,7 @@ class Blocks:
     step: int = 512
     ahead: int = 2
     apart: bool = False
+    plain: bool = True
 
     @property
     def small(self) -> int:
@@ -36,8 +38,13 @@ LARGE = {"v5e": 64, "v5p": 64, "v6e": 64, "7x": 64, "interpreted": 8}
 """Chip -> queries of a tile of a prompt."""
 KEYS = {"v5e": 512, "v5p": 512, "v6e": 512, "7x": 512, "interpreted": 128}
 """Chip -> keys of a block, before it is cut to fit."""
-STEPS = {"v5e": (512, 2, True), "v5p": (512, 2, True), "v6e": (512, 4, False), "7x": (256, 4, False)}
-"""Chip -> step, ahead and apart of its blocks: those that spill no registers."""
+STEPS = {
+    "v5e": (256, 4, True, False),
+    "v5p": (256, 4, True, False),
+    "v6e": (512, 4, False, False),
+    "7x": (256, 4, False, True),
+}
+"""Chip -> step, ahead, apart and plain of its blocks: those that spill no registers."""
 LEAST = 128
 """Keys of the smallest block: the lanes of a register."""
 
@@ -59,8 +66,8 @@ def pick(tokens: int, on: Chip, *, line: int, size: int, fixed: int, each: int) 
     if need(most, keys, line, size, fixed, each) > on.vmem // 2:
         return None
     queries = (*(n for n in SMALL if n < most), most)
-    step, ahead, apart = STEPS.get(on.name, (256, 2, True))
-    return Blocks(queries=queries, keys=keys, step=step, ahead=ahead, apart=apart)
+    step, ahead, apart, plain = STEPS.get(on.name, (256, 2, True, True))
+    return Blocks(queries=queries, keys=keys, step=step, ahead=ahead, apart=apart, plain=plain)
 
 
 def need(most: int, keys: int, line: int, size: int, fixed: int, each: int) -> int:

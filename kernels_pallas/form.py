@@ -83,14 +83,14 @@ class Form:
         return min(self.blocks.step, self.blocks.keys)
 
     @property
-    def stages(self) -> int:
-        """Products of a large tile with one block of keys."""
-        return self.pieces * (self.blocks.keys // self.step)
+    def plain(self) -> bool:
+        """Whether a large tile has turns without a mask. A short window cuts into whatever some query sees."""
+        return self.blocks.plain and (not self.window or self.window >= self.step + self.most - 1)
 
     @property
     def ahead(self) -> int:
         """Products of a turn of the pipeline: places in it."""
-        return gcd(self.blocks.ahead, self.stages)
+        return gcd(self.blocks.ahead, self.pieces)
 
     @property
     def lanes(self) -> int:

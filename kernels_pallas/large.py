@@ -1,9 +1,10 @@
 """Attention of a tile of a prompt: more scores than registers hold, so its work goes through buffers, in three stages.
 
-Work is cut into products of `step` keys and the rows of one product. A stage of the pipeline asks (scores of a product
-and their peak; its values are turned), weighs (scores become weights) or gives (weights times values). A turn asks
-`ahead` products, weighs those that the turn before asked and gives those that it weighed, so that in a turn nothing
-waits for another stage. Blocks of keys follow each other without a gap; a tile's last two turns are done when
+Work is cut into products of `step` keys (a cut) and the rows of one product. Of a block, cuts that no query sees are
+left out, and where blocks say so a cut that all queries see has turns without a mask. A stage of the pipeline asks
+(scores of a product and their peak; its values are turned), weighs (scores become weights) or gives (weights times
+values). A turn asks `ahead` products, weighs those that the turn before asked and gives those that it weighed, so that
+in a turn nothing waits for another stage. Cuts follow each other without a gap; a tile's last two turns are done when
 it ends.
 
 Scores stand with keys down and rows of queries across: what a row needs (peak, sum, mask) is a few registers for all of
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.form import LANES, SUBLANES, Form, Refs
+from kernels_pallas.form import SUBLANES, Form, Refs
 from kernels_pallas.softmax import FAR, Part, _each, _exact, _heads, _wide
 
 Array: TypeAlias = jax.Array
@@ -69,19 +70,45 @@ def begin_large(form: Form, r: Refs, half: Array) -> None:
     jax.lax.fori_loop(0, form.pieces, sums, None)
 
 
-def attend_large(form: Form, r: Refs, i: Array, b: Array, first: Array, half: Array) -> None:
-    """One block of keys of tile i, whose first is `first`: the turns of the pipeline that its products take."""
-    turns, places = form.stages // form.ahead, range(form.ahead)
+def attend_large(form: Form, r: Refs, i: Array, b: Array, reach: tuple[Array, Array], half: Array) -> None:
+    """One block of keys of tile i, `step` of them at once. reach: the first and last key that some query may see."""
+    cuts = form.blocks.keys // form.step
+    first, last = (jax.lax.div(key, form.step) for key in reach)
+
+    def cut(c: Array, _: None) -> None:
+        if not form.plain:
+            _turns(form, r, i, c, first, half, True)
+            return
+        whole = _whole(form, r, i, c)
+        pl.when(whole)(lambda: _turns(form, r, i, c, first, half, False))
+        pl.when(~whole)(lambda: _turns(form, r, i, c, first, half, True))
+
+    jax.lax.fori_loop(jnp.maximum(first, b * cuts), jnp.minimum(last + 1, b * cuts + cuts), cut, None)
+
+
+def _whole(form: Form, r: Refs, i: Array, c: Array) -> Array:
+    """Whether all queries of tile i see all keys of cut c."""
+    position, begin = r.position[i], c * form.step
+    whole = begin + form.step <= position + 1
+    return whole & (begin > position + form.most - 1 - form.window) if form.window else whole
+
+
+def _turns(form: Form, r: Refs, i: Array, c: Array, first: Array, half: Array, masked: bool) -> None:
+    """The turns of the pipeline that the products of cut c take. first: of the tile's cuts. Values that one turn lays
+    aside are given two turns later, so they have two ages."""
+    turns, places = form.pieces // form.ahead, range(form.ahead)
 
     def one(m: Array, _: None) -> None:
-        gives, weighs = (jax.lax.rem(m + 2 * turns - back, turns) for back in (2, 1))  # of the block before, too
+        gives, weighs = (jax.lax.rem(m + 2 * turns - back, turns) for back in (2, 1))  # of the cut before, too
+        before = (c - first) * turns + m
+        age = jax.lax.rem(before, 2)
 
         def give(u: int) -> None:
-            _give(form, r, _piece(form, gives, u), u)
+            _give(form, r, gives * form.ahead + u, u, age)
 
         if form.blocks.apart:
 
-            @pl.when((b - first) * turns + m >= 2)
+            @pl.when(before >= 2)
             def _() -> None:
                 for u in places:
                     give(u)
@@ -89,31 +116,20 @@ def attend_large(form: Form, r: Refs, i: Array, b: Array, first: Array, half: Ar
         for u in places:
             if not form.blocks.apart:
                 give(u)
-            _weigh(form, r, _piece(form, weighs, u), u)
+            _weigh(form, r, weighs * form.ahead + u, u)
         for u in places:
-            _ask(form, r, i, b, half, m, u)
+            _ask(form, r, i, c, half, m * form.ahead + u, u, age, masked)
 
     jax.lax.fori_loop(0, turns, one, None)
 
 
-def _piece(form: Form, m: Any, u: Any) -> Any:
-    """The heads that place u of turn m of a block is about."""
-    cuts = form.blocks.keys // form.step
-    if form.ahead % cuts == 0:
-        return m * (form.ahead // cuts) + (u // cuts if isinstance(u, int) else jax.lax.div(u, cuts))
-    return jax.lax.div(jnp.int32(m * form.ahead + u), cuts)
-
-
-def _ask(form: Form, r: Refs, i: Array, b: Array, half: Array, m: Array, u: int) -> None:
+def _ask(form: Form, r: Refs, i: Array, c: Array, half: Array, n: Array, u: int, age: Array, masked: bool) -> None:
     """Put aside the scores of a product, and its values turned."""
-    n, kind = _piece(form, m, u), r.asks.dtype
-    c: Any = u * form.step % form.blocks.keys
-    if form.ahead * form.step % form.blocks.keys:
-        c = pl.multiple_of(jax.lax.rem(m * (form.ahead * form.step) + c, form.blocks.keys), LANES)
+    kind, key = r.asks.dtype, pl.multiple_of(jax.lax.rem(c * form.step, form.blocks.keys), form.step)
     part = Part(n, form.many, n, 1) if form.unfolds else Part(n, form.many, n * form.fold, form.fold)
-    r.values[0, u] = _heads(form, r, half, part, c, form.step, value=True).astype(kind).T
+    r.values[age, u] = _heads(form, r, half, part, key, form.step, value=True).astype(kind).T
     s = jax.lax.dot_general(
-        _heads(form, r, half, part, c, form.step, value=False).astype(kind),
+        _heads(form, r, half, part, key, form.step, value=False).astype(kind),
         r.asks[n],
         (((1,), (1,)), ((), ())),
         precision=_exact(kind),
@@ -124,17 +140,20 @@ def _ask(form: Form, r: Refs, i: Array, b: Array, half: Array, m: Array, u: int)
     else:
         s = jnp.tanh(s * (form.scale / form.cap)) * (form.cap * log2(e))
     s = s.reshape(-1, SUBLANES, form.many)
-    key, last = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0) * SUBLANES, r.last[...]
-    last = last + (r.position[i] - b * form.blocks.keys - c)
-    seen = last >= key
-    if form.window:
-        seen &= last < key + form.window
-    s = jnp.where(seen, s, FAR)
+    if masked:
+        s = jnp.where(_seen(form, r, r.position[i] - c * form.step, s.shape), s, FAR)
     r.scores[u] = s
     top = r.tops[n]
     peak = jnp.maximum(top, jnp.max(jnp.max(s, axis=0), axis=0, keepdims=True))
     r.tops[n] = r.stats[u, PEAK] = peak
     r.stats[u, FADE] = jnp.exp2(top - peak)
+
+
+def _seen(form: Form, r: Refs, ahead: Array, shape: tuple[int, ...]) -> Array:
+    """Which rows see which keys. ahead: how far the tile's first query stands past the first of these."""
+    key, last = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * SUBLANES, r.last[...] + ahead
+    seen = last >= key
+    return seen & (last < key + form.window) if form.window else seen
 
 
 def _weigh(form: Form, r: Refs, n: Array, u: Any) -> None:
@@ -143,13 +162,13 @@ def _weigh(form: Form, r: Refs, n: Array, u: Any) -> None:
     p = jnp.exp2(r.scores[u] - r.stats[u, PEAK])
     r.sums[n] = r.sums[n] * r.stats[u, FADE] + jnp.sum(p, axis=0)
     r.weights[u] = p.reshape(form.step, form.many).astype(r.weights.dtype)
-    r.stats[u, FADED], r.values[1, u] = r.stats[u, FADE], r.values[0, u]
+    r.stats[u, FADED] = r.stats[u, FADE]
 
 
-def _give(form: Form, r: Refs, n: Array, u: Any) -> None:
+def _give(form: Form, r: Refs, n: Array, u: Any, age: Array) -> None:
     """Add the values of what the turn before weighed."""
     o = jax.lax.dot_general(
-        r.values[1, u],
+        r.values[age, u],
         r.weights[u],
         (((1,), (0,)), ((), ())),
         precision=_exact(r.weights.dtype),
@@ -159,16 +178,20 @@ def _give(form: Form, r: Refs, n: Array, u: Any) -> None:
     r.outs[n] = held.reshape(o.shape) + o
 
 
-def finish_large(form: Form, r: Refs, half: Array) -> None:
-    """What is left in the pipeline, then a tile's output: of each row the lanes of its own head, divided by the sum."""
-    turns = form.stages // form.ahead
+def finish_large(form: Form, r: Refs, half: Array, cuts: Array) -> None:
+    """What is left in the pipeline, then a tile's output: of each row the lanes of its own head, divided by the sum.
+
+    cuts: how many the tile had.
+    """
+    turns = form.pieces // form.ahead
+    age = jax.lax.rem(cuts * turns, 2)
 
     def weigh(u: Array, _: None) -> None:
-        _give(form, r, _piece(form, (turns - 2) % turns, u), u)
-        _weigh(form, r, _piece(form, turns - 1, u), u)
+        _give(form, r, (turns - 2) % turns * form.ahead + u, u, age)
+        _weigh(form, r, (turns - 1) * form.ahead + u, u)
 
     def give(u: Array, _: None) -> None:
-        _give(form, r, _piece(form, turns - 1, u), u)
+        _give(form, r, (turns - 1) * form.ahead + u, u, 1 - age)
         reset(form, r, u)
 
     jax.lax.fori_loop(0, form.ahead, weigh, None)

@@ -59,6 +59,7 @@ def kernel(form: Form, r: Refs) -> None:
 
 def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
     """One tile, computed as `size` queries. turn: blocks before it; the block of turn t is in half t % 2."""
+    low, high = _reach(form, r, i)
     first, last = _span(form, r, i)
     if form.large(size):
         begin_large(form, r, i % 2)
@@ -77,7 +78,7 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
         _fetch(form, r, i, b, half, start=False)
         _clear(form, r, i, b, half)
         if form.large(size):
-            attend_large(form, r, i, b, first, half)
+            attend_large(form, r, i, b, (low, high), half)
         else:
             attend(form, r, i, b, half, size)
         return turn + 1
@@ -89,7 +90,7 @@ def _tile(form: Form, r: Refs, i: Array, turn: Array, size: int) -> None:
         _give(r, i - 2, start=False)
 
     if form.large(size):
-        finish_large(form, r, i % 2)
+        finish_large(form, r, i % 2, high // form.step - low // form.step + 1)
     else:
         finish(form, r, i % 2, size)
     _give(r, i, start=True)

@@ -25,8 +25,8 @@ GUESSED = 8
 """Tokens that a row feeds as a tree: one tile."""
 LINE = 2 * KV_HEADS * HEAD * 2
 """Bytes of one token in the cache."""
-RANKS = {"decode": -3, "verify tree": -2, "prefill": -1}
-"""Of the loops by length, that of each tile that is used: they are of 1, 8 and 64 queries; what ends one is shorter."""
+RANKS = {"decode": -2, "verify tree": -1}
+"""Of the loops of depth 2 by length, that of tiles of 1 and of 8 queries; what ends a large one is shorter."""
 I32, BF16 = jnp.int32, jnp.bfloat16
 
 
@@ -52,6 +52,13 @@ def _work(tokens: int, rows: int, keys: int) -> dict[str, Any]:
         pairs, read = tokens * tokens // 2, tokens
     both = 2 * tokens * Q_HEADS * HEAD * 2
     return {"turns": turns, "moved": read * LINE + both, "flops": 4 * pairs * Q_HEADS * HEAD}
+
+
+def _cuts(form: Form, tokens: int) -> tuple[int, int]:
+    """Of all tiles of a prompt: cuts that have a mask, and that have none."""
+    tiles = range(0, tokens, form.most)
+    plain = sum((i + 1) // form.step for i in tiles) if form.plain else 0
+    return sum(-(-(i + form.most) // form.step) for i in tiles) - plain, plain
 
 
 def _ours() -> list[Case]:
@@ -81,8 +88,10 @@ def _ours() -> list[Case]:
             Case(
                 name=f"attention {name}",
                 lower=lower,
-                rank=RANKS[name],
-                trips=form.stages // form.ahead,
+                rank=RANKS.get(name, -1),
+                depth=2,
+                trips=form.pieces // form.ahead,
+                cuts=_cuts(form, tokens) if rows == 1 else None,
                 **_work(tokens, rows, KEYS[chip().name]),
             )
         )

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -36,9 +36,12 @@ Shape: TypeAlias = Callable[..., Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """lower: from a way to make shapes to a lowered call. turns: of the loop that multiplies; 0 = cycles are not
-    estimated. rank: of that loop among those that multiply, the shortest first; -1: the longest. trips: of a loop
-    inside of it that multiplies too, if there is one. kernel: of several, what the name of the one that works begins
-    with. around: the loop around the one that multiplies starts the copies, once for each turn.
+    estimated. rank: of that loop among those that multiply, the shortest first; -1: the longest. depth: of nesting,
+    where other loops do not count. kernel: of several, what the name of the one that works begins with. around: the
+    loop around the one that multiplies starts the copies, once for each turn.
+
+    cuts: where the loops that multiply run for each cut of a turn's keys, and have two forms: how many cuts have a
+    mask, and how many have none. trips: their turns for a cut. What stands around them in a turn counts too.
 
     nest: for a kernel that is a grid instead: turns of the grid, and inside of each over columns and down the summed
     dimension; and of a loop that keeps rows of what was multiplied. What is 1 is no loop. All loops count then.
@@ -50,7 +53,9 @@ class Case:
     lower: Callable[[Shape], Any]
     turns: int = 0
     rank: int = -1
+    depth: int = 0
     trips: int = 0
+    cuts: tuple[int, int] | None = None
     kernel: str = ""
     around: bool = False
     nest: tuple[int, ...] = ()
@@ -101,26 +106,30 @@ def loops(text: str) -> list[Loop]:
             del ended[deeper]
         stack[-1][0] += 1
         stack[-1][1] += len(re.findall(r"= vmatmul|vmatpush|vmatprep", bundle))
-        stack[-1][2] += len(re.findall(r"dma\.\w+_to", bundle))
+        stack[-1][2] += len(re.findall(r"= dma\.(?:\w+_to|general)", bundle))
         stack[-1][3] += len(re.findall(r"vst[^;]*_spill", bundle))
     while stack:
         close()
     return out
 
 
-def nested(found: list[Loop], trips: int, depth: int = 2) -> list[Loop]:
-    """The loops of a depth that multiply, each as long as one of its turns with `trips` of those inside that do."""
-    inside, out = [], []
-    for loop in found:
-        if loop.depth > depth and loop.products:
-            inside.append(loop)
-        elif loop.depth == depth:
-            if loop.products or inside:
-                bundles = loop.bundles + trips * sum(each.bundles for each in inside)
-                spills = loop.spills + trips * sum(each.spills for each in inside)
-                out.append(replace(loop, bundles=bundles, spills=spills))
-            inside = []
-    return out
+def pipeline(found: list[Loop], trips: int, turns: int, cuts: tuple[int, int]) -> tuple[int, int]:
+    """Cycles of all turns of a loop over blocks of keys, and registers spilled in what is counted.
+
+    In it are what starts copies and, after that, a loop over cuts, in which are those that multiply, `trips` turns
+    each: the longest has a mask, the shortest none. All else from there to the next product counts for a block, or a
+    cut.
+    """
+    deepest = max(loop.depth for loop in found if loop.products)
+    at = [n for n, loop in enumerate(found) if loop.depth == deepest and loop.products]
+    begin = max(n for n, loop in enumerate(found[: at[0]]) if loop.copies > 4)
+    end = next((n for n, loop in enumerate(found) if n > at[-1] and loop.products), len(found))
+    forms = sorted((found[n] for n in at), key=lambda loop: loop.bundles)
+    rest = [loop for loop in found[begin:end] if not loop.products and loop.depth >= deepest - 2]
+    block, cut = (sum(loop.bundles for loop in rest if (loop.depth > deepest - 2) == deep) for deep in (False, True))
+    masked, plain = cuts
+    cycles = turns * block + (masked + plain) * cut + trips * (masked * forms[-1].bundles + plain * forms[0].bundles)
+    return cycles, sum(loop.spills for loop in (*forms, *rest))
 
 
 def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]:
@@ -144,25 +153,29 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     row["bundles"] = sum(1 for line in text.splitlines() if re.match(r"\s*0x", line))
     row["spills"] = len(re.findall(r"vst[^;]*_spill", text))
     if case.nest and any(loop.depth == 1 for loop in found):  # one turn alone is no loop, and has no estimate
-        row["schedule_cycles"] = scheduled(found, case.nest)
-        row["roofline_cycles"] = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
-        row["estimated_cycles"] = max(row["schedule_cycles"], row["roofline_cycles"])
-        return row
-    multiply = [loop for loop in found if loop.products]
+        return row | bounded(case, chip, scheduled(found, case.nest))
+    if case.cuts:
+        row["cuts"] = dict(zip(("masked", "plain"), case.cuts, strict=True))
+        cycles, row["spilled"] = pipeline(found, case.trips, case.turns, case.cuts)
+        return row | bounded(case, chip, cycles)
+    multiply = [loop for loop in found if loop.products and loop.depth == (case.depth or loop.depth)]
     if not multiply:
         return row
-    turns = nested(found, case.trips) if case.trips else multiply
-    inner = sorted(turns, key=lambda loop: loop.bundles)[case.rank]
+    inner = sorted(multiply, key=lambda loop: loop.bundles)[case.rank]
     # where copies of a block start apart from the product, the schedule is both
     depth = inner.depth - case.around
     issue = max((loop.bundles for loop in found if loop.copies > 4 and loop.depth == depth), default=0)
     row["spilled"] = inner.spills
     row["turn"] = inner.bundles + (0 if inner.copies else issue)
     if case.turns:
-        row["schedule_cycles"] = case.turns * row["turn"]
-        row["roofline_cycles"] = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
-        row["estimated_cycles"] = max(row["schedule_cycles"], row["roofline_cycles"])
+        row |= bounded(case, chip, case.turns * row["turn"])
     return row
+
+
+def bounded(case: Case, chip: str, cycles: int) -> dict[str, int]:
+    """Cycles of a schedule, beside those of the roofline, and the longer of the two."""
+    roofline = round(max(case.moved / BYTES[chip], case.flops / FLOPS[chip]) * CLOCK[chip])
+    return {"schedule_cycles": cycles, "roofline_cycles": roofline, "estimated_cycles": max(cycles, roofline)}
 
 
 def scheduled(found: list[Loop], nest: tuple[int, ...]) -> int:

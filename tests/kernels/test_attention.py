@@ -140,6 +140,18 @@ def test_no_rows_and_the_edges_of_pages() -> None:
         assert worst(case, program(kind)(*given(case))) < limit(kind)
 
 
+CUTS = Blocks(queries=BLOCKS.queries[-1:], keys=256, large=8, step=128, ahead=2)
+"""The body of large tiles alone."""
+EDGE = [Row(4, 126), Row(4, 127), Row(4, 128), Row(0, 0), Row(0, 0), Row(2, 255)]
+"""The first position of a tile is one before, at and after what a cut's last key sees, and the edge of a block."""
+
+
+@pytest.mark.parametrize("change", [{}, {"window": 135, "sinks": True, "cap": 3.0}], ids=["", "window, sinks, cap"])
+def test_cuts_without_a_mask_begin_and_end_where_all_see_them(change: dict[str, Any]) -> None:
+    case = make(replace(KINDS["float32"], **change), 9, BLOCKS.queries[-1], EDGE)
+    assert worst(case, call(ours, case.kind, *given(case), blocks=CUTS)) < limit(case.kind)
+
+
 FAULTS = {
     "keys are not waited for": ("_fetch(form, r, i, b, half, start=False)", "pass"),
     "output is overwritten while it is copied": ("_give(r, i - 2, start=False)", "pass"),
@@ -150,8 +162,10 @@ FAULTS = {
     "a guess sees none of its tree": ("seen &= (bit < 0) |", "seen &= (bit < 0) &"),
     "the words of a tree are taken for each other": ("jnp.where(bit < 32, low", "jnp.where(bit >= 32, low"),
     "a query of a large tile does not see itself": ("seen = last >= key", "seen = last > key"),
-    "weights of one product meet another's values": ("r.values[1, u],\n", "r.values[0, u],\n"),
+    "weights of one product meet another's values": ("r.values[age, u],\n", "r.values[1 - age, u],\n"),
     "what a tile left in the pipeline goes to the next": ("        reset(form, r, u)\n", "        pass\n"),
+    "the mask is left out one cut too many": ("form.step <= position + 1", "form.step <= position + 2"),
+    "a cut that is seen is left out": ("jnp.minimum(last + 1,", "jnp.minimum(last,"),
 }
 TREES = list(FAULTS)[6:8]
 LONG = [Row(1, 290), Row(5, 126), Row(0, 0), Row(1, 0), Row(9, 250), Row(1, 31)]
@@ -165,9 +179,9 @@ def test_a_planted_fault_is_caught(fault: str) -> None:
     large = place > 7
     module = "kernels_pallas.large" if large else "kernels_pallas.softmax" if place > 4 else above.pop(0)
     kind = KINDS["grouped" if large else "float32"]
-    case = make(kind, 5, BLOCKS.queries[-1], LONG) if fault not in TREES else with_trees(kind, 5)
+    case = with_trees(kind, 5) if fault in TREES else make(kind, 5, BLOCKS.queries[-1], EDGE if place > 10 else LONG)
     with planted(module, *FAULTS[fault], *above) as broken:
-        assert caught(case, broken, replace(BLOCKS, queries=ONE.queries, apart=False) if large else ONE)
+        assert caught(case, broken, CUTS if large else ONE)
 
 
 def caught(case: Case, broken: ModuleType, blocks: Blocks) -> bool:

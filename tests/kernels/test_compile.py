@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from radixmesh.bench.kernels import TOPOLOGY, loops, nested
+from radixmesh.bench.kernels import TOPOLOGY, loops, pipeline
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -113,16 +113,21 @@ def test_loops_are_read_from_a_schedule() -> None:
     assert (found[1].bundles, found[1].copies, found[1].spills) == (3, 1, 1)
 
 
-def test_a_turn_holds_the_loops_inside_of_it() -> None:
-    text = """
- 0x1 LB: > { %b = vmatmul.f32 %v }
- 0x2 LB: >> { %d = vmatmul.f32 %v ;; %c = vst [vmem:[#allocation1_spill]] %v }
- 0x3   : >> { %e = sadd }
- 0x4   : > { %e = sadd }
- 0x5   :  { %f = halt }
+def test_turns_with_a_mask_and_without_count_each_by_their_number() -> None:
+    copies = " ;; ".join(f"%{n} = dma.hbm_to_vmem" for n in range(5))
+    text = f"""
+ 0x1 LB: > {{ {copies} }}
+ 0x2 LB: > {{ %b = sld }}
+ 0x3 LB: >> {{ %c = sld }}
+ 0x4 LB: >>> {{ %d = vmatmul.f32 %v }}
+ 0x5 LB: >>> {{ %d = vmatmul.f32 %v ;; %c = vst [vmem:[#allocation1_spill]] %v }}
+ 0x6   : >>> {{ %e = sadd }}
+ 0x7   : >> {{ %e = sadd }}
+ 0x8   : > {{ %e = sadd }}
+ 0x9   :  {{ %f = halt }}
 """
-    (turn,) = nested(loops(text), 3, 1)
-    assert (turn.bundles, turn.spills) == (2 + 3 * 2, 3)
+    blocks, cuts = 10 * (1 + 1 + 1), (3 + 20) * 2
+    assert pipeline(loops(text), 2, 10, (3, 20)) == (blocks + cuts + 2 * (3 * 2 + 20 * 1), 1)
 
 
 if __name__ == "__main__":
