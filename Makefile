@@ -14,8 +14,8 @@ serve: $(READY)
 run: $(READY)
 	$(BIN)/radixmesh generate --compare
 
-# Two processes at once, each with whole files of tests.
-TEST := -m pytest -n 2 --dist loadfile
+# Two processes at once, each with whole files of tests; in order, as the long ones come first.
+TEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(BIN)/python $(TEST) -m "not slow"

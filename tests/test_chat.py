@@ -225,9 +225,10 @@ def test_a_person_at_a_terminal(folder: Path) -> None:
             assert "/help says how" in screen.until("> ")
             os.write(near, b"/set temperature=7000\n")
             assert "temperature: must be at least 0" in screen.until("> ")
-            chat.send_signal(signal.SIGINT)
-            while not screen.shows("> ", 10):  # input() misses a signal that comes between its prompt and its wait
+            for _ in range(3):  # input() misses a signal that comes between its prompt and its wait
                 chat.send_signal(signal.SIGINT)
+                if screen.shows("> ", 10):
+                    break
             screen.until("> ")
             os.write(near, b"the\n")
             assert "cut off" in screen.until("allows more")
