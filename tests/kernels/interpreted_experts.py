@@ -59,7 +59,7 @@ FAULTS = {
     "shares of all where they are of the chosen": ("route", "if RENORMALISED else total", "if True else total", 0),
     "the largest again": ("route", "free & (e != at)", "free", 0),
     "choices of an expert lie over each other": ("route", "order + done + rank - 1", "order + start + rank * 0", 7),
-    "an expert begins where the one before does": ("route", "(who < expert)", "(who < expert - 1)", 6),
+    "an expert begins where the one before does": ("route", "(who < expert)", "(who < expert - 1)", 8),
     "a tile too few": ("route", "(start + size) // R + expert + 1", "(start + size) // R + expert", 6),
     "a row of a whole tile is lost": ("route", "start + size - begin, 0), R)", "start + size - begin, 0), R - 1)", 9),
     "another token's row": ("grouped_matmul", "other=0) // TOP", "other=0) // TOP * 0", 6),
