@@ -26,6 +26,9 @@ V5: dict[By, tuple[Line, ...]] = {
     "row": ((16, 32, 2048, _turn(2048, 1024, 256, 1024)), (1 << 30, 128, 2048, _turn(2048, 1024, 256, 256))),
     "block": ((16, 32, 2048, _turn(768, 2048, 256, 128)), (1 << 30, 128, 2048, _turn(768, 2048, 256, 128))),
 }
+V5P: dict[By, tuple[Line, ...]] = V5 | {
+    "block": (V5["block"][0], (1 << 30, 160, 2048, _turn(768, 2048, 128, 256))),
+}
 V6E: dict[By, tuple[Line, ...]] = {
     "row": (
         (16, 32, 2048, _turn(2048, 1024, 256, 1024)),
@@ -45,7 +48,7 @@ V7X: dict[By, tuple[Line, ...]] = {
 HERE: tuple[Line, ...] = ((1 << 30, 16, 128, _turn(128, 128, 128, 128, 16)),)
 BLOCKS: dict[str, dict[By, tuple[Line, ...]]] = {
     "v5e": V5,
-    "v5p": V5,
+    "v5p": V5P,
     "v6e": V6E,
     "7x": V7X,
     "interpreted": {"row": HERE, "block": HERE},

@@ -22,6 +22,8 @@ RING, AHEAD = 8, 4
 """Pages in VMEM, and how many of them are being read."""
 STEP = 16
 """Copies of lines start at multiples of it, in caches of 16 or 32 bits a number."""
+PART = 32 * 1024
+"""Numbers of lines that are merged at once: registers hold twice as many, and whole pages would spill."""
 
 
 class Spots(NamedTuple):
@@ -69,6 +71,11 @@ def supports(*, page: int, line: int, dtype: str, on: Chip | None = None) -> str
     if need > on.vmem // 2:
         return f"{RING} pages of {page} x {line} take {need} bytes, {on.name} has {on.vmem} of VMEM"
     return ""
+
+
+def part(lines: int, line: int) -> int:
+    """Numbers of a line that are merged at once: the most of 128 to 1,024 that divide it and that PART allows."""
+    return next(n for n in (1024, 512, 256, 128) if n == 128 or (line % n == 0 and lines * n <= PART))
 
 
 def vmem(page: int, line: int, size: int) -> int:
@@ -173,17 +180,23 @@ def _read(page: int, unit: int, r: Refs, i: Array, *, start: bool) -> None:
 
 
 def _merge(page: int, unit: int, r: Refs, i: Array) -> None:
-    k = i % RING
+    k, lines, (_, _, line) = i % RING, page + unit, r.held.shape
+    wide = part(lines, line)
 
     @pl.when(r.page[i] >= 0)
     def _() -> None:
         _, shift = _place(page, unit, r, i)
         kind = r.held.dtype
-        fresh, held = (widen(x[k]) for x in (r.fresh, r.held))
-        fresh = pltpu.roll(fresh, (page + unit - shift) % (page + unit), 0)[:page]
-        place = jax.lax.broadcasted_iota(jnp.int32, fresh.shape, 0)
-        merged = jnp.where((place >= r.first[i]) & (place < r.last[i]), fresh, held)
-        r.held[k] = narrow(merged, kind)
+
+        def some(j: Array, _: None) -> None:
+            here = pl.ds(pl.multiple_of(j * wide, wide), wide)
+            fresh, held = (widen(x[k, :, here]) for x in (r.fresh, r.held))
+            fresh = pltpu.roll(fresh, (lines - shift) % lines, 0)[:page]
+            place = jax.lax.broadcasted_iota(jnp.int32, fresh.shape, 0)
+            merged = jnp.where((place >= r.first[i]) & (place < r.last[i]), fresh, held)
+            r.held[k, :, here] = narrow(merged, kind)
+
+        jax.lax.fori_loop(0, line // wide, some, None)
 
 
 def _write(r: Refs, i: Array, *, start: bool) -> None:

@@ -108,7 +108,7 @@ def _write(tokens: int, pages: int) -> Case:
             shape((), I32),
         )
 
-    return Case(name=f"kv_write {tokens}", lower=lower)
+    return Case(name=f"kv_write {tokens}", lower=lower, kernel="kv_write")
 
 
 def _builtin() -> list[Case]:

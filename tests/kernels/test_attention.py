@@ -216,7 +216,7 @@ def write(module: ModuleType, dtype: str, seed: int) -> tuple[Any, np.ndarray[An
     size = 32 if kind.itemsize == 1 else PAGE
     wide = 100 if dtype == "int8" else 1  # of all its numbers, not 0 and 1 alone
     held, lines = (
-        (wide * draw.uniform(-1, 1, s)).astype(np.float32).astype(kind) for s in ((90, size, 256), (80, 256))
+        (wide * draw.uniform(-1, 1, s)).astype(np.float32).astype(kind) for s in ((90, size, 384), (80, 384))
     )
     right = held.copy()
     items, _ = pages(draw, size)
@@ -254,7 +254,7 @@ def test_lines_are_written_more_often(seed: int) -> None:
     [
         ("_read(page, unit, r, i, start=False)", "pass"),
         ("_write(r, then - RING, start=False)", "pass"),
-        ("(page + unit - shift)", "(page + unit - shift + 1)"),
+        ("(lines - shift)", "(lines - shift + 1)"),
         ("r.cache.at[r.page[i] + r.at[0]], r.done.at[2, k]", "r.cache.at[r.page[i] + r.at[0] + 1], r.done.at[2, k]"),
     ],
     ids=["pages are not waited for", "a buffer is reused too soon", "lines off by one", "page off by one"],
