@@ -48,8 +48,7 @@ def begin_large(form: Form, r: Refs, half: Array) -> None:
     row, down = jax.lax.broadcasted_iota(jnp.int32, shape, 1), jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     r.last[...] = row // own - down
 
-    for j in range(form.products):
-        _in_parts(form, partial(_put, form, r, half, j))
+    _in_parts(form, partial(_put, form, r, half))
 
     def sums(n: Array, _: None) -> None:
         top = jnp.full(shape, FAR, jnp.float32)
@@ -62,12 +61,18 @@ def begin_large(form: Form, r: Refs, half: Array) -> None:
     jax.lax.fori_loop(0, form.pieces, sums, None)
 
 
-def _in_parts(form: Form, one: Callable[[Array, int], None]) -> None:
+def _in_parts(form: Form, one: Callable[[int, Array, int], None]) -> None:
     """Do what begins or ends a product for some queries of a tile at once, from the first of them on: for so few that
-    no register is spilled, and for so many that their rows fill registers."""
+    no register is spilled, for so many that their rows fill registers, and for two products, as one waits."""
     own = form.many // form.most
     few = min(LANES // gcd(LANES, own), form.most)
-    jax.lax.fori_loop(0, form.most // few, lambda t, _: one(t * few, few), None)
+    for first in range(0, form.products, 2):
+
+        def part(t: Array, _: None, first: int = first) -> None:
+            for j in range(first, min(first + 2, form.products)):
+                one(j, t * few, few)
+
+        jax.lax.fori_loop(0, form.most // few, part, None)
 
 
 def _put(form: Form, r: Refs, half: Array, j: int, query: Array, few: int) -> None:
@@ -222,8 +227,7 @@ def finish_large(form: Form, r: Refs, half: Array, cuts: Array) -> None:
 
     for stage in (before, weigh, give):
         jax.lax.fori_loop(0, form.ahead, stage, None)
-    for j in range(form.products):
-        _in_parts(form, partial(_output, form, r, half, j))
+    _in_parts(form, partial(_output, form, r, half))
 
 
 def _output(form: Form, r: Refs, half: Array, j: int, query: Array, few: int) -> None:
