@@ -72,7 +72,9 @@ def attend(form: Form, r: Refs, i: Array, b: Array, half: Array, size: int) -> N
 def _see(form: Form, r: Refs, i: Array, b: Array, many: int) -> None:
     """Put aside what to add to scores: FAR where a query does not see a key."""
     keys, shape = form.blocks.keys, (many, form.blocks.keys)
-    query = r.position[i] + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // form.rows
+    # a query is a dimension: it needs no registers
+    rows = jax.lax.broadcasted_iota(jnp.int32, (many // form.rows, form.rows, keys), 0)
+    query = r.position[i] + rows.reshape(shape)
     key = b * keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = key <= query
     if form.tree:
