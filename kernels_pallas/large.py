@@ -13,7 +13,9 @@ its keys, and no register is reduced across its lanes.
 
 from __future__ import annotations
 
-from math import e, log2
+from collections.abc import Callable
+from functools import partial
+from math import e, gcd, log2
 from typing import Any, TypeAlias
 
 import jax
@@ -21,8 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.form import SUBLANES, Form, Refs
-from kernels_pallas.softmax import FAR, Part, _each, _exact, _heads, _wide
+from kernels_pallas.form import LANES, SUBLANES, Form, Refs
+from kernels_pallas.softmax import FAR, Part, _diagonal, _each, _exact, _heads, _own, _wide
 
 Array: TypeAlias = jax.Array
 PEAK, FADE, FADED = range(3)
@@ -42,22 +44,11 @@ def reset(form: Form, r: Refs, u: Any) -> None:
 
 def begin_large(form: Form, r: Refs, half: Array) -> None:
     """The queries of a tile as matrices, block-diagonal where heads are folded, and nothing seen but sinks."""
-    size, rows, lanes = form.most, form.rows, form.lanes
-    shape, own = (SUBLANES, form.many), form.many // size
+    shape, own = (SUBLANES, form.many), form.many // form.most
     row, down = jax.lax.broadcasted_iota(jnp.int32, shape, 1), jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     r.last[...] = row // own - down
 
-    for j in range(form.products):
-        x = r.asked[half, :size, j * rows : (j + 1) * rows, :].astype(jnp.float32).reshape(size * rows, lanes)
-        if form.scaled:
-            x *= _wide(_each(form, r, 1, j, size), lanes)
-        if form.unfolds:
-            for k, y in enumerate(_turn(form, x)):
-                r.asks[j * form.fold + k] = y.astype(r.asks.dtype)
-        else:
-            head = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) % rows // form.group
-            blocks = [jnp.where(head == k, x, 0) for k in range(form.fold)] if form.fold > 1 else [x]
-            r.asks[j] = jnp.concatenate(blocks, axis=1).astype(r.asks.dtype)
+    _in_parts(form, partial(_put, form, r, half))
 
     def sums(n: Array, _: None) -> None:
         top = jnp.full(shape, FAR, jnp.float32)
@@ -68,6 +59,34 @@ def begin_large(form: Form, r: Refs, half: Array) -> None:
         r.outs[n] = jnp.zeros(r.outs.shape[1:], jnp.float32)
 
     jax.lax.fori_loop(0, form.pieces, sums, None)
+
+
+def _in_parts(form: Form, one: Callable[[int, Array, int], None]) -> None:
+    """Do what begins or ends a product for some queries of a tile at once, from the first of them on: for so few that
+    no register is spilled, for so many that their rows fill registers, and for two products, as one waits."""
+    own = form.many // form.most
+    few = min(LANES // gcd(LANES, own), form.most)
+    for first in range(0, form.products, 2):
+
+        def part(t: Array, _: None, first: int = first) -> None:
+            for j in range(first, min(first + 2, form.products)):
+                one(j, t * few, few)
+
+        jax.lax.fori_loop(0, form.most // few, part, None)
+
+
+def _put(form: Form, r: Refs, half: Array, j: int, query: Array, few: int) -> None:
+    """Product j of `few` queries from `query` on."""
+    rows, lanes, own = form.rows, form.lanes, form.many // form.most
+    into = pl.ds(pl.multiple_of(query * own, few * own), few * own)
+    x = r.asked[half, pl.ds(query, few), j * rows : (j + 1) * rows, :].astype(jnp.float32)
+    if form.scaled:
+        x *= _wide(_each(form, r, 1, j), lanes)
+    if form.unfolds:
+        for k, y in enumerate(_turn(form, x.reshape(few * rows, lanes))):
+            r.asks[j * form.fold + k, into, :] = y.astype(r.asks.dtype)
+    else:
+        r.asks[j, into, :] = _diagonal(form, x).astype(r.asks.dtype)
 
 
 def attend_large(form: Form, r: Refs, i: Array, b: Array, reach: tuple[Array, Array], half: Array) -> None:
@@ -186,38 +205,49 @@ def finish_large(form: Form, r: Refs, half: Array, cuts: Array) -> None:
     turns = form.pieces // form.ahead
     age = jax.lax.rem(cuts * turns, 2)
 
-    def weigh(u: Array, _: None) -> None:
+    def before(u: Array, _: None) -> None:
         _give(form, r, (turns - 2) % turns * form.ahead + u, u, age)
-        _weigh(form, r, (turns - 1) * form.ahead + u, u)
+
+    def weigh(u: Array, _: None) -> None:
+        n = (turns - 1) * form.ahead + u
+
+        def some(k: Array, total: Array) -> Array:
+            rows = pl.ds(k * (LANES // SUBLANES), LANES // SUBLANES)
+            p = jnp.exp2(r.scores[u, rows] - r.stats[u, PEAK])
+            into = pl.ds(pl.multiple_of(k * LANES, LANES), LANES)
+            r.weights[u, into, :] = p.reshape(LANES, form.many).astype(r.weights.dtype)
+            return total + jnp.sum(p, axis=0)
+
+        r.sums[n] = jax.lax.fori_loop(0, form.step // LANES, some, r.sums[n] * r.stats[u, FADE])
+        r.stats[u, FADED] = r.stats[u, FADE]
 
     def give(u: Array, _: None) -> None:
         _give(form, r, (turns - 1) * form.ahead + u, u, 1 - age)
         reset(form, r, u)
 
-    jax.lax.fori_loop(0, form.ahead, weigh, None)
-    jax.lax.fori_loop(0, form.ahead, give, None)
-    size, rows, lanes = form.most, form.rows, form.lanes
-
-    for j in range(form.products):
-        if form.unfolds:
-            o = [_output(r, j * form.fold + k).reshape(-1, SUBLANES, lanes) for k in range(form.fold)]
-            mixed = jnp.concatenate(o, axis=1).reshape(-1, lanes)
-            turned = [y.reshape(-1, SUBLANES, lanes) for y in _turn(form, mixed)]
-            out = jnp.concatenate(turned, axis=1).reshape(size * rows, lanes)
-        else:
-            acc = _output(r, j)
-            head = jax.lax.broadcasted_iota(jnp.int32, (size * rows, lanes), 0) % rows // form.group
-            out = acc[:, :lanes]
-            for k in range(1, form.fold):
-                out = jnp.where(head == k, acc[:, k * lanes : (k + 1) * lanes], out)
-        if form.scaled:
-            out *= _wide(_each(form, r, 2, j, size), lanes)
-        r.made[half, :size, j * rows : (j + 1) * rows, :] = out.reshape(size, rows, lanes).astype(r.made.dtype)
+    for stage in (before, weigh, give):
+        jax.lax.fori_loop(0, form.ahead, stage, None)
+    _in_parts(form, partial(_output, form, r, half))
 
 
-def _output(r: Refs, n: int) -> Array:
-    """[rows, heads * lanes]."""
-    return (r.outs[n] / jnp.sum(r.sums[n], axis=0, keepdims=True)).T
+def _output(form: Form, r: Refs, half: Array, j: int, query: Array, few: int) -> None:
+    """What product j makes of `few` queries from `query` on."""
+    rows, lanes, own = form.rows, form.lanes, form.many // form.most
+    across = pl.ds(pl.multiple_of(query * own, few * own), few * own)
+
+    def heads(n: int) -> Array:
+        return (r.outs[n, :, across] / jnp.sum(r.sums[n, :, across], axis=0, keepdims=True)).T
+
+    if form.unfolds:
+        o = [heads(j * form.fold + k).reshape(-1, SUBLANES, lanes) for k in range(form.fold)]
+        mixed = jnp.concatenate(o, axis=1).reshape(-1, lanes)
+        turned = [y.reshape(-1, SUBLANES, lanes) for y in _turn(form, mixed)]
+        out = jnp.concatenate(turned, axis=1).reshape(few, rows, lanes)
+    else:
+        out = _own(form, heads(j))
+    if form.scaled:
+        out *= _wide(_each(form, r, 2, j), lanes)
+    r.made[half, pl.ds(query, few), j * rows : (j + 1) * rows, :] = out.astype(r.made.dtype)
 
 
 def _turn(form: Form, x: Array) -> list[Array]:

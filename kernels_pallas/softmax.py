@@ -32,17 +32,13 @@ class Part(NamedTuple):
 
 def begin(form: Form, r: Refs, i: Array, size: int) -> None:
     """The queries of tile i as matrices, block-diagonal where heads are folded, and nothing seen but sinks."""
-    rows, wide, half = form.rows, form.lanes, i % 2
-    many = size * rows
-    head = jax.lax.broadcasted_iota(jnp.int32, (many, wide), 0) % rows // form.group
+    rows, many = form.rows, size * form.rows
     for j in range(form.products):
-        x = r.asked[half, :size, j * rows : (j + 1) * rows, :].astype(jnp.float32).reshape(many, wide)
+        x = r.asked[i % 2, :size, j * rows : (j + 1) * rows, :].astype(jnp.float32)
         if form.scaled:
-            x *= _wide(_each(form, r, 1, j, size), wide)
-        top = _each(form, r, 0, j, size)
-        blocks = [jnp.where(head == k, x, 0) for k in range(form.fold)] if form.fold > 1 else [x]
-        r.query[j, :many, :] = jnp.concatenate(blocks, axis=1).astype(r.query.dtype)
-        r.top[j, :many, :] = top
+            x *= _wide(_each(form, r, 1, j), form.lanes)
+        r.query[j, :many, :] = _diagonal(form, x).astype(r.query.dtype)
+        r.top[j, :many, :] = jnp.concatenate([_each(form, r, 0, j)] * size, axis=0)
     r.sum[:, :many, :] = jnp.full((form.products, many, LANES), 1 / LANES, jnp.float32)
     r.acc[:, :many, :] = jnp.zeros((form.products, many, r.acc.shape[2]), jnp.float32)
     if form.tree:
@@ -52,10 +48,14 @@ def begin(form: Form, r: Refs, i: Array, size: int) -> None:
 def _nodes(form: Form, r: Refs, i: Array, size: int) -> None:
     """What each query of a small tile sees of its row's tokens, and where it stands, in its rows."""
     tokens = r.stands.shape[0]
-    for t in range(size):
+
+    def node(t: Array, _: None) -> None:
         token = jnp.minimum(r.token[i] + t, tokens - 1)  # a tile's spare queries may be past the last
+        into = pl.ds(pl.multiple_of(t * form.rows, form.rows), form.rows)
         for n, value in enumerate((r.bits[token], r.bits[tokens + token], r.stands[token])):
-            r.node[n, t * form.rows : (t + 1) * form.rows, :] = jnp.full((form.rows, LANES), value, jnp.int32)
+            r.node[n, into, :] = jnp.full((form.rows, LANES), value, jnp.int32)
+
+    jax.lax.fori_loop(0, size, node, None)
 
 
 def attend(form: Form, r: Refs, i: Array, b: Array, half: Array, size: int) -> None:
@@ -72,7 +72,9 @@ def attend(form: Form, r: Refs, i: Array, b: Array, half: Array, size: int) -> N
 def _see(form: Form, r: Refs, i: Array, b: Array, many: int) -> None:
     """Put aside what to add to scores: FAR where a query does not see a key."""
     keys, shape = form.blocks.keys, (many, form.blocks.keys)
-    query = r.position[i] + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // form.rows
+    # a query is a dimension: it needs no registers
+    rows = jax.lax.broadcasted_iota(jnp.int32, (many // form.rows, form.rows, keys), 0)
+    query = r.position[i] + rows.reshape(shape)
     key = b * keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = key <= query
     if form.tree:
@@ -144,9 +146,9 @@ def _heads(form: Form, r: Refs, half: Array, part: Part, key: Any, keys: int, *,
     return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
 
 
-def _each(form: Form, r: Refs, what: int, j: int, size: int) -> Array:
-    """What r.heads holds of product j, for each of `size` queries: [size * rows, LANES]."""
-    return jnp.concatenate([r.heads[what, j * form.rows : (j + 1) * form.rows, :]] * size, axis=0)
+def _each(form: Form, r: Refs, what: int, j: int) -> Array:
+    """What r.heads holds of product j: [rows, LANES]."""
+    return r.heads[what, j * form.rows : (j + 1) * form.rows, :]
 
 
 def _wide(x: Array, lanes: int) -> Array:
@@ -154,17 +156,30 @@ def _wide(x: Array, lanes: int) -> Array:
     return jnp.concatenate([x] * (lanes // LANES), axis=1)
 
 
+def _diagonal(form: Form, x: Array) -> Array:
+    """Queries x [queries, rows, lanes] as [queries * rows, fold * lanes], 0 but in the lanes of a row's head."""
+    # a query is a dimension: rows of all queries share what says whose they are
+    head = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // form.group
+    blocks = [jnp.where(head == k, x, 0) for k in range(form.fold)] if form.fold > 1 else [x]
+    return jnp.concatenate(blocks, axis=2).reshape(-1, form.fold * form.lanes)
+
+
+def _own(form: Form, x: Array) -> Array:
+    """Of outputs x [queries * rows, fold * lanes] the lanes of each row's head: [queries, rows, lanes]."""
+    x, wide = x.reshape(-1, form.rows, x.shape[1]), form.lanes
+    out = x[:, :, :wide]
+    head = jax.lax.broadcasted_iota(jnp.int32, out.shape, 1) // form.group
+    for k in range(1, form.fold):
+        out = jnp.where(head == k, x[:, :, k * wide : (k + 1) * wide], out)
+    return out
+
+
 def finish(form: Form, r: Refs, half: Array, size: int) -> None:
     """Output of a tile: of each row the lanes of its own head, divided by the sum."""
-    rows, wide = form.rows, form.lanes
-    many = size * rows
-    head = jax.lax.broadcasted_iota(jnp.int32, (many, wide), 0) % rows // form.group
+    rows, many = form.rows, size * form.rows
     for j in range(form.products):
-        acc = r.acc[j, :many, :]
-        o = acc[:, :wide]
-        for k in range(1, form.fold):
-            o = jnp.where(head == k, acc[:, k * wide : (k + 1) * wide], o)
-        o = o / jnp.sum(r.sum[j, :many, :], axis=1, keepdims=True)
+        total = jnp.sum(r.sum[j, :many, :].reshape(size, rows, LANES), axis=2, keepdims=True)
+        o = _own(form, r.acc[j, :many, :]) / total
         if form.scaled:
-            o *= _wide(_each(form, r, 2, j, size), wide)
-        r.made[half, :size, j * rows : (j + 1) * rows, :] = o.reshape(size, rows, wide).astype(r.made.dtype)
+            o *= _wide(_each(form, r, 2, j), form.lanes)
+        r.made[half, :size, j * rows : (j + 1) * rows, :] = o.astype(r.made.dtype)

@@ -151,7 +151,7 @@ def measure(case: Case, chip: str, shape: Shape, folder: Path) -> dict[str, Any]
     text = max(folder.glob(dump), key=lambda f: f.stat().st_size).read_text()
     found = [loop for loop in loops(text) if loop.depth]
     row["bundles"] = sum(1 for line in text.splitlines() if re.match(r"\s*0x", line))
-    row["spills"] = len(re.findall(r"vst[^;]*_spill", text))
+    row["spills"] = len(re.findall(r"vst[^;\n]*_spill", text))
     if case.nest and any(loop.depth == 1 for loop in found):  # one turn alone is no loop, and has no estimate
         return row | bounded(case, chip, scheduled(found, case.nest))
     if case.cuts:

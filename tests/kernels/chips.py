@@ -102,7 +102,7 @@ def compile_for(chip: str, case: Case, folder: Path) -> dict[str, int]:
         "temp": compiled.memory_analysis().temp_size_in_bytes,
         "kernels": compiled.as_text().count("tpu_custom_call"),
         "bundles": sum(text.count("{") for text in texts),
-        "spills": sum(len(re.findall(r"vst[^;]*_spill", text)) for text in texts),
+        "spills": sum(len(re.findall(r"vst[^;\n]*_spill", text)) for text in texts),
     }
 
 

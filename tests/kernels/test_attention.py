@@ -152,6 +152,14 @@ def test_cuts_without_a_mask_begin_and_end_where_all_see_them(change: dict[str, 
     assert worst(case, call(ours, case.kind, *given(case), blocks=CUTS)) < limit(case.kind)
 
 
+@pytest.mark.slow
+def test_a_tile_begins_and_ends_in_parts() -> None:
+    """Of 32 queries of a product, by two products."""
+    kind, most = Kind(q_heads=24, kv_heads=6, head=128, dtype="float32"), 64
+    case = make(kind, 9, most, [Row(most, 20), Row(29, 0), *[Row(0, 0)] * (ROWS - 2)], 96)
+    assert worst(case, call(ours, kind, *given(case), blocks=replace(CUTS, queries=(most,)))) < limit(kind)
+
+
 FAULTS = {
     "keys are not waited for": ("_fetch(form, r, i, b, half, start=False)", "pass"),
     "output is overwritten while it is copied": ("_give(r, i - 2, start=False)", "pass"),
