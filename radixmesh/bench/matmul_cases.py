@@ -31,8 +31,8 @@ def cases() -> list[Case]:
     out: list[Case] = []
     for tokens in (64, 2048):
         for inner, columns in ((HIDDEN, EXPERT), (EXPERT, HIDDEN)):
-            out += _experts(tokens, inner, columns, BF16, "row")
-        out += _experts(tokens, HIDDEN, EXPERT, INT8, "row") + _experts(tokens, HIDDEN, EXPERT, FP8, "block")
+            out += _experts(tokens, inner, columns, BF16, "row") + _experts(tokens, inner, columns, FP8, "block")
+        out += _experts(tokens, HIDDEN, EXPERT, INT8, "row")
         out += _narrow(tokens, 4096, FFN, INT8, "row") + _narrow(tokens, FFN, 4096, INT8, "row")
         out += _narrow(tokens, 4096, FFN, FP8, "block")
     return out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -244,8 +245,8 @@ def kernels(
         "estimated_cycles",
     )
     print(f"{'case':34} {'chip':5} " + " ".join(f"{field:>16}" for field in fields))
-    for chip in chips:
-        for row in bench.run(chip, str(peers or ""), only):
+    with ThreadPoolExecutor(2) as pool:  # each is a process, whose compiler uses one core mostly
+        for row in chain.from_iterable(pool.map(lambda chip: bench.run(chip, str(peers or ""), only), chips)):
             figures.append(row)
             said = row.get("error") or " ".join(f"{row.get(field, '-'):>16}" for field in fields)
             print(f"{row['case']:34} {row['chip']:5} {said}", flush=True)
