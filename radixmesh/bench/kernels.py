@@ -252,7 +252,7 @@ def main(chip: str, folder: str, peers: str, only: str) -> None:
     rows = []
     with jax.set_mesh(mesh):
         for case in kernel_cases.cases(peer(Path(peers)) if peers else None):
-            if only in case.name:
+            if any(name in case.name for name in only.split(",")):
                 rows.append(measure(case, chip, shape, Path(folder)))
                 print(rows[-1], file=sys.stderr, flush=True)
     print(json.dumps(rows))

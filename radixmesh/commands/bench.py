@@ -216,7 +216,7 @@ def kernels(
     target: Annotated[
         str, typer.Option(help="tpu:v6e, tpu:v5e, tpu:v5p, tpu:7x, several, all; or gpu: the one that is here.")
     ] = "all",
-    only: Annotated[str, typer.Option(help="Cases whose name holds this.")] = "",
+    only: Annotated[str, typer.Option(help="Cases whose name holds this; of TPUs, one of several.")] = "",
     peers: Annotated[Path | None, typer.Option(help="Folder with the tpu-inference package, for its kernel.")] = None,
     out: options.Out = None,
     plot: options.Plot = None,
