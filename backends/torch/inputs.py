@@ -202,7 +202,8 @@ def fill(
     (flat entry, page), which go ahead of it.
 
     A row of padding has no tokens and a slot of its own, the last; a token of padding belongs to the last row that has
-    any, and stands at place -1 of it. All rows return a token; one that was not asked for goes to the last slot.
+    any, or to the first row where none has, and stands at place -1 of it. All rows return a
+    token; one that was not asked for goes to the last slot.
     """
     at, _ = parts(shape)
     buffer.fill(0)
@@ -214,7 +215,8 @@ def fill(
     tokens = offset + np.arange(len(offset))
     asked = (step.output[rows] & TOKEN) > 0
     slots = step.slots[rows]
-    for name, value in (("slots", void), ("into", void), ("row", count - 1), ("first", len(tokens)), ("offset", -1)):
+    last = max(count - 1, 0)
+    for name, value in (("slots", void), ("into", void), ("row", last), ("first", len(tokens)), ("offset", -1)):
         part[name][:] = value
     part["top_k"][:], part["top_p"][:] = limits.vocab, ONE
     part["slots"][:count], part["starts"][:count], part["lens"][:count] = slots, step.starts[rows], n
@@ -228,9 +230,9 @@ def fill(
         part[f"base{g}"][:count] = table.base[rows]
         edits = np.stack([table.edits[:, 0].astype(np.int64) * width + table.edits[:, 1], table.edits[:, 2]], 1)
         room = shape.edits[g]
-        last = edits[max(0, len(edits) - room) :]  # edits of one entry keep their order
+        fits = edits[max(0, len(edits) - room) :]  # edits of one entry keep their order
         part[f"entry{g}"][:] = void * width
-        part[f"entry{g}"][: len(last)], part[f"page{g}"][: len(last)] = last.T
+        part[f"entry{g}"][: len(fits)], part[f"page{g}"][: len(fits)] = fits.T
         more.append(edits[: max(0, len(edits) - room)])
     if shape.branches is not None and layout is not None and len(step.shared):
         told = cascade.pad(branches.tell(step, layout, rows, shape.branches), shape.branches)

@@ -19,8 +19,8 @@ from backends.api.conformance import CHECKS, Opener
 from backends.api.conformance.bench import ASKS, FULL, SPEC, Ask, Made, Weights, config, generate, prompt
 from backends.torch import step as steps
 from backends.torch.backend import TorchBackend
-from backends.torch.buckets import fit, ladder, padded
-from backends.torch.graphs import Play
+from backends.torch.buckets import fit, ladder, padded, parts
+from backends.torch.graphs import Play, empty
 from backends.torch.inputs import fill, spread
 from backends.torch.joined import join
 from backends.torch.params import held
@@ -89,6 +89,23 @@ def test_padded_steps_give_the_tokens_of_plain_ones(asks: list[Ask]) -> None:
     assert tokens(generate(padded, asks)) == tokens(generate(opened(), asks))
     assert recorder.played >= 8
     assert not any(bool(group[:, -1].any()) for group in padded.backend.caches.groups), "padding wrote to the cache"
+
+
+def test_what_padding_points_to_is_there() -> None:
+    """Kernels, unlike torch, read what lies before row 0 where they are told of row -1."""
+    limits = opened().backend.limits
+    for shape in ladder(limits):
+        at, size = parts(shape)
+        buffer = empty(shape, limits)
+        assert len(buffer) == size
+        for name, below in (
+            ("row", shape.rows),
+            ("slots", limits.slots + 1),
+            ("into", limits.slots + 1),
+            ("ends", shape.tokens),
+        ):
+            values = buffer[at[name]]
+            assert 0 <= values.min() <= values.max() < below, (shape, name)
 
 
 @pytest.mark.slow
