@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from engine.errors import ConfigError
 from engine.model.params import params
 from engine.model.registry import read_spec
-from radixmesh.bench.workloads import make_config, workload
+from radixmesh.bench.workloads import SHAPES, make_config, workload
 from radixmesh.cli import make_app
 
 KNOWN = {
@@ -42,6 +42,9 @@ def test_config_alone_describes_the_model(tmp_path: Path) -> None:
     spec = read_spec(make_config(tmp_path, "30b-a3b"))
     weights = sum(math.prod(p.shape) for p in params(spec).values())
     assert (spec.family, weights) == ("qwen3_moe", 30_532_122_624)  # as its model card has it, 30.5 billion
+    for name in SHAPES:
+        made = read_spec(make_config(tmp_path / "all", name))
+        assert len(made.layers) == SHAPES[name]["num_hidden_layers"], name
 
 
 def test_dry_run_writes_figures(tmp_path: Path) -> None:

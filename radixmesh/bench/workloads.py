@@ -76,6 +76,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "wide": {  # small, with the heads of a large one
+        **LLAMA3,
         "hidden_size": 1024,
         "intermediate_size": 3072,
         "num_hidden_layers": 4,
