@@ -25,7 +25,7 @@ LEAST = 16
 """Rows of the smallest matrix product."""
 WAVES = 4
 """Programs for each processor that keep a GPU's memory busy."""
-PART = 128
+PART = 64
 """Keys that a part should have at least."""
 PARTS = 64
 """Parts at most."""

@@ -56,8 +56,8 @@ def find(first, rows, skip, tile, QUERIES: gl.constexpr):
 @gluon.jit
 def seat(first, start, base, rows, skip, tiles, turn, KV_HEADS: gl.constexpr, QUERIES: gl.constexpr):
     """What a program does at a turn: head, row, the row's first token, its entries before the step and its tokens, and
-    the first query of the tile, none where that is not below the tokens. The longest go first; back and forth, so that
-    programs' sums are even."""
+    the first query of the tile, none where that is not below the tokens. The longest of a row go first, in every other
+    row last, so that tiles grow and shrink by little; and back and forth, so that programs' sums are even."""
     size, at = gl.num_programs(0), gl.program_id(0)
     at = turn * size + gl.where(turn % 2 == 0, at, size - 1 - at)
     tile = tiles - 1 - at // KV_HEADS
@@ -65,6 +65,8 @@ def seat(first, start, base, rows, skip, tiles, turn, KV_HEADS: gl.constexpr, QU
     begin = gl.load(first + row)
     count = gl.load(first + row + 1) - begin
     length = gl.load(start + row) - gl.load(base + row)
+    other = gl.where((row - skip) % 2 == 1, (gl.cdiv(count, QUERIES) - 1) * QUERIES - before, before)
+    before = gl.where(before < count, other, before)
     return at % KV_HEADS, row, begin, length, count, gl.where(tile < 0, count, before)
 
 
@@ -215,7 +217,7 @@ def consume(
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
             mbarrier.arrive(empty.index(i % STAGES))
             i += 1
-            acc = acc / gl.convert_layout(total, gl.SliceLayout(1, sums))[:, None]
+            acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, sums)))[:, None]
             q_half.store(acc.to(q.dtype.element_ty))
             gl.store(out + to, q_half.load(lines), mask=there[:, None])
         else:

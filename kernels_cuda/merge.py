@@ -27,7 +27,7 @@ def merge(
         total = tl.load(stat + flat * 2 + 1)
         top = tl.max(peak, 0)
         weight = tl.exp2(peak - top)
-        some = (peak > -float("inf"))[:, None] & (d < DIM)[None, :]
-        parts = tl.load(part + flat[:, None] * DIM + d[None, :], mask=some, other=0)
-        made = tl.sum(parts * weight[:, None], 0) / tl.sum(total * weight, 0)
+        parts = tl.load(part + flat[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0)
+        some = (peak > -float("inf"))[:, None]  # not before the load, which would wait for it
+        made = tl.sum(tl.where(some, parts * weight[:, None], 0.0), 0) / tl.sum(total * weight, 0)
         tl.store(out + at * DIM + d, made.to(out.dtype.element_ty), mask=d < DIM)

@@ -116,7 +116,6 @@ def paged(
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     QUERIES: tl.constexpr = ROWS // GROUP
-    ready(OVERLAP)
     wait(OVERLAP)
     head = tl.program_id(0) % KV_HEADS
     rest = tl.program_id(0) // KV_HEADS
@@ -191,6 +190,7 @@ def paged(
                 loaded, acc, peak, total, line, keys, n, end, position, scale, cap,
                 STEP, DIM, PAGE, KV_HEADS, WINDOW, CAPPED, KIND, NARROW, True,
             )  # fmt: skip
+        ready(OVERLAP)  # not before: what waits would take the room of programs that are still to come
         if SCALED:
             acc = acc * tl.load(scales + KV_HEADS + head)
         if SPLITS == 1:

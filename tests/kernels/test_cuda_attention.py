@@ -116,5 +116,5 @@ def test_a_plan_is_of_numbers_that_repeat() -> None:
     assert not whole(fresh, "sm_90", 128, half, half, plain=False)
     assert not plan([9, 700], 700, sms=132, fresh=True).fresh
     assert not plan([600, 700], 700, sms=132, fresh=True, rows=4).fresh
-    assert splits(8, 1024, 132) == 4
+    assert splits(8, 1024, 132) == 16
     assert splits(2048, 1024, 132) == 1
