@@ -24,7 +24,7 @@ POLICIES = ("lpm", "fcfs", "dfs-weight")
 EVICTIONS = ("lru", "lfu", "slru", "priority")
 STACKS = ("auto", "scan", "list")
 WEIGHTS = ("checkpoint", "dummy")
-GRAPHS = ("auto", "off")
+GRAPHS = ("auto", "on", "off")
 CASCADES = ("auto", "on", "off")
 
 
@@ -48,7 +48,8 @@ class Resolved:
     stack: "scan" or "list", how the jax backend runs layers. programs: folder for compiled programs, "" = none. bundle:
     folder of a bundle of them to start from, "" = none. ready_early: ready with the smallest steps, larger ones follow.
     cascade: "auto", "on" or "off": whether torch reads once what rows share.
-    log: file that the sizes of steps are written to, "" = none. graphs: torch captures small steps on a GPU.
+    log: file that the sizes of steps are written to, "" = none. graphs: "whole" or "pieces", how torch captures small
+    steps on a GPU; "" = not.
     """
 
     backend: str
@@ -84,7 +85,7 @@ class Resolved:
     cascade: str = "off"
     ready_early: bool = False
     log: str = ""
-    graphs: bool = False
+    graphs: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -199,7 +200,9 @@ class Jax:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torch:
-    """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed; "off" runs every step call by call.
+    """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed, where they can be captured whole; "on"
+    also in pieces, between what can't be: sums over devices, attention over gathered pages; "off" runs every step call
+    by call.
     cascade: rows whose prompts begin alike read what they share once for all: "auto" on a GPU where it pays, "on"
     whatever it costs and on a CPU too, "off" never."""
 

@@ -53,11 +53,18 @@ def sort(chosen: Array, count: int) -> Any:
         return kernel.sort(chosen, count)
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    sizes, spans, start = torch.bincount(flat, minlength=count).tolist(), [], 0
-    for e, size in enumerate(sizes):
-        if size:
-            spans.append((e, start, start + size))
-        start += size
+    spans: list[tuple[int, int, int]] = []
+
+    def ask() -> Array:
+        start = 0
+        spans.clear()
+        for e, size in enumerate(torch.bincount(flat, minlength=count).tolist()):
+            if size:
+                spans.append((e, start, start + size))
+            start += size
+        return flat
+
+    ops.outside(ask)
     return Order(order // chosen.shape[1], order.argsort().view(chosen.shape), spans)
 
 
@@ -88,7 +95,7 @@ def multiply(rows: Array, w: Matrices, bias: Array | None, order: Order) -> Arra
             whole = F.pad(part, (0, 0, 0, TILE - count))
         return ops.linear(whole, w[e], None if bias is None else bias[e])[:count]
 
-    return torch.cat([one(e, rows[a:b]) for e, a, b in order.spans])
+    return ops.outside(lambda: torch.cat([one(e, rows[a:b]) for e, a, b in order.spans]))
 
 
 def collect(h: Array, w: Matrices, share: Array, order: Any) -> Array:

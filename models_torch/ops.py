@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,6 +83,26 @@ def over(comm: Comm | None) -> Iterator[None]:
         yield
     finally:
         _COMM.reset(token)
+
+
+_BREAK: ContextVar[Callable[[Callable[[], Array]], Array] | None] = ContextVar("break", default=None)
+
+
+@contextmanager
+def broken(by: Callable[[Callable[[], Array]], Array]) -> Iterator[None]:
+    """Inside, what `outside` is given goes to `by`, which captures what is around it."""
+    token = _BREAK.set(by)
+    try:
+        yield
+    finally:
+        _BREAK.reset(token)
+
+
+def outside(call: Callable[[], Array]) -> Array:
+    """What `call` gives, which no capture can hold: it waits for the host, or for other devices. Where a step is
+    captured, a piece ends ahead of it and the next begins after it; each replay calls it between them."""
+    by = _BREAK.get()
+    return call() if by is None else by(call)
 
 
 def linear(x: Array, w: Matrix, bias: Array | None) -> Array:
@@ -289,13 +309,13 @@ def unembed(x: Array, w: Matrix, out: Array | None = None) -> Array:
 def psum(x: Array, axis: str) -> Array:
     """Sum over the devices that split the logical axis. May change x."""
     comm = _COMM.get()
-    return x if comm is None or comm.parts(axis) == 1 else comm.psum(x)
+    return x if comm is None or comm.parts(axis) == 1 else outside(lambda: comm.psum(x))
 
 
 def gather(x: Array, axis: str, dim: int) -> Array:
     """Join the parts of dimension `dim` that devices hold along the logical axis."""
     comm = _COMM.get()
-    return x if comm is None or comm.parts(axis) == 1 else comm.gather(x, dim)
+    return x if comm is None or comm.parts(axis) == 1 else outside(lambda: comm.gather(x, dim))
 
 
 def parts(axis: str) -> int:

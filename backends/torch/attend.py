@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,7 +18,7 @@ from backends.torch.branches import Branches
 from backends.torch.buckets import Shape
 from backends.torch.caches import DTYPES as HELD
 from backends.torch.caches import Caches, narrow, put, take, widen
-from backends.torch.inputs import Batch
+from backends.torch.inputs import Batch, Bunch
 from backends.torch.params import DTYPES
 from engine.config import Resolved
 from engine.model.groups import Place
@@ -156,13 +156,21 @@ def aim(batch: Batch, table: Array, g: int, positions: Array, page: int) -> Arra
 
 
 def look(
-    batch: Batch, table: Array, g: int, before: Array, positions: Array, limits: Limits, void: int, dtype: torch.dtype
+    batch: Batch,
+    bunches: Sequence[Bunch],
+    table: Array,
+    g: int,
+    before: Array,
+    positions: Array,
+    limits: Limits,
+    void: int,
+    dtype: torch.dtype,
 ) -> tuple[Sight, ...]:
     """Cache group g as each bunch sees it. void: the entry that is read for what is not seen."""
     group, base = limits.groups[g], batch.base[g]
     page, out = group.page, []
     step = torch.arange(page, device=base.device)
-    for bunch in batch.order.bunches:
+    for bunch in bunches:
         rows, length = bunch.rows, bunch.reach[g] * page
         cell = (table[rows, : bunch.reach[g], None] * page + step).view(-1, length)
         at = base[rows, None] + torch.arange(length, device=base.device)
@@ -199,7 +207,7 @@ class Attend:
         else:
             self.tables = [table.index_select(0, batch.slots) for table in caches.tables]
             self.write = [aim(batch, table, g, positions, limits.groups[g].page) for g, table in enumerate(self.tables)]
-        self.sights: dict[int, tuple[Sight, ...]] = {}
+        self.sights: dict[int, tuple[int, tuple[Sight, ...]]] = {}
         self.rows: dict[int, tuple[gpu.Rows, gpu.Plan]] = {}
         self.branches = batch.branches
         if batch.branches is not None:
@@ -223,7 +231,8 @@ class Attend:
         q = write(q, k, v, turn, self.write[place.group], store, written, self.batch.shape is not None)
         if name == "triton":
             return self._paged(a, q, store, place.group, sinks, by), cache
-        return self._gathered(KERNELS[name], a, q, store, place.group, sinks, by), cache
+        gathered = partial(self._gathered, KERNELS[name], a, q, store, place.group, sinks, by)
+        return ops.outside(gathered), cache
 
     def _paged(self, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None) -> Array:
         group = self.limits.groups[g]
@@ -247,18 +256,21 @@ class Attend:
     def _gathered(
         self, kernel: Kernel, a: Attention, q: Array, store: Array, g: int, sinks: Array | None, by: Array | None
     ) -> Array:
-        if g not in self.sights:
-            dtype = DTYPES[self.config.dtype]
-            self.sights[g] = look(
-                self.batch, self.tables[g], g, self.before, self.positions, self.limits, len(store) - 1, dtype
+        now = self.batch.now
+        turn, bunches = (0, self.batch.order.bunches) if now is None else (now.turn, now.bunches)
+        if g not in self.sights or self.sights[g][0] != turn:
+            void, dtype = len(store) - 1, DTYPES[self.config.dtype]
+            seen = look(
+                self.batch, bunches, self.tables[g], g, self.before, self.positions, self.limits, void, dtype
             )
+            self.sights[g] = turn, seen
         parts, told = [], None if self.limits.groups[g].window else self.branches
         if told is not None:  # rows of one token, which lead
             made, page = torch.zeros_like(q[: told.shape.rows]), self.limits.groups[g].page
             how = {"page": page, "scale": a.scale, "cap": a.cap, "sinks": sinks, "scales": by}
             cascade.plain(q, store, made, self._rows(g)[0], told.tiles, told.shape, **how)
             parts.append(made)
-        for bunch, sight in zip(self.batch.order.bunches, self.sights[g], strict=True):
+        for bunch, sight in zip(bunches, self.sights[g][1], strict=True):
             if told is not None and bunch.queries == 1:
                 continue
             query = q[bunch.tokens].view(-1, bunch.queries, *q.shape[1:])

@@ -117,7 +117,8 @@ class TorchBackend:
                     warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
                     warmup.products(self.weights, self.limits.max_tokens)
             self.stages["kernels"] = time.monotonic() - began
-            if self.config.graphs and self.graphs is None and self._paged() and not self._waits():
+            whole = self._paged() and not self._waits() and self.comm is None
+            if self.graphs is None and (self.config.graphs == "pieces" or (self.config.graphs and whole)):
                 began = time.monotonic()
                 self.capture(Graph())
                 self.stages["captures"] = time.monotonic() - began
@@ -135,9 +136,12 @@ class TorchBackend:
         def sample(fed: step.Fed) -> torch.Tensor:
             return step.sample(fed, config, self.caches)[0]
 
-        graphs = Graphs(limits, self.device, forward, sample, graph_bytes(spec, config), self.layout)
+        memory, gathers = graph_bytes(spec, config), not self._paged()
+        graphs = Graphs(limits, self.device, forward, sample, memory, self.layout, gathers, self._agree)
         if shapes is None:
             shapes = one(limits) if config.deterministic else ladder(limits, self.layout)
+        if gathers:  # as many rows as are told of: of one token each
+            shapes = [shape for shape in shapes if shape.even]
         with self._device():
             graphs.record(recorder, shapes)
         self.graphs = graphs
@@ -176,6 +180,12 @@ class TorchBackend:
             step=step_, fed=fed, asked=asked, version=self.version, started=started, order=order, shape=shape
         )
         return step_.step
+
+    def _agree(self, yes: bool) -> bool:
+        """Whether any process of the mesh says yes: all must capture alike."""
+        if self.comm is None:
+            return yes
+        return bool(self.comm.psum(torch.tensor([float(yes)], device=self.device)).item())
 
     def _paged(self) -> bool:
         """Whether no layer gathers pages, of which the host must know how many there are."""

@@ -3,12 +3,14 @@
 A step is two pieces, forward (page tables, model, logits) and the choice of tokens, greedy, drawn from all of them or
 from what top-k and top-p leave, so that a step whose rows ask for more replays the first and chooses call by call. All
 captures share one pool of memory and one set of outputs: the device runs steps in order, and what a step leaves is
-taken before the next one starts.
+taken before the next one starts. What no capture can hold (attention over gathered pages, sums over devices, experts
+that wait for their router) breaks a piece into several and runs between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,18 +23,43 @@ from backends.torch.buckets import Shape, fit
 from backends.torch.caches import Caches
 from backends.torch.inputs import Batch, Draws, Order, fill, spread
 from backends.torch.step import Fed
+from models_torch import ops
 
 Play = Callable[[], object]
 """Runs a piece again, on what its inputs hold by then."""
 
 
 class Recorder(Protocol):
-    """Captures pieces. taken: bytes that they hold."""
+    """Captures a part of a step, in one piece or, where something in it is `models_torch.ops.outside`, in several.
+    taken: bytes that they hold."""
 
     def __call__(self, piece: Play) -> Play: ...
 
     @property
     def taken(self) -> int: ...
+
+
+def one_after_the_other(plays: Sequence[Play]) -> Play:
+    """All of these."""
+    if len(plays) == 1:
+        return plays[0]
+
+    def play() -> None:
+        for each in plays:
+            each()
+
+    return play
+
+
+def again(call: Callable[[], torch.Tensor], made: torch.Tensor) -> Play:
+    """Call, and bring what it gives to where `made` stands."""
+
+    def play() -> None:
+        new = call()
+        if new is not made:
+            made.copy_(new)
+
+    return play
 
 
 class Graph:
@@ -41,6 +68,8 @@ class Graph:
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self._before = _used()
+        self._plays: list[Play] = []
+        self._captured = ExitStack()
 
     def __call__(self, piece: Play) -> Play:
         """Run once, so that kernels are compiled and libraries loaded; then capture."""
@@ -50,10 +79,23 @@ class Graph:
             piece()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        self._plays = []
+        with self._captured, ops.broken(self._outside):
+            self._begin()
             piece()
-        return graph.replay
+        return one_after_the_other(self._plays)
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        self._captured.enter_context(torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"))
+        self._plays.append(graph.replay)
+
+    def _outside(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self._captured.close()
+        made = call()
+        self._plays.append(again(call, made))
+        self._begin()
+        return made
 
     @property
     def taken(self) -> int:
@@ -85,7 +127,8 @@ class Graphs:
     """Steps that were captured, by shape.
 
     forward, sample: of backends.torch.step, bound to a model: (batch, out) -> Fed, Fed -> int64[2, O]. memory: bytes
-    that captures may take: what would not fit stays uncaptured, the smallest steps last.
+    that captures may take: what would not fit stays uncaptured, the smallest steps last. pieces: whether something of
+    a step runs between its captures. agree: whether any process of a mesh says so.
     """
 
     def __init__(
@@ -96,8 +139,11 @@ class Graphs:
         sample: Callable[[Fed], torch.Tensor],
         memory: int,
         layout: Layout | None = None,
+        pieces: bool = False,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.limits, self.device, self.memory, self.layout = limits, device, memory, layout
+        self.pieces, self.agree = pieces, agree
         self._forward, self._sample = forward, sample
         self.shapes: tuple[Shape, ...] = ()
         self.captured: dict[Shape, Captured] = {}
@@ -117,7 +163,7 @@ class Graphs:
         """Capture, the largest first, whose memory the others use again. Changes what the slot of padding has."""
         fits = []
         for shape in shapes:
-            if recorder.taken > self.memory:
+            if self.agree(recorder.taken > self.memory):
                 break
             self.captured[shape] = self._capture(shape, recorder)
             fits.append(shape)
@@ -126,7 +172,7 @@ class Graphs:
     def _capture(self, shape: Shape, recorder: Recorder) -> Captured:
         buffer = torch.zeros(sum(shape.fields().values()), dtype=torch.int64, device=self.device)
         buffer.copy_(torch.from_numpy(empty(shape, self.limits)))
-        batch = spread(buffer, self.limits, shape, self.numbers)
+        batch = spread(buffer, self.limits, shape, self.numbers, self.pieces)
         rows, draws = shape.rows, batch.draws
         assert draws is not None
         fed = Fed(batch=batch, after=self.after[:rows], logits=self.logits[:rows], taps={}, prompts=None)
@@ -162,6 +208,8 @@ class Graphs:
                 sent = (sent.pin_memory() if self.device.type == "cuda" else sent).to(self.device, non_blocking=True)
                 table.view(-1).index_copy_(0, sent[:, 0], sent[:, 1])
         one.buffer.copy_(host, non_blocking=True)
+        if one.fed.batch.now is not None:
+            one.fed.batch.now.tell(step, self.limits)
         one.forward()
         return one.fed, order
 

@@ -25,6 +25,20 @@ SLACK = 128
 """Positions of padding that cost less than another call."""
 
 
+class Now:
+    """What is told of a padded step whenever it is replayed, to what runs between its pieces. turn: how often it was;
+    bunches: its rows, of one token each, and how far they reach."""
+
+    def __init__(self, bunches: tuple[Bunch, ...]) -> None:
+        self.turn, self.bunches = 0, bunches
+
+    def tell(self, step: ScheduleStep, limits: Limits) -> None:
+        """The step that is about to be replayed."""
+        self.turn += 1
+        reach = tuple(int(r.max()) for r in _reaches(step, limits, np.arange(len(step.lens))))
+        self.bunches = tuple(bunch._replace(reach=reach) for bunch in self.bunches)
+
+
 class Bunch(NamedTuple):
     """Rows that are attended together: the same number of queries, reaches of a size. Slices of the ordered step.
 
@@ -83,7 +97,7 @@ class Batch:
     it. base [R] and edits (flat entry, page) for each group. ends [O]: last token of each chosen row; chosen [O]: its
     row; into [O]: the slot whose last token is made. draws: None = all are greedy. wishes: None = no row asks for more.
     shape: of a padded step, whose tokens of padding have offset -1; None = nothing is padded. branches: rows that read
-    pages together.
+    pages together. now: of a padded step that has pieces.
     """
 
     order: Order
@@ -103,6 +117,7 @@ class Batch:
     wishes: Wishes | None
     shape: Shape | None = None
     branches: Branches | None = None
+    now: Now | None = None
 
 
 def arrange(step: ScheduleStep, limits: Limits, together: bool = False) -> Order:
@@ -112,20 +127,29 @@ def arrange(step: ScheduleStep, limits: Limits, together: bool = False) -> Order
     rows = np.argsort(lens, kind="stable") if together else np.lexsort((upper, lens))
     n, ends = lens[rows], np.cumsum(lens)
     offset = np.repeat((ends - lens)[rows] - (np.cumsum(n) - n), n)
-    bases = [t.base[rows] if isinstance(t, PageTable) else 0 for t in step.tables]
-    reaches = [
-        np.minimum(-((base - upper[rows]) // group.page), width)
-        for base, group, width in zip(bases, limits.groups, limits.max_row_pages, strict=True)
-    ]
+    bases = _bases(step, rows)
     return Order(
         rows=rows,
         tokens=offset + np.arange(len(offset)),
-        bunches=_bunch(n.tolist(), upper[rows].tolist(), reaches),
+        bunches=_bunch(n.tolist(), upper[rows].tolist(), _reaches(step, limits, rows)),
         chosen=np.flatnonzero(step.output[rows] & TOKEN),
         literal=bool((step.tokens >= 0).all()),
         fresh=bool((step.starts == 0).all()),
         span=tuple((int(np.min(base)), int(upper.max())) for base in bases),
     )
+
+
+def _bases(step: ScheduleStep, rows: I64) -> list[Any]:
+    """Of each cache group, the positions that the tables of these rows begin at."""
+    return [t.base[rows] if isinstance(t, PageTable) else 0 for t in step.tables]
+
+
+def _reaches(step: ScheduleStep, limits: Limits, rows: I64) -> list[NDArray[Any]]:
+    """Of each cache group, the entries of its table that each of these rows needs."""
+    return [
+        np.minimum(-((base - step.upper[rows]) // group.page), width)
+        for base, group, width in zip(_bases(step, rows), limits.groups, limits.max_row_pages, strict=True)
+    ]
 
 
 def _bunch(lens: list[int], upper: list[int], reaches: list[NDArray[Any]]) -> tuple[Bunch, ...]:
@@ -255,9 +279,9 @@ def fill(
     return order, more
 
 
-def spread(buffer: torch.Tensor, limits: Limits, shape: Shape, numbers: torch.Tensor) -> Batch:
+def spread(buffer: torch.Tensor, limits: Limits, shape: Shape, numbers: torch.Tensor, pieces: bool = False) -> Batch:
     """The padded step in a device buffer, all of it views: whatever stands there when it is read. numbers
-    int64[R]: 0, 1, 2, ..."""
+    int64[R]: 0, 1, 2, ... pieces: it is captured in pieces."""
     at, _ = parts(shape)
     part = {name: buffer[where] for name, where in at.items()}
     rows, groups = numbers[: shape.rows], range(len(limits.groups))
@@ -292,6 +316,7 @@ def spread(buffer: torch.Tensor, limits: Limits, shape: Shape, numbers: torch.Te
         branches=None
         if shape.branches is None
         else Branches(cascade.Tiles(part["tiles"].view(-1, 5), part["covered"], part["used"]), shape.branches),
+        now=Now((bunch,)) if pieces else None,
     )
 
 

@@ -71,18 +71,26 @@ def _early(config: Config, device: Device) -> Decision:
 def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> Decision:
     """Whether torch captures small steps."""
 
+    asked = config.backend.torch.graphs
+
     def no(why: str) -> Decision:
-        return Decision(field="graphs", value=False, why=why)
+        return Decision(field="graphs", value="", why=why)
 
     if (device.backend, device.platform) != ("torch", "gpu"):
         return no("only torch on a GPU has graphs to capture")
-    if config.backend.torch.graphs == "off":
+    if asked == "off":
         return no("backend.torch.graphs")
     if config.backend.deterministic and any(layer.mixer.window for layer in spec.layers):
-        return no("auto: deterministic attention over a window gathers its pages, call by call")
+        why = "deterministic attention over a window gathers its pages, call by call"
+        if asked == "on":
+            raise ConfigError(f'backend.torch.graphs: can\'t be "on": {why}', field="backend.torch.graphs")
+        return no(f"auto: {why}")
+    if asked == "on":
+        why = "steps of few tokens are captured at warm-up, in pieces where something must run between"
+        return Decision(field="graphs", value="pieces", why=f"backend.torch.graphs: {why}")
     if mesh.size > 1:
-        return no("auto: steps over several devices are run call by call")
-    return Decision(field="graphs", value=True, why="auto: steps of few tokens are captured at warm-up and replayed")
+        return no('auto: steps over several devices are run call by call; "on" captures what is between their sums')
+    return Decision(field="graphs", value="whole", why="auto: steps of few tokens are captured at warm-up and replayed")
 
 
 def _cascade(config: Config, spec: ModelSpec, device: Device) -> Decision:

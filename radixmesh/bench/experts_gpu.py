@@ -72,6 +72,8 @@ def _layer(tokens: int, layers: list[list[Matrices]], ceiling: dict[str, Any]) -
         "summed": lambda i: kernel.summed(h[i], of[i][2], routed[i][0], plans[i]),
         "whole": whole,
     }
+    if tokens == 1:
+        del parts["sort"]  # nothing to sort
     out: dict[str, Any] = {f"{name}_us": round(1e3 * timed(call, calls), 2) for name, call in parts.items()}
     if of[0][0].scale is None and tokens > 1:
         for name, call in _peers(x, h, of, [chosen for _, chosen in routed], plans).items():

@@ -226,7 +226,7 @@ def assess(
     assert summary is not None
     side = kept(resolved.dtype + "+fp8" * (resolved.activations == "fp8"), resolved.cache_dtype)
     ran, decoded = status.ran, OWN - 1
-    asked = (ran.get("replayed", 0) >= decoded) == resolved.graphs
+    asked = (ran.get("replayed", 0) >= decoded) == bool(resolved.graphs)
     asked &= (ran.get("together", 0) >= decoded) == (resolved.cascade != "off")
     asked &= not (resolved.graphs and status.compiles_after_ready)
     return Served(

@@ -59,9 +59,9 @@ CASES: dict[str, tuple[ModelSpec, dict[str, Any]]] = {
     "odd": (replace(SPEC, vocab=999, layers=mixers(window=300, sinks=True, bias=True)), {"max_rows": 20}),
     "exact": (SPEC, {"deterministic": True, "max_len": 256}),
     "exact, a window": (replace(SPEC, layers=mixers(window=100)), {"deterministic": True, "max_len": 256}),
-    "none captured": (SPEC, {"graphs": False}),
-    "narrow, none captured": (SPEC, {"graphs": False, "quantise": "fp8-row"}),
-    "experts, none captured": (replace(SPEC, layers=feeds(EXPERTS, _FEED)), {"graphs": False, "quantise": "int8"}),
+    "none captured": (SPEC, {"graphs": ""}),
+    "narrow, none captured": (SPEC, {"graphs": "", "quantise": "fp8-row"}),
+    "experts, none captured": (replace(SPEC, layers=feeds(EXPERTS, _FEED)), {"graphs": "", "quantise": "int8"}),
 }
 
 
@@ -80,7 +80,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 def config(**given: Any) -> Resolved:
     values: dict[str, Any] = {"max_len": 4096, "pages": (2048,), "slots": 64, "max_rows": 64, "max_tokens": 2048}
-    values |= {"dtype": "bfloat16", "cache_dtype": "bfloat16", "graphs": True, "cascade": "auto"}
+    values |= {"dtype": "bfloat16", "cache_dtype": "bfloat16", "graphs": "whole", "cascade": "auto"}
     return Resolved(backend="torch", platform="gpu", **(values | given))
 
 

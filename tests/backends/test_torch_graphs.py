@@ -21,7 +21,7 @@ from backends.torch import step as steps
 from backends.torch.backend import TorchBackend
 from backends.torch.buckets import fit, ladder, padded, parts
 from backends.torch.graphs import Play, empty
-from backends.torch.inputs import fill, spread
+from backends.torch.inputs import Now, fill, spread
 from backends.torch.joined import join
 from backends.torch.params import held
 from engine.config import load
@@ -31,6 +31,7 @@ from engine.resolve import resolve
 from engine.resolve.facts import Device
 from engine.resolve.memory import plan_memory
 from models_torch.ops import Joined
+from tests.backends.replayed import Replayed
 
 DRAWN = [
     Ask(prompt=prompt(11), values={"temperature": 0.8, "seed": 3}),
@@ -69,12 +70,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def opened(recorder: Plain | None = None, even: bool = True, **overrides: Any) -> Host:
+def opened(recorder: Plain | Replayed | None = None, **overrides: Any) -> Host:
     """A loaded backend, with steps captured where a recorder is given."""
     backend = TorchBackend(SPEC, config("torch", **overrides))
     backend.load(Weights())
     if recorder is not None:
-        backend.capture(recorder, [s for s in ladder(backend.limits) if s.even or not even])
+        backend.capture(recorder, ladder(backend.limits))
     return Host(backend)
 
 
@@ -84,10 +85,11 @@ def tokens(made: list[Made]) -> list[list[int]]:
 
 @pytest.mark.parametrize("asks", [ASKS, DRAWN[:2], DRAWN, FULL], ids=["greedy", "drawn", "cut", "wishes"])
 def test_padded_steps_give_the_tokens_of_plain_ones(asks: list[Ask]) -> None:
-    recorder = Plain()
+    recorder = Replayed()
     padded = opened(recorder)
     assert tokens(generate(padded, asks)) == tokens(generate(opened(), asks))
-    assert recorder.played >= 8
+    assert recorder.played >= 5
+    assert set(recorder.pieces) == {3}, "between the attention of two layers, which gathers pages on a CPU"
     assert not any(bool(group[:, -1].any()) for group in padded.backend.caches.groups), "padding wrote to the cache"
 
 
@@ -132,12 +134,12 @@ def test_captured_steps_conform() -> None:
         def then(weights: Any, version: int = 0) -> None:
             load(weights, version)
             if backend.graphs is None:
-                backend.capture(recorder, [s for s in ladder(backend.limits) if s.even])
+                backend.capture(recorder, ladder(backend.limits))
 
         backend.load = then  # type: ignore[method-assign]
         return backend
 
-    recorder, failed = Plain(), []
+    recorder, failed = Replayed(), []
     opener = Opener(make, config("torch"))
     for name, check in CHECKS.items():
         try:
@@ -147,26 +149,49 @@ def test_captured_steps_conform() -> None:
             opener.close()
     opener.close()
     assert not failed
-    assert recorder.played > 100
+    assert recorder.played > 50
 
 
 def test_steps_with_experts_are_captured() -> None:
-    """Padding goes through experts too, and changes nothing."""
+    """Padding goes through experts too, and changes nothing. On a CPU they wait for their router, between pieces."""
     feeds = (
         Experts(count=6, top_k=2, size=24, renormalised=True),
         Experts(count=5, top_k=3, size=16, renormalised=False, act="clamped", bias=True),
     )
     layers = tuple(replace(layer, feed=feed) for layer, feed in zip(SPEC.layers, feeds, strict=True))
     spec = replace(SPEC, layers=layers)
-    recorder, made = Plain(), []
+    recorder, made = Replayed(), []
     for captured in (recorder, None):
         backend = TorchBackend(spec, config("torch"))
         backend.load(Weights(spec=spec))
         if captured is not None:
-            backend.capture(captured, [s for s in ladder(backend.limits) if s.even])
+            backend.capture(captured, ladder(backend.limits))
         made.append(tokens(generate(Host(backend), DRAWN)))
     assert made[0] == made[1]
-    assert recorder.played >= 8
+    assert recorder.played >= 5
+    assert set(recorder.pieces) == {1 + 2 * (1 + 1 + 3)}
+
+
+def test_pieces_between_sums_over_devices(tmp_path: Path) -> None:
+    """Two processes: pieces between the sums of embedding, attention and feed-forward, the attention itself, and the
+    join of logits."""
+    command = [sys.executable, "-m", "tests.backends.replayed_mesh"]
+    both = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    said = [each.communicate(timeout=120)[0].decode() for each in both]
+    layers = len(SPEC.layers)
+    want = f"{tokens(generate(opened(), ASKS))} {{{1 + 3 * layers + 2}}}\n"
+    assert said == [want, want]
+
+
+def test_a_capture_that_holds_what_the_host_knew_is_noticed() -> None:
+    """A replay that is not told how far rows reach attends over what the first step had."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Now, "tell", lambda now, step, limits: None)
+        got = tokens(generate(opened(Replayed()), ASKS))
+    assert got != tokens(generate(opened(), ASKS))
 
 
 def test_shapes_hold_what_they_are_for() -> None:
@@ -281,8 +306,8 @@ def test_the_resolver_says_whether_steps_are_captured(why: str, given: dict[str,
     device = Device(backend="torch", why="", platform="gpu", kind="a GPU", count=2, memory_bytes=40 << 30, bf16=True)
     experts = Experts(count=4, top_k=2, size=48, renormalised=True)
     sparse = replace(SPEC, layers=tuple(replace(layer, feed=experts) for layer in SPEC.layers))
-    assert resolve(load(None, given), sparse, device)[0].graphs == (not given)
+    assert resolve(load(None, given), sparse, device)[0].graphs == ("" if given else "whole")
     resolved, made = resolve(load(None, given), SPEC, device)
     assert next(why in d.why for d in made if d.field == "graphs")
-    assert resolved.graphs == (not given)
+    assert resolved.graphs == ("" if given else "whole")
     assert (plan_memory(SPEC, resolved).graphs > 0) == (not given)
