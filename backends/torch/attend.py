@@ -260,9 +260,7 @@ class Attend:
         turn, bunches = (0, self.batch.order.bunches) if now is None else (now.turn, now.bunches)
         if g not in self.sights or self.sights[g][0] != turn:
             void, dtype = len(store) - 1, DTYPES[self.config.dtype]
-            seen = look(
-                self.batch, bunches, self.tables[g], g, self.before, self.positions, self.limits, void, dtype
-            )
+            seen = look(self.batch, bunches, self.tables[g], g, self.before, self.positions, self.limits, void, dtype)
             self.sights[g] = turn, seen
         parts, told = [], None if self.limits.groups[g].window else self.branches
         if told is not None:  # rows of one token, which lead
