@@ -366,8 +366,9 @@ class _Call(NamedTuple):
         )
         part = stat = self.out
         if parts > 1:
-            part = torch.empty((total, q_heads, parts, dim), dtype=torch.float32, device=q.device)
-            stat = torch.empty((total, q_heads, parts, 2), dtype=torch.float32, device=q.device)
+            lines = tokens if few else total  # short rows lead
+            part = torch.empty((lines, q_heads, parts, dim), dtype=torch.float32, device=q.device)
+            stat = torch.empty((lines, q_heads, parts, 2), dtype=torch.float32, device=q.device)
         first, start, base, table = self.rows
         scale, cap = self.scale * LOG2E, 0.0
         if self.cap is not None:

@@ -1,6 +1,7 @@
 """Kernels that start while the one before them still runs: programmatic dependent launch, on sm_90 and later.
 
-A kernel that takes part says `ready` first, so that the next may take what is free of the device, and `wait`s, until
+A kernel that takes part says `ready` first (attention late: its programs outnumber a device's room, which those that
+wait would take), so that the next may take what is free of the device, and `wait`s, until
 all that was enqueued before it has ended, before it reads what others wrote and before it writes. Ahead of that it
 reads weights at most. A kernel that takes no part is a barrier.
 """

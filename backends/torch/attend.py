@@ -212,6 +212,9 @@ class Attend:
         self.branches = batch.branches
         if batch.branches is not None:
             self.branches = Branches(cascade.Tiles(*(x.int() for x in batch.branches.tiles)), batch.branches.shape)
+        if batch.now is not None:  # ahead of what a capture leaves out
+            for g in range(len(limits.groups)):
+                self._rows(g)
 
     def __call__(
         self,

@@ -33,14 +33,35 @@ class Recorder(Protocol):
     """Captures a part of a step, in one piece or, where something in it is `models_torch.ops.outside`, in several.
     taken: bytes that they hold."""
 
-    def __call__(self, piece: Play) -> Play: ...
+    def __call__(self, part: Play) -> Play: ...
 
     @property
     def taken(self) -> int: ...
 
 
-def one_after_the_other(plays: Sequence[Play]) -> Play:
-    """All of these."""
+def capture(part: Play, begin: Callable[[], Any], end: Callable[[], Play]) -> Play:
+    """Capture a part of a step, in pieces around what is `outside`. begin, end: of a capture, which gives its
+    replay; it computes nothing, and is replayed once before what stands behind it is called."""
+    plays: list[Play] = []
+
+    def outside(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        plays.append(end())
+        plays[-1]()
+        made = call()
+
+        def again() -> None:
+            new = call()
+            if new is not made:
+                made.copy_(new)
+
+        plays.append(again)
+        begin()
+        return made
+
+    with ops.broken(outside):
+        begin()
+        part()
+        plays.append(end())
     if len(plays) == 1:
         return plays[0]
 
@@ -51,51 +72,34 @@ def one_after_the_other(plays: Sequence[Play]) -> Play:
     return play
 
 
-def again(call: Callable[[], torch.Tensor], made: torch.Tensor) -> Play:
-    """Call, and bring what it gives to where `made` stands."""
-
-    def play() -> None:
-        new = call()
-        if new is not made:
-            made.copy_(new)
-
-    return play
-
-
 class Graph:
     """The Recorder of CUDA and HIP."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self._before = _used()
-        self._plays: list[Play] = []
-        self._captured = ExitStack()
 
-    def __call__(self, piece: Play) -> Play:
+    def __call__(self, part: Play) -> Play:
         """Run once, so that kernels are compiled and libraries loaded; then capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            piece()
+            part()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        self._plays = []
-        with self._captured, ops.broken(self._outside):
-            self._begin()
-            piece()
-        return one_after_the_other(self._plays)
+        graphs: list[torch.cuda.CUDAGraph] = []
+        with ExitStack() as inside:
 
-    def _begin(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        self._captured.enter_context(torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"))
-        self._plays.append(graph.replay)
+            def begin() -> None:
+                graphs.append(torch.cuda.CUDAGraph())
+                how = {"pool": self.pool, "capture_error_mode": "thread_local"}
+                inside.enter_context(torch.cuda.graph(graphs[-1], **how))
 
-    def _outside(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        self._captured.close()
-        made = call()
-        self._plays.append(again(call, made))
-        self._begin()
-        return made
+            def end() -> Play:
+                inside.close()
+                return graphs[-1].replay
+
+            return capture(part, begin, end)
 
     @property
     def taken(self) -> int:
@@ -201,7 +205,7 @@ class Graphs:
         """Enqueue the forward of a step: one copy and one replay. Doesn't wait."""
         one = self.captured[shape]
         host = torch.empty(len(one.buffer), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        order, more = fill(step, self.limits, shape, host.numpy(), self.layout)
+        order, more = fill(step, self.limits, shape, host.numpy(), self.layout, self.pieces)
         for table, edits in zip(caches.tables, more, strict=True):
             if len(edits):
                 sent = torch.from_numpy(edits)
@@ -209,7 +213,7 @@ class Graphs:
                 table.view(-1).index_copy_(0, sent[:, 0], sent[:, 1])
         one.buffer.copy_(host, non_blocking=True)
         if one.fed.batch.now is not None:
-            one.fed.batch.now.tell(step, self.limits)
+            one.fed.batch.now.tell(step, self.limits, order, shape.rows)
         one.forward()
         return one.fed, order
 

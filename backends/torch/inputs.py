@@ -27,16 +27,18 @@ SLACK = 128
 
 class Now:
     """What is told of a padded step whenever it is replayed, to what runs between its pieces. turn: how often it was;
-    bunches: its rows, of one token each, and how far they reach."""
+    bunches: its rows, of one token each, and how far they reach; at first none does."""
 
-    def __init__(self, bunches: tuple[Bunch, ...]) -> None:
-        self.turn, self.bunches = 0, bunches
+    def __init__(self, rows: int, groups: int) -> None:
+        self.turn, self.bunches = 0, (_idle(0, rows, groups),)
 
-    def tell(self, step: ScheduleStep, limits: Limits) -> None:
-        """The step that is about to be replayed."""
+    def tell(self, step: ScheduleStep, limits: Limits, order: Order, padded: int) -> None:
+        """The step that is about to be replayed, of rows in order, and as many more as make `padded`."""
         self.turn += 1
-        reach = tuple(int(r.max()) for r in _reaches(step, limits, np.arange(len(step.lens))))
-        self.bunches = tuple(bunch._replace(reach=reach) for bunch in self.bunches)
+        rows, count = order.rows, len(order.rows)
+        self.bunches = _bunch([1] * count, step.upper[rows].tolist(), _reaches(step, limits, rows))
+        if count < padded:
+            self.bunches += (_idle(count, padded, len(limits.groups)),)
 
 
 class Bunch(NamedTuple):
@@ -139,6 +141,11 @@ def arrange(step: ScheduleStep, limits: Limits, together: bool = False) -> Order
     )
 
 
+def _idle(low: int, high: int, groups: int) -> Bunch:
+    """Rows of padding."""
+    return Bunch(slice(low, high), slice(low, high), 1, (1,) * groups)
+
+
 def _bases(step: ScheduleStep, rows: I64) -> list[Any]:
     """Of each cache group, the positions that the tables of these rows begin at."""
     return [t.base[rows] if isinstance(t, PageTable) else 0 for t in step.tables]
@@ -220,19 +227,20 @@ def pack(
 
 
 def fill(
-    step: ScheduleStep, limits: Limits, shape: Shape, buffer: I64, layout: Layout | None = None
+    step: ScheduleStep, limits: Limits, shape: Shape, buffer: I64, layout: Layout | None = None, pieces: bool = False
 ) -> tuple[Order, list[I64]]:
     """Write a step, padded to a shape, to a buffer; its order, and the edits that did not fit, [E, 2] of each group
     (flat entry, page), which go ahead of it.
 
     A row of padding has no tokens and a slot of its own, the last; a token of padding belongs to the last row that has
-    any, or to the first row where none has, and stands at place -1 of it. All rows return a
-    token; one that was not asked for goes to the last slot.
+    any, or to the first row where none has, and stands at place -1 of it. All rows return a token; one that was not
+    asked for goes to the last slot. pieces: rows that reach as far stand side by side.
     """
     at, _ = parts(shape)
     buffer.fill(0)
     part = {name: buffer[where] for name, where in at.items()}
-    rows = np.arange(len(step.lens)) if shape.even else np.lexsort((step.upper, step.lens))
+    stay = shape.even and (not pieces or shape.branches is not None)
+    rows = np.arange(len(step.lens)) if stay else np.lexsort((step.upper, step.lens))
     count, n, void = len(rows), step.lens[rows], limits.slots
     ends = np.cumsum(n)
     offset = np.repeat((np.cumsum(step.lens) - step.lens)[rows] - (ends - n), n)
@@ -316,7 +324,7 @@ def spread(buffer: torch.Tensor, limits: Limits, shape: Shape, numbers: torch.Te
         branches=None
         if shape.branches is None
         else Branches(cascade.Tiles(part["tiles"].view(-1, 5), part["covered"], part["used"]), shape.branches),
-        now=Now((bunch,)) if pieces else None,
+        now=Now(shape.rows, len(limits.groups)) if pieces else None,
     )
 
 

@@ -84,6 +84,10 @@ def graph_bytes(spec: ModelSpec, resolved: Resolved) -> int:
         for layer in spec.layers
     )
     between = 4 * tokens * width * ITEMSIZE[resolved.dtype]
+    if resolved.graphs == "pieces":  # what stands between them, of every shape
+        padded = tokens + sum(range(32, resolved.max_rows + 32, 32)) + 2 * CAPTURED[0]
+        kept = sum(2 * spec.hidden + 2 * layer.mixer.q_heads * layer.mixer.head_dim for layer in spec.layers)
+        between += padded * kept * ITEMSIZE[resolved.dtype]
     return 8 * resolved.max_rows * spec.vocab + between + CAPTURED[1] + CAPTURED[2] * len(spec.layers)
 
 

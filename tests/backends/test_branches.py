@@ -34,7 +34,7 @@ from engine.sampling import SamplingParams
 from engine.sched.request import Output, Request
 from engine.sched.scheduler import Scheduler
 from kernels_cuda import cascade
-from tests.backends.test_torch_graphs import Plain
+from tests.backends.replayed import Replayed
 from tests.tiny import tiny
 
 CPU = Device(backend="torch", why="asked", platform="cpu", kind="cpu", count=1, memory_bytes=1 << 34, bf16=True)
@@ -65,7 +65,7 @@ def requests(vocab: int) -> list[Request]:
     return out
 
 
-def serve(path: Path, cascade_: str, recorder: Plain | None = None) -> tuple[dict[str, list[int]], Counter[str]]:
+def serve(path: Path, cascade_: str, recorder: Replayed | None = None) -> tuple[dict[str, list[int]], Counter[str]]:
     """All requests at once through one engine: their tokens, and how many calls read together for how many rows."""
     spec = read_spec(path)
     resolved = Resolved(
@@ -114,7 +114,7 @@ def test_tokens_are_the_same(tmp_path: Path, family: str) -> None:
 
 def test_padded_steps_read_together_too(tmp_path: Path) -> None:
     path = tiny(tmp_path, hidden=32, q_heads=4, kv_heads=2, layers=2, vocab=96).path
-    recorder = Plain()
+    recorder = Replayed()
     padded, calls = serve(path, "on", recorder)
     assert recorder.played > 3
     assert calls["tiles"] > 0

@@ -189,7 +189,7 @@ def test_pieces_between_sums_over_devices(tmp_path: Path) -> None:
 def test_a_capture_that_holds_what_the_host_knew_is_noticed() -> None:
     """A replay that is not told how far rows reach attends over what the first step had."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Now, "tell", lambda now, step, limits: None)
+        patch.setattr(Now, "tell", lambda *told: None)
         got = tokens(generate(opened(Replayed()), ASKS))
     assert got != tokens(generate(opened(), ASKS))
 
