@@ -39,9 +39,11 @@ class Program(NamedTuple):
 
 Executable: TypeAlias = Callable[..., Any]
 EMPTY, EDIT, COPY, COUNT, SCORE = (Program(kind) for kind in ("empty", "edit", "copy", "count", "score"))
-OPTIONS: dict[str, dict[str, bool | int | str]] = {"cpu": {"xla_cpu_parallel_codegen_split_count": 1}}
+OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    "cpu": {"xla_cpu_parallel_codegen_split_count": 1, "xla_llvm_disable_expensive_passes": True}
+}
 """Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
-compiled side by side."""
+compiled side by side. LLVM's expensive passes are a quarter of the time and make no step faster."""
 LARGE = 256
 LIBRARY: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 """From so many tokens, a GPU's matrix products are the library's, not XLA's own, and none are joined, for which their
