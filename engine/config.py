@@ -201,8 +201,8 @@ class Jax:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torch:
     """graphs: "auto" captures small steps on a GPU at warm-up, to be replayed, where they can be captured whole; "on"
-    also in pieces, between what can't be: sums over devices, attention over gathered pages, experts that wait for
-    their router; "off" runs every step call by call.
+    also in pieces, between what can't be: attention over gathered pages, experts that wait for their router; "off"
+    runs every step call by call.
     cascade: rows whose prompts begin alike read what they share once for all: "auto" on a GPU where it pays, "on"
     whatever it costs and on a CPU too, "off" never."""
 

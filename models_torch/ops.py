@@ -61,7 +61,10 @@ def kernel(name: str, device: str) -> Any:
 
 
 class Comm(Protocol):
-    """The devices that compute a model together, as one of them sees them. psum may change x."""
+    """The devices that compute a model together, as one of them sees them. psum may change x. held: whether a capture
+    can hold what they exchange."""
+
+    held: bool
 
     def parts(self, axis: str) -> int: ...
 
@@ -309,13 +312,17 @@ def unembed(x: Array, w: Matrix, out: Array | None = None) -> Array:
 def psum(x: Array, axis: str) -> Array:
     """Sum over the devices that split the logical axis. May change x."""
     comm = _COMM.get()
-    return x if comm is None or comm.parts(axis) == 1 else outside(lambda: comm.psum(x))
+    if comm is None or comm.parts(axis) == 1:
+        return x
+    return comm.psum(x) if comm.held else outside(lambda: comm.psum(x))
 
 
 def gather(x: Array, axis: str, dim: int) -> Array:
     """Join the parts of dimension `dim` that devices hold along the logical axis."""
     comm = _COMM.get()
-    return x if comm is None or comm.parts(axis) == 1 else outside(lambda: comm.gather(x, dim))
+    if comm is None or comm.parts(axis) == 1:
+        return x
+    return comm.gather(x, dim) if comm.held else outside(lambda: comm.gather(x, dim))
 
 
 def parts(axis: str) -> int:

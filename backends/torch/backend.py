@@ -117,7 +117,7 @@ class TorchBackend:
                     warmup.attend(self.spec, self.config, self.caches, dtype, self.layout)
                     warmup.products(self.weights, self.limits.max_tokens)
             self.stages["kernels"] = time.monotonic() - began
-            whole = self._paged() and not self._waits() and self.comm is None
+            whole = self._paged() and not self._waits()
             if self.graphs is None and (self.config.graphs == "pieces" or (self.config.graphs and whole)):
                 began = time.monotonic()
                 self.capture(Graph())

@@ -24,7 +24,7 @@ class Comm:
     """
 
     def __init__(self, mesh: MeshSpec, member: Member, device: torch.device) -> None:
-        self.mesh, self.member = mesh, member
+        self.mesh, self.member, self.held = mesh, member, device.type != "cpu"
         store = distributed.FileStore(str(Path(member.folder) / "group"), member.size)
         if device.type == "cpu":
             gloo = distributed.ProcessGroupGloo

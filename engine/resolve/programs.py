@@ -7,7 +7,6 @@ from typing import Any
 
 from engine.config import Config
 from engine.errors import ConfigError
-from engine.mesh import MeshSpec
 from engine.model.spec import ModelSpec
 from engine.resolve.facts import Decision, Device
 
@@ -27,7 +26,7 @@ def decide_programs(config: Config, spec: ModelSpec, device: Device, values: dic
             why="backend.jax.bundle" if bundle else "auto: programs are compiled",
         ),
         _early(config, device),
-        _graphs(config, spec, device, values["mesh"]),
+        _graphs(config, spec, device),
         _cascade(config, spec, device),
     ]
 
@@ -68,7 +67,7 @@ def _early(config: Config, device: Device) -> Decision:
     return Decision(field="ready_early", value=asked, why="sched.ready_early")
 
 
-def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> Decision:
+def _graphs(config: Config, spec: ModelSpec, device: Device) -> Decision:
     """Whether torch captures small steps."""
 
     asked = config.backend.torch.graphs
@@ -88,8 +87,6 @@ def _graphs(config: Config, spec: ModelSpec, device: Device, mesh: MeshSpec) -> 
     if asked == "on":
         why = "steps of few tokens are captured at warm-up, in pieces where something must run between"
         return Decision(field="graphs", value="pieces", why=f"backend.torch.graphs: {why}")
-    if mesh.size > 1:
-        return no('auto: steps over several devices are run call by call; "on" captures what is between their sums')
     return Decision(field="graphs", value="whole", why="auto: steps of few tokens are captured at warm-up and replayed")
 
 
