@@ -1,7 +1,7 @@
 """How layers are run: scanned over stacked weights, or one by one over a list. The layer functions don't know.
 
 Scanned compiles fast and small and copies nothing on TPU; on GPU and CPU XLA copies each layer's slice of a stack, so
-there a list is unrolled (docs/decisions/0004-stacked-or-listed.md has the figures).
+there a list is unrolled, unless it is small (docs/decisions/0004-stacked-or-listed.md has the figures).
 """
 
 from __future__ import annotations

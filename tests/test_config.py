@@ -22,6 +22,7 @@ from engine.model.spec import Attention, Experts, Layer, Mlp, ModelSpec, Rope
 from engine.resolve import resolve
 from engine.resolve.facts import Device
 from engine.resolve.memory import plan_memory
+from engine.resolve.programs import SMALL
 from engine.sched.admission import capacity
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "radixmesh.toml"
@@ -224,8 +225,11 @@ def test_a_cache_of_8_bits_needs_scales_and_half_the_memory() -> None:
 
 
 def test_stack_follows_the_device_unless_asked() -> None:
-    assert [resolve(load(), model(), device(p))[0].stack for p in ("cpu", "gpu", "tpu")] == ["list", "list", "scan"]
-    assert resolve(load(None, {"stack": "scan"}), model(), device())[0].stack == "scan"
+    assert [resolve(load(), model(), device(p))[0].stack for p in ("cpu", "gpu", "tpu")] == ["scan", "list", "scan"]
+    assert resolve(load(None, {"stack": "scan"}), model(), device("gpu"))[0].stack == "scan"
+    large = replace(model(), vocab=1 << 15)
+    assert plan_memory(large, resolve(load(), large, device())[0]).weights > SMALL
+    assert resolve(load(), large, device())[0].stack == "list"
 
 
 @pytest.mark.parametrize(

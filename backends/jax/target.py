@@ -26,7 +26,7 @@ from backends.jax.caches import cache_shapes, count_shape, state_shapes
 from backends.jax.mesh import make_mesh, open_mesh
 from backends.jax.params import shapes
 from backends.jax.step import Plan
-from backends.jax.warmup import Program, Programs, options
+from backends.jax.warmup import Program, Programs, known, options
 from engine.config import Resolved
 from engine.model.spec import ModelSpec, eight
 
@@ -172,7 +172,7 @@ def _compile(
     """Seconds, and what came of it."""
     start = time.monotonic()
     try:
-        made = lowered.compile(options)
+        made = lowered.compile(known(options))
     except jax.errors.JaxRuntimeError as error:  # out of memory, or a kernel that the compiler won't take
         return _error(time.monotonic() - start, error)
     took = time.monotonic() - start

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -39,11 +40,17 @@ class Program(NamedTuple):
 
 Executable: TypeAlias = Callable[..., Any]
 EMPTY, EDIT, COPY, COUNT, SCORE = (Program(kind) for kind in ("empty", "edit", "copy", "count", "score"))
-OPTIONS: dict[str, dict[str, bool | int | str]] = {
-    "cpu": {"xla_cpu_parallel_codegen_split_count": 1, "xla_llvm_disable_expensive_passes": True}
+OPTIONS: dict[str, bool | int | str] = {
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_llvm_disable_expensive_passes": True,
 }
-"""Compiler options of a platform. XLA splits a CPU program over threads at a fifth more work; here whole programs are
-compiled side by side. LLVM's expensive passes are a quarter of the time and make no step faster."""
+"""Compiler options of CPUs. XLA splits a program over threads at a fifth more work; here whole programs are compiled
+side by side. LLVM's expensive passes are a quarter of the time and make no step faster."""
+SCANNED: dict[str, bool | int | str] = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+"""More of them where layers are scanned: emitters save work only where layers are alike and listed, and level 1 is
+enough for steps as fast (docs/decisions/0018-programs-ahead.md)."""
+GONE = ("xla_cpu_use_fusion_emitters",)
+"""Options that jax 0.12 has no more."""
 LARGE = 256
 LIBRARY: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 """From so many tokens, a GPU's matrix products are the library's, not XLA's own, and none are joined, for which their
@@ -67,7 +74,23 @@ def options(plan: Plan, program: Program | None = None) -> dict[str, bool | int 
     platform = plan.config.platform
     if platform == "gpu" and program is not None and program.kind == "step" and program.size >= LARGE:
         return dict(LIBRARY)
-    return OPTIONS.get(platform, {})
+    if platform != "cpu":
+        return {}
+    return OPTIONS | (SCANNED if plan.config.stack == "scan" else {})
+
+
+def known(options: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
+    """Of a compiler's options those that this jax knows: some are gone in newer ones."""
+    return {name: value for name, value in options.items() if name not in GONE or _known(name, value)}
+
+
+@cache
+def _known(name: str, value: bool | int | str) -> bool:
+    try:
+        jax.jit(lambda: 0).lower().compile({name: value})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 class Programs:
@@ -210,5 +233,5 @@ def cut(limits: Limits, tokens: int) -> Limits:
 def _compile(lowered: jax.stages.Lowered, options: Any) -> tuple[Executable, str]:
     """The executable, and whether jax's cache had it."""
     with Heard() as heard:
-        executable = lowered.compile(options)
+        executable = lowered.compile(known(options))
     return executable, "cache" if heard.hits else "compiler"

@@ -9,7 +9,10 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.model.spec import ModelSpec
 from engine.resolve.facts import Decision, Device
+from engine.resolve.memory import loaded_bytes
 
+SMALL = 32 << 20
+"""Bytes of weights that a scan on a CPU may copy in each step."""
 COPIED = ("TPU7x",)
 """Kinds of TPUs that copy stacked bfloat16 weights (docs/decisions/0017-compiled-without-the-chip.md)."""
 
@@ -18,7 +21,7 @@ def decide_programs(config: Config, spec: ModelSpec, device: Device, values: dic
     """values: what was decided before, by field."""
     bundle = config.backend.jax.bundle
     return [
-        _stack(config, device, values["dtype"], values["quantise"]),
+        _stack(config, spec, device, values),
         _programs(config),
         Decision(
             field="bundle",
@@ -31,10 +34,19 @@ def decide_programs(config: Config, spec: ModelSpec, device: Device, values: dic
     ]
 
 
-def _stack(config: Config, device: Device, dtype: str, quantise: str) -> Decision:
-    asked = config.backend.jax.stack
+def _stack(config: Config, spec: ModelSpec, device: Device, values: dict[str, Any]) -> Decision:
+    asked, dtype, quantise = config.backend.jax.stack, values["dtype"], values["quantise"]
     if asked != "auto":
         return Decision(field="stack", value=asked, why="backend.jax.stack")
+    if (
+        device.platform == "cpu"
+        and loaded_bytes(
+            spec, backend="jax", dtype=dtype, cache_dtype=values["cache_dtype"], quantise=quantise, mesh=values["mesh"]
+        )
+        <= SMALL
+    ):
+        why = f"weights of up to {SMALL >> 20} MiB are copied soon, and a CPU compiles a scan in half the time"
+        return Decision(field="stack", value="scan", why=why)
     if device.platform != "tpu":
         return Decision(field="stack", value="list", why="off a TPU a scan copies each layer's weights")
     if device.kind in COPIED and dtype == "bfloat16" and quantise == "none":

@@ -8,9 +8,7 @@ device; what the engine says, cold and warm; the collectives of jax's programs. 
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 
 from backends.api.build import Host
 from backends.api.protocol import Backend
+from backends.jax import hlo
 from engine.config import load
 from engine.model.checkpoint import Checkpoint
 from engine.run import start
@@ -36,7 +35,6 @@ SMALL: dict[str, Any] = {
     "sched.token_buckets": [16, 64],
 }
 MADE = 64
-COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 
 class Kept:
@@ -60,11 +58,10 @@ def opened(backend: str, mesh: str, folder: Path) -> tuple[Decided, Backend]:
 
 
 def collectives(device: Backend) -> list[dict[str, int]]:
-    """How often each collective stands in each compiled step, as it is served: without taps."""
+    """How often each collective runs in each compiled step, as it is served: without taps."""
     made = getattr(getattr(device, "programs", None), "made", {})
-    return [
-        dict(Counter(COLLECTIVE.findall(p.as_text()))) for key, p in made.items() if key.kind == "step" and not key.taps
-    ]
+    steps = [p for key, p in made.items() if key.kind == "step" and not key.taps]
+    return [{name: many for name, (many, _) in hlo.read(p.as_text()).collectives.items()} for p in steps]
 
 
 def converse(backend: str, mesh: str, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
