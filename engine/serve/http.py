@@ -19,7 +19,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.config import Config, Serve
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.serve import native, openai
 from engine.serve.call import Call
 from engine.serve.exchange import Endpoint, Exchange, Handler, trouble
@@ -143,30 +143,6 @@ async def _broken(request: Request, error: Exception) -> Response:
     """A fault of ours: uvicorn logs it with its traceback."""
     body = trouble("the server made a mistake; its log says which", "server_error", code="internal_error")
     return Response(body, 500, media_type="application/json")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, bound before anything slow is started; 0 asks for any port.
-
-    Raises ConfigError when it can't be had.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, address = found[0]
-        sock = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise ConfigError(f"serve.host: {host}: {error.strerror or error}", field="serve.host") from error
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"serve.port: can't listen on {host}:{port}: {error.strerror}; free it or choose another with --port",
-            field="serve.port",
-        ) from error
-    return sock
 
 
 async def serve(

@@ -125,7 +125,7 @@ def demo() -> Finding:
 def port() -> Finding:
     """Whether the usual port is free. Another can be chosen, so that nothing is broken when it isn't."""
     from engine.config import Serve
-    from engine.serve.http import listen
+    from engine.serve.sockets import listen
 
     usual = Serve()
     try:

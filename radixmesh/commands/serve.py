@@ -72,7 +72,7 @@ def serve(
 def run(config: Config) -> RadixmeshError | None:
     """Serve until told to stop, or until the engine is lost: gives why. Raises what can't be started."""
     began = time.monotonic()
-    from engine.serve.http import listen
+    from engine.serve.sockets import listen
 
     sock = listen(config.serve.host, config.serve.port)
     try:
@@ -101,6 +101,7 @@ def _open(config: Config) -> tuple[ProcessClient, Tokenizer]:
     from radixmesh.engine import DEMO
 
     def prepare() -> Tokenizer:
+        import engine.serve.http
         from engine.text.tokenizer import Tokenizer
 
         if config.serve.grpc_port is not None:

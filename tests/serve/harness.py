@@ -19,8 +19,9 @@ from engine.config import Config, load
 from engine.run.local import LocalClient
 from engine.run.start import decide, start
 from engine.serve.call import Record
-from engine.serve.http import listen, make_app, serve
+from engine.serve.http import make_app, serve
 from engine.serve.service import Service
+from engine.serve.sockets import listen
 from engine.text.tokenizer import Tokenizer
 from tests.text.made import byte_level
 from tests.tiny import tiny

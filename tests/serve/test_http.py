@@ -20,8 +20,8 @@ import engine.serve.exchange as exchange
 import engine.serve.http as http
 from engine.errors import BackendLost, ConfigError
 from engine.run.messages import News
-from engine.serve.http import listen
 from engine.serve.keys import OPEN
+from engine.serve.sockets import listen
 from tests.serve.harness import NAME, House, folder, house
 
 KEY = "sesame"
