@@ -113,7 +113,7 @@ def test_jax_loads_it(made: Path) -> None:
         with closing(open_backend("jax", decided.spec, decided.resolved)) as backend:
             backend.load(Checkpoint(decided.path, decided.spec))
             trees.append(jax.tree.map(np.asarray, backend.weights))
-    assert len(jax.tree.leaves(trees[0])) > 20
+    assert len(jax.tree.leaves(trees[0])) > 10
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
