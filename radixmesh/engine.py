@@ -66,7 +66,8 @@ class Engine:
         decided = decide(load(file, config | given), DEMO)
         self.spec, self.resolved, self.decisions = decided.spec, decided.resolved, decided.decisions
         self.tokenizer = None if skip_tokenizer else Tokenizer.open(decided.path)
-        self._client = LocalClient(partial(start, decided, self.tokenizer))
+        words = None if self.tokenizer is None else self.tokenizer.words
+        self._client = LocalClient(partial(start, decided, lambda: words))
         self._streams = Streams(self._client)
         self._finalizer = weakref.finalize(self, self._client.shutdown)
 

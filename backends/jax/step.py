@@ -39,10 +39,15 @@ class Plan:
         return params.tree(self.spec, self.config.stack, self.config.platform, self.config.quantise)
 
     @property
+    def soon(self) -> bool:
+        """Whether to be ready soon counts for more than the steps: a small model on a CPU."""
+        return self.config.platform == "cpu" and self.config.stack == "scan"
+
+    @property
     def greedy(self) -> bool:
         """Whether steps only find their best tokens, and rows that draw go through another program: a GPU's host waits
-        for the device at every branch."""
-        return self.config.platform == "gpu"
+        for the device at every branch, and a CPU compiles the draw into every step."""
+        return self.config.platform == "gpu" or self.soon
 
 
 class Kept(NamedTuple):

@@ -46,9 +46,13 @@ OPTIONS: dict[str, bool | int | str] = {
 }
 """Compiler options of CPUs. XLA splits a program over threads at a fifth more work; here whole programs are compiled
 side by side. LLVM's expensive passes are a quarter of the time and make no step faster."""
-SCANNED: dict[str, bool | int | str] = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
-"""More of them where layers are scanned: emitters save work only where layers are alike and listed, and level 1 is
-enough for steps as fast (docs/decisions/0018-programs-ahead.md)."""
+SOON: dict[str, bool | int | str] = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_backend_optimization_level": 1,
+    "xla_disable_hlo_passes": "tree_reduction_rewriter",
+}
+"""More of them for small models: emitters save work only where layers are alike and listed, level 1 is enough for steps
+as fast, and sums of one row would be unrolled kernel by kernel (docs/decisions/0018-programs-ahead.md)."""
 GONE = ("xla_cpu_use_fusion_emitters",)
 """Options that jax 0.12 has no more."""
 LARGE = 256
@@ -76,7 +80,7 @@ def options(plan: Plan, program: Program | None = None) -> dict[str, bool | int 
         return dict(LIBRARY)
     if platform != "cpu":
         return {}
-    return OPTIONS | (SCANNED if plan.config.stack == "scan" else {})
+    return OPTIONS | (SOON if plan.soon else {})
 
 
 def known(options: dict[str, bool | int | str]) -> dict[str, bool | int | str]:

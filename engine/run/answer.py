@@ -71,7 +71,7 @@ class Answer:
         params, text = request.params, None
         if tokenizer is not None:
             stop = () if params.no_stop_trim else params.stop
-            text = TextStream(tokenizer, stop, params.skip_special_tokens, params.min_new_tokens)
+            text = TextStream(tokenizer.words, stop, params.skip_special_tokens, params.min_new_tokens)
         return cls(request=request, stream=text)
 
     @property

@@ -34,7 +34,7 @@ from engine.run.loop import Carrier
 from engine.run.messages import MOST, Message
 from engine.run.start import Started, decide, start
 from engine.run.watchdog import Watchdog
-from engine.text.tokenizer import Tokenizer
+from engine.text.words import Words
 
 HELLO_SECONDS = 60.0
 """How long a new engine waits for its first order."""
@@ -59,6 +59,13 @@ class Link:
             raise BackendLost(f"the first order was {type(order).__name__}")
         return order
 
+    def words(self) -> Words | None:
+        """The order after the first, where Words follow. None when it is to stop."""
+        order = decode_order(self._orders.recv())
+        if not isinstance(order, Words | Shutdown):
+            raise BackendLost(f"{type(order).__name__} came before the tokenizer's words")
+        return None if isinstance(order, Shutdown) else order
+
     def receive(self, block: bool) -> Sequence[Message] | None:
         """As a Carrier wants it. What can't be read is named on stderr and dropped."""
         messages: list[Message] = []
@@ -66,7 +73,7 @@ class Link:
             order = self._next()
             if isinstance(order, Shutdown):
                 return None
-            if order is not None and not isinstance(order, Begin):
+            if order is not None and not isinstance(order, Begin | Words):
                 messages.append(order)
         return messages
 
@@ -121,16 +128,13 @@ def _open(begin: Begin, link: Link) -> Started | None:
     """Decide and start; what fails is told, and gives None."""
     stages: list[tuple[str, float]] = [("imports", time.monotonic() - begin.began)]
     try:
-        link.send(Stage("tokenizer"))
-        clock = time.monotonic()
-        serve, tokenizer = begin.config.serve, None
+        link.send(Stage("decisions"))
+        clock, serve = time.monotonic(), begin.config.serve
         decided = decide(begin.config, Path(begin.default))
-        if not begin.skip_tokenizer:
-            tokenizer = Tokenizer.open(decided.path)
-        stages.append(("tokenizer", time.monotonic() - clock))
+        stages.append(("decisions", time.monotonic() - clock))
         started = start(
             decided,
-            tokenizer,
+            link.words if begin.words else lambda: None,
             queue=serve.queue,
             queue_tokens=serve.queue_tokens,
             stage=lambda name: link.send(Stage(name)),

@@ -1,8 +1,8 @@
 """What crosses between an engine's process and its client: typed msgpack, no pickle. One frame is one message.
 
-What crosses as it is: Abort, Flush, Load, News, Info, Config. An error crosses as (class in engine.errors, message,
-field, rows) and comes back as that class. Of a Request neither stopper nor grammar crosses: the engine's side makes
-the one, and the other is refused until it has a form of its own here; its namespace is a tuple of strings and
+What crosses as it is: Words, Abort, Flush, Load, News, Info, Config. An error crosses as (class in engine.errors,
+message, field, rows) and comes back as that class. Of a Request neither stopper nor grammar crosses: the engine's side
+makes the one, and the other is refused until it has a form of its own here; its namespace is a tuple of strings and
 integers.
 """
 
@@ -22,6 +22,7 @@ from engine.mesh import MeshSpec
 from engine.resolve.facts import Decision
 from engine.run.messages import Abort, Flush, Info, Load, Message, News, Submit
 from engine.sched.request import Request
+from engine.text.words import Words
 
 ORDERS, REPORTS = "orders", "reports"
 """Names of the two sockets, in a folder that both ends know."""
@@ -42,12 +43,12 @@ class Malformed(ValueError):
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="begin"):
-    """Open an engine. default: folder of the model when the configuration names none. began: when the client began,
-    on the monotonic clock, which processes of one machine share."""
+    """Open an engine. default: folder of the model when the configuration names none. words: whether Words follow.
+    began: when the client began, on the monotonic clock, which processes of one machine share."""
 
     config: Config
     default: str
-    skip_tokenizer: bool
+    words: bool
     began: float
 
 
@@ -73,7 +74,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     error: RadixmeshError
 
 
-Order: TypeAlias = Begin | Message | Shutdown
+Order: TypeAlias = Begin | Words | Message | Shutdown
 """To the engine."""
 Report: TypeAlias = Stage | Ready | Failed | News
 """From the engine."""
@@ -93,6 +94,10 @@ class _Flush(msgspec.Struct, frozen=True, array_like=True, tag="flush"):
 
 class _Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     said: Load
+
+
+class _Words(msgspec.Struct, frozen=True, array_like=True, tag="words"):
+    said: Words
 
 
 class _News(msgspec.Struct, frozen=True, array_like=True, tag="news"):
@@ -119,7 +124,7 @@ class _Error(msgspec.Struct, frozen=True, array_like=True):
     rows: tuple[int, ...] = ()
 
 
-_WRAPS: Mapping[type, Any] = {Submit: _Submit, Abort: _Abort, Flush: _Flush, Load: _Load, News: _News}
+_WRAPS: Mapping[type, Any] = {Words: _Words, Submit: _Submit, Abort: _Abort, Flush: _Flush, Load: _Load, News: _News}
 
 
 def encode_order(order: Order) -> bytes:
@@ -165,7 +170,7 @@ def _unpack(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
         message = decoder.decode(frame)
     except (msgspec.MsgspecError, RadixmeshError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise Malformed(f"a message of {len(frame)} bytes can't be read: {error}") from error
-    return message.said if isinstance(message, (_Submit, _Abort, _Flush, _Load, _News)) else message
+    return message.said if isinstance(message, (_Words, _Submit, _Abort, _Flush, _Load, _News)) else message
 
 
 def _bare(submit: Submit) -> Request:
@@ -223,6 +228,6 @@ def _made(kind: Any, value: Any) -> Any:
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 _ORDERS: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    Begin | Shutdown | _Submit | _Abort | _Flush | _Load, dec_hook=_made
+    Begin | Shutdown | _Words | _Submit | _Abort | _Flush | _Load, dec_hook=_made
 )
 _REPORTS: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Stage | _Ready | Failed | _News, dec_hook=_made)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from engine.run.messages import Flush, Info, Load, Message, News, Submit
 from engine.run.spawn import bind, spawn
 from engine.sched.request import Output
 from engine.sched.stop import Finish
+from engine.text.words import Words
 
 LOOK_MS = 100
 """How often a client that hears nothing looks whether its engine lives."""
@@ -50,7 +52,8 @@ class ProcessClient:
     """engine.run.client.Client on a process of its own, which probes the device and decides the configuration.
 
     default: folder of the model when config names none. stage: told, on the caller's thread, as each stage of the start
-    begins. grace: seconds that shutdown gives the engine before it is killed. program: arguments of python.
+    begins. words: of its tokenizer, which is opened meanwhile; None: token ids only. grace: seconds that shutdown gives
+    the engine before it is killed. program: arguments of python.
 
     Raises ConfigError or ModelError as the engine raised it, BackendLost when its process ends before it is ready.
     """
@@ -60,7 +63,7 @@ class ProcessClient:
         config: Config,
         default: Path,
         *,
-        skip_tokenizer: bool = False,
+        words: Future[Words] | None = None,
         stage: Callable[[str], None] = lambda name: None,
         grace: float = 10.0,
         program: Sequence[str] = PROGRAM,
@@ -81,7 +84,8 @@ class ProcessClient:
         except BaseException:
             self._clean()
             raise
-        begin = Begin(config=config, default=str(default), skip_tokenizer=skip_tokenizer, began=time.monotonic())
+        self._words = words
+        begin = Begin(config=config, default=str(default), words=words is not None, began=time.monotonic())
         frame = encode_order(begin)
         self._thread = threading.Thread(target=self._run, args=(frame,), name="radixmesh-client", daemon=True)
         self._thread.start()
@@ -201,8 +205,15 @@ class ProcessClient:
                 return
 
     def _hear(self, process: subprocess.Popen[bytes]) -> None:
-        """Take what the engine says until its process has ended and all is read. Raises why it could not start."""
+        """Take what the engine says until its process has ended and all is read. Raises why it could not start,
+        or its tokenizer not be opened."""
+        words = self._words
         while True:
+            if words is not None and words.done():
+                frame = encode_order(words.result())
+                with self._said, suppress(zmq.Again):  # again: it is gone, or has yet to connect
+                    self._orders.send(frame, zmq.NOBLOCK)
+                    words = None
             ended = process.poll() is not None
             if not self._reports.poll(LOOK_MS):
                 if ended:

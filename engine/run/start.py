@@ -30,7 +30,7 @@ from engine.sched.admission import capacity
 from engine.sched.scheduler import Scheduler
 from engine.sched.stop import Stopper
 from engine.text.detokenize import StopStrings
-from engine.text.tokenizer import Tokenizer
+from engine.text.words import Words
 
 if TYPE_CHECKING:
     from engine.run.events import Publisher
@@ -96,7 +96,7 @@ def open_device(decided: Decided) -> Backend:
 
 def start(
     decided: Decided,
-    tokenizer: Tokenizer | None,
+    words: Callable[[], Words | None],
     *,
     queue: int | None = None,
     queue_tokens: int | None = None,
@@ -104,7 +104,8 @@ def start(
 ) -> Started:
     """Open the backend, load, warm up. Nothing of the backend is left when that fails.
 
-    tokenizer: finds stop strings; queue, queue_tokens: bounds of what waits (Scheduler); stage: told as each begins.
+    words: gives what stop strings are found with, as the last stage; queue, queue_tokens: bounds of what waits
+    (Scheduler); stage: told as each begins.
     """
     took: list[tuple[str, float]] = []
 
@@ -127,11 +128,13 @@ def start(
             backend.warmup()
         took += [(f"programs.{name}", seconds) for name, seconds in backend.status().stages.items()]
         scheduler = _scheduler(decided.resolved, backend.limits, queue, queue_tokens)
+        with staged("tokenizer"):
+            known = words()
         publisher = _publisher(decided.resolved)
     except BaseException:
         backend.close()
         raise
-    ids = decided.spec.eos if tokenizer is None or tokenizer.eos is None else (*decided.spec.eos, tokenizer.eos)
+    ids = decided.spec.eos if known is None or known.eos is None else (*decided.spec.eos, known.eos)
     info = Info(
         path=str(decided.path),
         architecture=decided.spec.family,
@@ -147,7 +150,7 @@ def start(
         scheduler=scheduler,
         backend=backend,
         info=info,
-        stopper=partial(_stopper, tokenizer),
+        stopper=partial(_stopper, known),
         weights=partial(other_weights, decided),
         publisher=publisher,
         sizes=sizes,
@@ -168,11 +171,11 @@ def _scheduler(resolved: Resolved, limits: Limits, queue: int | None, queue_toke
     )
 
 
-def _stopper(tokenizer: Tokenizer | None, params: SamplingParams) -> Stopper | None:
+def _stopper(words: Words | None, params: SamplingParams) -> Stopper | None:
     """What finds the stop strings of a request, if it has any."""
-    if tokenizer is None or not params.stop:
+    if words is None or not params.stop:
         return None
-    return StopStrings(tokenizer, params.stop, params.skip_special_tokens, params.min_new_tokens)
+    return StopStrings(words, params.stop, params.skip_special_tokens, params.min_new_tokens)
 
 
 def _publisher(resolved: Resolved) -> Publisher | None:

@@ -114,7 +114,7 @@ class _Part:
         return self._shape(tokens, scores, offsets)
 
     def _text(self, follows: bool) -> Detokenizer | None:
-        return None if self._tokenizer is None else Detokenizer(self._tokenizer, self._skip, follows)
+        return None if self._tokenizer is None else Detokenizer(self._tokenizer.words, self._skip, follows)
 
     def _shape(self, tokens: Sequence[int], scores: Sequence[Score | None], offsets: list[int]) -> dict[str, Any]:
         names = [self._name(t) for t in tokens]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.text.stages import Stage, beginning, fresh
-from engine.text.tokenizer import Tokenizer
+from engine.text.words import Words
 
 
 class Detokenizer:
@@ -17,16 +17,16 @@ class Detokenizer:
     before a text's first word don't drop it here.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, follows: bool = False) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._stages = tokenizer.stages()
+    def __init__(self, words: Words, skip_special_tokens: bool = True, follows: bool = False) -> None:
+        self._words, self._skip = words, skip_special_tokens
+        self._stages = words.stages()
         if follows:
             for stage in self._stages:
                 stage.follow()
 
     def feed(self, ids: Sequence[int]) -> str:
         """The text that is settled by these ids."""
-        items = self._tokenizer.tokens(ids, self._skip)
+        items = self._words.tokens(ids, self._skip)
         for stage in self._stages:
             items = stage.feed(items)
         return "".join(items)
@@ -55,13 +55,11 @@ class StopStrings:
     settled by so many first tokens is not looked at.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, strings: Sequence[str], skip_special_tokens: bool = True, after: int = 0
-    ) -> None:
+    def __init__(self, words: Words, strings: Sequence[str], skip_special_tokens: bool = True, after: int = 0) -> None:
         self.matched: str | None = None
         self._blind = after
         self._strings = tuple(strings)
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, follows=True)
+        self._detokenizer = Detokenizer(words, skip_special_tokens, follows=True)
         self._window = max((len(s) for s in strings), default=1) - 1
         self._tail = ""
 
@@ -89,9 +87,9 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special_tokens: bool = True, after: int = 0
+        self, words: Words, stop: Sequence[str] = (), skip_special_tokens: bool = True, after: int = 0
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, follows=True)
+        self._detokenizer = Detokenizer(words, skip_special_tokens, follows=True)
         self._stop = tuple(stop)
         self._held = ""
         self._blind = after if stop else 0

@@ -244,12 +244,12 @@ def raw(token: str) -> bytes:
     return token.encode("utf-8", "replace")
 
 
-def chain(decoder: Any, cleanup: bool) -> tuple[Stage, ...]:
-    """The stages of a decoder of the `tokenizers` library (None = it has none), then those of the clean-up.
+def chain(decoder: str, cleanup: bool) -> tuple[Stage, ...]:
+    """The stages of a decoder of the `tokenizers` library, as JSON ("" = it has none), then those of the clean-up.
 
     Raises ModelError naming a decoder that can't be streamed exactly.
     """
-    states = list(_flat(json.loads(decoder.__getstate__()))) if decoder is not None else []
+    states = list(_flat(json.loads(decoder))) if decoder else []
     stages: list[Stage] = [] if states else [Spaced()]
     joined = not states
     for state in states:

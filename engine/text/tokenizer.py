@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InvalidRequest, ModelError
-from engine.text.stages import MISSING, Stage, chain, fresh, raw
+from engine.text.stages import MISSING, raw
+from engine.text.words import Words
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
@@ -30,15 +31,21 @@ class Tokenizer:
                 field="tokenizer",
             )
         self.inner = inner
-        self._backend = backend
         # Clean-up would spoil byte-pair tokenizers, and transformers leaves it out there unless it is forced.
         cleanup = bool(inner.clean_up_tokenization_spaces) and (
             type(backend.model).__name__ != "BPE"
             or bool(inner.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output)
         )
-        self._stages = chain(backend.decoder, cleanup)
+        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.words = Words(
+            names=tuple(backend.id_to_token(i) for i in range(size)),
+            special=frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special),
+            decoder="" if backend.decoder is None else backend.decoder.__getstate__().decode(),
+            cleanup=cleanup,
+            eos=None if inner.eos_token_id is None else int(inner.eos_token_id),
+        )
+        self.words.stages()  # a decoder that can't be streamed is told now
         self._pieces: dict[int, tuple[str, bytes]] = {}
-        self._special = frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
@@ -60,12 +67,12 @@ class Tokenizer:
     @property
     def size(self) -> int:
         """Ids in use, added tokens included: one more than the largest."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return len(self.words.names)
 
     @property
     def eos(self) -> int | None:
         """The id that ends a text."""
-        return None if self.inner.eos_token_id is None else int(self.inner.eos_token_id)
+        return self.words.eos
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text. special: add the ids that the model wants around it, such as a begin-of-text id."""
@@ -79,19 +86,14 @@ class Tokenizer:
         """The text of ids, all at once."""
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def tokens(self, ids: Sequence[int], skip_special_tokens: bool) -> list[str]:
-        """The tokens that a decoder sees: ids without a token are dropped, and special ones where it is asked."""
-        found = [self._backend.id_to_token(i) for i in ids]
-        return [t for t in found if t is not None and not (skip_special_tokens and t in self._special)]
-
     def piece(self, token: int) -> tuple[str, bytes]:
         """One token by itself: its text as it stands within a text, special or not, and its bytes, which are the true
         ones of a part of a character."""
         found = self._pieces.get(token)
         if found is None:
-            name = self._backend.id_to_token(token)
+            name = self.words.name(token)
             items = [] if name is None else [name]
-            for stage in self.stages():
+            for stage in self.words.stages():
                 stage.follow()
                 items = stage.feed(items) + stage.finish(False)
             text = "".join(items)
@@ -115,10 +117,6 @@ class Tokenizer:
                 raise InvalidRequest(f"bad_words: {word[:64]!r} has no tokens", field="bad_words")
             out |= dict.fromkeys(filter(None, found))
         return tuple(out)
-
-    def stages(self) -> list[Stage]:
-        """The decoder, for one stream."""
-        return fresh(self._stages)
 
 
 def _open(folder: Path) -> Any:

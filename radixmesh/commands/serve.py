@@ -111,7 +111,8 @@ def _open(config: Config) -> tuple[ProcessClient, Tokenizer]:
     report = _Report()
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(prepare)
-        client = ProcessClient(config, DEMO, stage=report.begin)
+        words = pool.submit(lambda: opened.result().words)
+        client = ProcessClient(config, DEMO, words=words, stage=report.begin)
         try:
             report.begin("")
             print(f"  {_told(client.info)}", flush=True)

@@ -27,6 +27,7 @@ from engine.sched.request import Output, Request
 from engine.sched.scheduler import Account
 from engine.sched.scores import Scores
 from engine.sched.stop import Finish
+from engine.text.words import Words
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)
@@ -154,6 +155,16 @@ INFOS = st.builds(
 )
 
 
+WORDS = st.builds(
+    Words,
+    names=st.lists(st.none() | TEXT, max_size=4).map(tuple),
+    special=st.frozensets(TEXT, max_size=2),
+    decoder=TEXT,
+    cleanup=st.booleans(),
+    eos=st.none() | st.integers(0, 9),
+)
+
+
 def plain(value: Any) -> Any:
     """Something that can be compared: errors and requests are compared by identity."""
     if isinstance(value, RadixmeshError):
@@ -168,7 +179,7 @@ def plain(value: Any) -> Any:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.builds(Submit, request=REQUESTS) | st.builds(Abort, rid=TEXT) | st.builds(Flush, rid=TEXT))
+@given(st.builds(Submit, request=REQUESTS) | st.builds(Abort, rid=TEXT) | st.builds(Flush, rid=TEXT) | WORDS)
 def test_orders_come_back(order: ipc.Order) -> None:
     assert plain(ipc.decode_order(ipc.encode_order(order))) == plain(order)
 
@@ -187,7 +198,7 @@ def test_reports_come_back(report: ipc.Report) -> None:
     ],
 )
 def test_configurations_come_back(config: Config) -> None:
-    begin = ipc.Begin(config=config, default="d", skip_tokenizer=True, began=1.5)
+    begin = ipc.Begin(config=config, default="d", words=True, began=1.5)
     assert ipc.decode_order(ipc.encode_order(begin)) == begin
     assert ipc.decode_order(ipc.encode_order(ipc.Shutdown())) == ipc.Shutdown()
 
@@ -259,7 +270,7 @@ def test_parameters_are_checked_again() -> None:
 
 FRAMES = [
     ipc.encode_order(Submit(request=request(namespace=("a", 1)))),
-    ipc.encode_order(ipc.Begin(config=Config(), default="d", skip_tokenizer=False, began=0.0)),
+    ipc.encode_order(ipc.Begin(config=Config(), default="d", words=False, began=0.0)),
     ipc.encode_report(News(outputs=(Output(rid="r", tokens=(1,), error=InvalidRequest("x", field="y")),))),
 ]
 

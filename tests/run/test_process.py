@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from engine.run.start import decide, start
 from engine.sampling import SamplingParams
 from engine.sched.request import Output, Request
 from engine.text.tokenizer import Tokenizer
+from engine.text.words import Words
 from tests.text.made import made
 from tests.tiny import Tiny, tiny
 
@@ -50,13 +52,17 @@ def config(model: Tiny, **more: Any) -> Config:
 def open_local(config: Config) -> LocalClient:
     def begin() -> Any:
         decided = decide(config, Path("none"))
-        return start(decided, Tokenizer.open(decided.path), queue=config.serve.queue)
+        return start(decided, lambda: Tokenizer.open(decided.path).words, queue=config.serve.queue)
 
     return LocalClient(begin)
 
 
 def open_process(config: Config, **more: Any) -> ProcessClient:
-    return ProcessClient(config, Path("none"), **more)
+    words: Future[Words] = Future()
+    path = Path(config.model.path or "none")
+    if path.is_dir():
+        words.set_result(Tokenizer.open(path).words)
+    return ProcessClient(config, Path("none"), **({"words": words} | more))
 
 
 def misbehaving(model: Tiny, how: str, **more: Any) -> ProcessClient:
@@ -351,6 +357,32 @@ def test_a_fault_in_the_start_is_one_line_here(model: Tiny, capfd: pytest.Captur
     with pytest.raises(RadixmeshError, match="could not start: MemoryError: no room at all"):
         misbehaving(model, "unloadable")
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_an_engine_waits_for_its_tokenizer(model: Tiny) -> None:
+    words: Future[Words] = Future()
+
+    def stage(name: str) -> None:
+        if name == "tokenizer":  # the last stage
+            threading.Timer(0.3, lambda: words.set_result(Tokenizer.open(model.path).words)).start()
+
+    client = open_process(config(model), words=words, stage=stage)
+    assert dict(client.info.stages)["tokenizer"] > 0.2
+    client.shutdown()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_tokenizer_that_can_not_be_opened_ends_the_start(model: Tiny, late: bool) -> None:
+    threads, files = threading.active_count(), open_files()
+    words: Future[Words] = Future()
+
+    def stage(name: str) -> None:
+        if name == ("tokenizer" if late else "device"):
+            words.set_exception(ModelError("tokenizer: none", field="tokenizer"))
+
+    with pytest.raises(ModelError, match="tokenizer: none"):
+        open_process(config(model), words=words, stage=stage)
+    assert (threading.active_count(), open_files()) == (threads, files)
 
 
 def test_a_process_that_can_not_even_begin(model: Tiny) -> None:

@@ -135,7 +135,7 @@ def test_it_starts_drains_and_ends(folder: Path) -> None:
     with server("--model", str(folder), "--grpc-port", "0") as s:
         url, pid = s.url, s.engine()
         assert re.search(r"gRPC at 127\.0\.0\.1:\d+ \(model small, reference on cpu\)", s.lines[-1])
-        stages = ["imports", "tokenizer", "device", "weights", "programs", "memory"]
+        stages = ["imports", "decisions", "device", "weights", "programs", "tokenizer", "memory"]
         assert [line.split()[0] for line in s.lines[:-1]] == stages
         assert httpx.get(f"{url}/readyz").status_code == 200
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "small"

@@ -122,7 +122,7 @@ class Driven:
     def __init__(self, path: Path, **keys: Any) -> None:
         config = load(None, {"model": str(path), "backend": "reference", "slots": 2, "cache_tokens": 512, **keys})
         self.outputs: list[Output] = []
-        started = start(decide(config, path), None)
+        started = start(decide(config, path), lambda: None)
         self.loop = Loop(started.scheduler, started.backend, self.outputs.extend, weights=started.weights)
 
     def ask(self, rid: str, tokens: list[int], made: int, **more: Any) -> None:

@@ -98,7 +98,7 @@ def house(path: Path, **keys: Any) -> Iterator[House]:
     sock = listen("127.0.0.1", 0)
     decided, tokenizer, pace = decide(config, path), Tokenizer.open(path), [0.0]
     bounds = {"queue": config.serve.queue, "queue_tokens": config.serve.queue_tokens}
-    client = LocalClient(partial(start, decided, tokenizer, **bounds))
+    client = LocalClient(partial(start, decided, lambda: tokenizer.words, **bounds))
     _slow(client, pace)
     loop, ready, made = uvloop.new_event_loop(), threading.Event(), []
 

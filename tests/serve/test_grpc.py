@@ -96,7 +96,7 @@ def opened(folder: Path, key: str | None = None, **config: Any) -> Iterator[Door
 
     decided = decide(load(None, SMALL | config), folder)
     tokenizer = Tokenizer.open(folder)
-    client = LocalClient(partial(start, decided, tokenizer, queue=4))
+    client = LocalClient(partial(start, decided, lambda: tokenizer.words, queue=4))
 
     async def begin() -> tuple[Service, Any, int]:
         service = Service(client, tokenizer, Serve(n=4, body=1 << 20), "tiny")

@@ -39,7 +39,7 @@ class Case:
     def begin(self, queue: int = 3) -> LocalClient:
         given = {"backend": "reference", "cache.tokens": 1024, "sched.slots": 4, "sched.max_rows": 4}
         decided = decide(load(None, given), self.path)
-        return LocalClient(partial(start, decided, self.tokenizer, queue=queue, queue_tokens=400))
+        return LocalClient(partial(start, decided, lambda: self.tokenizer.words, queue=queue, queue_tokens=400))
 
     def run(self, body: Callable[[Service], Awaitable[T]], client: LocalClient | None = None) -> T:
         async def main() -> T:

@@ -50,7 +50,7 @@ def test_pieces_join_to_the_text_decoded_at_once(kind: str) -> None:
     @given(streams(kind), st.booleans())
     def check(chunks: list[list[int]], skip: bool) -> None:
         ids = [i for chunk in chunks for i in chunk]
-        stream = Detokenizer(tokenizer(kind), skip)
+        stream = Detokenizer(tokenizer(kind).words, skip)
         text = "".join(stream.feed(chunk) for chunk in chunks)
         whole = made(kind).decode(ids, skip_special_tokens=skip)
         if kind not in ("llama", "gemma"):  # there an unfinished character takes its whole run with it
@@ -65,13 +65,13 @@ def test_every_token_first_later_and_twice(kind: str) -> None:
     every = range(tokenizer(kind).size + 2)
     text = numbers(kind, TEXT)
     for ids in (text, list(every), list(reversed(every)), *([i] for i in every), *([i, i, text[0]] for i in every)):
-        stream = Detokenizer(tokenizer(kind), False)
+        stream = Detokenizer(tokenizer(kind).words, False)
         assert "".join(stream.feed([i]) for i in ids) + stream.finish() == made(kind).decode(ids)
 
 
 def test_characters_split_across_tokens_come_whole() -> None:
     ids = numbers("byte_level", "🙂é")
-    stream = Detokenizer(tokenizer("byte_level"))
+    stream = Detokenizer(tokenizer("byte_level").words)
     pieces = [stream.feed([i]) for i in ids]
     assert len(ids) >= 4
     assert [p for p in pieces if p] == ["🙂", "é"]
@@ -79,7 +79,7 @@ def test_characters_split_across_tokens_come_whole() -> None:
 
 def test_bytes_that_stay_invalid_are_given_as_soon_as_that_is_sure() -> None:
     half, letter = numbers("byte_level", "鬼")[:1], numbers("byte_level", "a")
-    stream = Detokenizer(tokenizer("byte_level"))
+    stream = Detokenizer(tokenizer("byte_level").words)
     assert stream.feed(half) == ""
     assert stream.feed(letter) == "\ufffda"
     assert stream.feed(half) == ""
@@ -91,7 +91,7 @@ def test_bytes_that_stay_invalid_are_given_as_soon_as_that_is_sure() -> None:
 def test_an_answer_keeps_the_space_before_its_first_word(kind: str, expected: str) -> None:
     ids = numbers(kind, "the")
     both = numbers(kind, "the the")
-    answer = TextStream(tokenizer(kind))
+    answer = TextStream(tokenizer(kind).words)
     text = answer.feed(both[len(ids) :]) + answer.finish()
     assert made(kind).decode(ids) + text == made(kind).decode(both) == "the the"
     assert text == expected
@@ -103,7 +103,7 @@ def test_the_cost_of_a_token_does_not_grow(kind: str) -> None:
     ids = numbers(kind, "the quick dog can't ")
 
     def seconds(count: int) -> float:
-        stream, started = Detokenizer(tokenizer(kind)), time.perf_counter()
+        stream, started = Detokenizer(tokenizer(kind).words), time.perf_counter()
         for i in range(count):
             stream.feed((ids[i % len(ids)],))
         return time.perf_counter() - started
@@ -147,7 +147,12 @@ def test_stop_strings_end_the_text_at_the_first_token_that_shows_one(kind: str) 
         texts = spots.filter(lambda s: "\ufffd" not in s)
         stops = tuple(data.draw(st.lists(texts, min_size=1, max_size=3)))
         end, matched, text = first_stop(kind, ids, stops, True)
-        stopper, stream, out, fed = StopStrings(tokenizer(kind), stops), TextStream(tokenizer(kind), stops), "", 0
+        stopper, stream, out, fed = (
+            StopStrings(tokenizer(kind).words, stops),
+            TextStream(tokenizer(kind).words, stops),
+            "",
+            0,
+        )
         for chunk in chunks:
             keep = stopper.feed(chunk)
             out += stream.feed(chunk[:keep])
@@ -164,7 +169,7 @@ def test_stop_strings_end_the_text_at_the_first_token_that_shows_one(kind: str) 
 
 
 def test_text_that_may_become_a_stop_string_is_kept_back() -> None:
-    stream = TextStream(tokenizer("byte_level"), ("dog</end>", "END"))
+    stream = TextStream(tokenizer("byte_level").words, ("dog</end>", "END"))
     pieces = [stream.feed(numbers("byte_level", piece)) for piece in ("the dog", "</e", "x E", "N", "D of")]
     assert pieces == ["the ", "", "dog</ex ", "", ""]
     assert stream.finish("END") == ""
