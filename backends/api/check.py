@@ -52,15 +52,18 @@ SAME = tuple(f.name for f in fields(ScheduleStep) if f.name not in ("step", "upp
 """What steps share, as objects, while the same runs decode and none comes or goes (engine.sched.rows.build)."""
 
 
-def check_step(step: ScheduleStep, limits: Limits, last: ScheduleStep | None = None) -> None:
+def check_step(step: ScheduleStep, limits: Limits, last: ScheduleStep | None = None) -> bool:
     """Refuse a step that breaks the contract, as far as it shows from the step and the limits.
 
-    last: a step that passed with these limits or smaller ones; what this one shares with it is not checked again.
+    last: a step that passed with these limits or smaller ones; what this one shares with it is not checked again. Gives
+    whether that is all that `shares` looks at.
 
     Raises StepRefused with the field (a name of ScheduleStep, "sampling.x" or "tables.g.x") and, where it can be told,
     the rows. What depends on the backend's state (depth, order of calls, a slot never seated) the backend refuses.
     """
-    known = last is not None and all(getattr(step, name) is getattr(last, name) for name in SAME)
+    known = last is not None and shares(step, last)
+    if known and _plain(step, limits):
+        return True
     if known and type(step.copies) is np.ndarray and not len(step.copies):
         _changed(step, limits)
     else:
@@ -73,6 +76,12 @@ def check_step(step: ScheduleStep, limits: Limits, last: ScheduleStep | None = N
     for g, group in enumerate(limits.groups):
         _table(step, limits, g, group)
     _ragged(step, limits, known)
+    return known
+
+
+def shares(step: ScheduleStep, last: ScheduleStep) -> bool:
+    """Whether all but its number, upper, tables and copies are the objects of another step."""
+    return all(getattr(step, name) is getattr(last, name) for name in SAME)
 
 
 def check_masks(masks: U32 | None, step: ScheduleStep, limits: Limits) -> None:
@@ -168,6 +177,43 @@ def _tables(step: ScheduleStep, limits: Limits) -> None:
             _array(f"tables.{g}.write", table.write, INT, shape)
 
 
+def _plain(step: ScheduleStep, limits: Limits) -> bool:
+    """Whether what is new in a step that shares the rest with one that passed is right at a glance: no row is seated or
+    has a first page past position 0, nothing is copied. That is most steps, and few operations."""
+    shape, upper, copies = step.slots.shape, step.upper, step.copies
+    if step.step < 0 or len(step.tables) != len(limits.groups):
+        return False
+    for value in (upper, copies):
+        if type(value) is not np.ndarray or value.dtype != INT:
+            return False
+    if upper.shape != shape or copies.shape != (0, 4) or np.count_nonzero(step.starts >= 0):
+        return False
+    if np.count_nonzero((upper < step.lens) | (upper > limits.max_len + limits.max_draft)):
+        return False
+    for g, table in enumerate(step.tables):
+        if type(table) is not PageTable or limits.groups[g].kind == "state":
+            return False
+        edits, base = table.edits, table.base
+        for value in (edits, base):
+            if type(value) is not np.ndarray or value.dtype != INT:
+                return False
+        if base.shape != shape or np.count_nonzero(base) or edits.ndim != 2 or edits.shape[1] != 3:
+            return False
+        if len(edits) > (limits.max_edits if not len(step.shared) else 0) or not _edited(edits, limits, g):
+            return False
+    return True
+
+
+def _edited(edits: NDArray[np.int32], limits: Limits, g: int) -> bool:
+    """Whether edits int32[N, 3] are in range, each entry of a table once."""
+    if not len(edits):
+        return True
+    slots, index, page = edits.T.tolist()
+    bounds = limits.slots, limits.max_row_pages[g], limits.pages[g]
+    inside = all(min(v) >= 0 and max(v) < bound for v, bound in zip((slots, index, page), bounds, strict=True))
+    return inside and len(set(zip(slots, index, strict=True))) == len(slots)
+
+
 def _changed(step: ScheduleStep, limits: Limits) -> None:
     """What is new in a step that shares the rest with one that passed."""
     if step.step < 0:
@@ -176,7 +222,7 @@ def _changed(step: ScheduleStep, limits: Limits) -> None:
     _array("copies", step.copies, INT, (0, 4))
     _tables(step, limits)
     most = limits.max_len + limits.max_draft
-    _unless((step.upper >= 1) & (step.upper <= most), "upper", f"not in 1 .. {most}")
+    _unless(~_outside(step.upper - np.int32(1), most), "upper", f"not in 1 .. {most}")
     _ends(step)
 
 

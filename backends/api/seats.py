@@ -16,22 +16,29 @@ UNSEATED = -1
 
 
 class Seats:
-    """length int32[slots]: cached positions, exact as long as no row carries drafts; UNSEATED. counted bool[slots]: the
-    slot's request has penalties, so that the device counts its tokens."""
+    """Of each slot its cached positions, exact as long as no row carries drafts, or UNSEATED, and whether its request
+    has penalties, so that the device counts its tokens."""
 
     def __init__(self, slots: int) -> None:
-        self.length: I32 = np.zeros(slots, np.int32)
-        self.counted: Bool = np.zeros(slots, np.bool_)
+        self._length: I32 = np.zeros(slots, np.int32)
+        self._counted: Bool = np.zeros(slots, np.bool_)
         self.clear()
 
     def clear(self) -> None:
         """No slot is seated."""
-        self.length.fill(UNSEATED)
-        self.counted.fill(False)
+        self._last: tuple[ScheduleStep, I32] | None = None  # a step whose rows may go on, and their lengths after it
+        self._length.fill(UNSEATED)
+        self._counted.fill(False)
 
-    def before(self, step: ScheduleStep, asks: Asks) -> I32:
-        """Lengths before the step, int32[R]. Raises StepRefused for what a slot can't do."""
-        before = np.where(step.starts < 0, self.length[step.slots], step.starts)
+    def before(self, step: ScheduleStep, asks: Asks, last: ScheduleStep | None = None) -> I32:
+        """Lengths before the step, int32[R]. last: a step whose rows it has (check_step). Raises StepRefused for what a
+        slot can't do."""
+        if self._last is not None and self._last[0] is last:
+            before = self._last[1]
+            _refuse(before + step.lens > step.upper, "upper", "below the slot's own length")
+            return before
+        self._settle()
+        before = np.where(step.starts < 0, self._length[step.slots], step.starts)
         over = before + step.lens > step.upper
         if np.count_nonzero(over) or np.count_nonzero(before == UNSEATED):
             _refuse(before == UNSEATED, "starts", "the slot was never seated")
@@ -42,24 +49,38 @@ class Seats:
     def check_penalties(self, step: ScheduleStep, asks: Asks) -> None:
         """Refuse penalties that begin in mid-text."""
         if asks.counted is not None:
-            late = asks.counted & (step.starts < 0) & ~self.counted[step.slots]
+            late = asks.counted & (step.starts < 0) & ~self._counted[step.slots]
             _refuse(late, "sampling.penalty", "the slot was seated without penalties, so nothing was counted")
 
     def take(self, step: ScheduleStep, before: I32, asks: Asks) -> None:
         """The step is on its way."""
-        self.length[step.slots] = before + step.lens
+        after = before + step.lens
+        if self._last is not None and before is self._last[1]:
+            self._last = step, after
+            return
+        self._settle()
         seated = step.starts >= 0
         if np.count_nonzero(seated):
-            self.counted[step.slots[seated]] = False if asks.counted is None else asks.counted[seated]
+            self._length[step.slots] = after
+            self._counted[step.slots[seated]] = False if asks.counted is None else asks.counted[seated]
+        else:
+            self._last = step, after
+
+    def _settle(self) -> None:
+        """Write down the lengths of rows that may not go on."""
+        if self._last is not None:
+            step, after = self._last
+            self._length[step.slots], self._last = after, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asks:
-    """What a step asks beyond a plain choice. counted bool[R]: rows with penalties, None = there are none. any: whether
-    any row has a penalty, a bias, a mask or logprobs of its tokens."""
+    """What a step asks beyond its likeliest tokens. counted bool[R]: rows with penalties, None = there are none. any:
+    whether any row has a penalty, a bias, a mask or logprobs of its tokens; draws: whether any has a temperature."""
 
     counted: Bool | None
     any: bool
+    draws: bool
 
     @classmethod
     def of(cls, step: ScheduleStep) -> Asks:
@@ -69,7 +90,8 @@ class Asks:
         if np.count_nonzero(apart):
             counted = apart.any(axis=1)
         more = len(s.bias) or np.count_nonzero(step.masked) or np.count_nonzero(s.logprobs != -1)
-        return cls(counted=counted, any=counted is not None or bool(more))
+        draws = bool(np.count_nonzero(s.temperature))
+        return cls(counted=counted, any=counted is not None or bool(more), draws=draws)
 
 
 def tally(step: ScheduleStep) -> I32:

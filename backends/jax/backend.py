@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from backends.api.check import check_step
 from backends.api.limits import Limits, choosing
@@ -17,7 +16,7 @@ from backends.api.seats import Asks, Scored, Seats, deal, scored
 from backends.api.step import I32, NONFINITE, TOKEN, U8, U32, ScheduleStep, StepResult, Ticket
 from backends.api.turns import may_collect, may_forward, may_sample, until
 from backends.jax import bundle, params
-from backends.jax.buckets import ladder, make_shape, pick
+from backends.jax.buckets import ladder, make_shape
 from backends.jax.choosing import (
     Scores,
     pack_bias,
@@ -27,7 +26,7 @@ from backends.jax.choosing import (
     pack_wishes,
 )
 from backends.jax.inputs import Packed, pack, pack_copies
-from backends.jax.mesh import open_mesh, replicated
+from backends.jax.mesh import Spread, open_mesh
 from backends.jax.step import Plan
 from backends.jax.warmup import COPY, COUNT, EDIT, EMPTY, Program, Programs, options, score
 from engine.config import Resolved
@@ -73,7 +72,8 @@ class JaxBackend:
         mesh, made = self.plan.mesh, bundle.find(self.plan, options(self.plan))
         self.programs = Programs(self.plan, None if made is None else made.load)
         self.buckets = dict.fromkeys(ladder(self.plan.limits), (0, 0))
-        self.sharding = replicated(mesh)
+        self.shapes = {size: make_shape(size, self.plan.limits) for size in self.buckets}
+        self._put = Spread(mesh)
         self.serial = config.platform == "cpu" and mesh.size > 1
         self.weights: Any = None
         self.caches: Any = None
@@ -122,16 +122,18 @@ class JaxBackend:
         self._open()
         may_forward(step, self.weights is not None, self.unsampled, self.flights, self.limits)
         limits = self.limits  # a thread may raise them meanwhile
-        check_step(step, limits, None if self.packed is None else self.packed.step)
-        asks = Asks.of(step)
-        late = asks.any or (self.plan.greedy and bool((step.sampling.temperature > 0).any()))
-        before = self.seats.before(step, asks)
+        last = self.packed
+        if not check_step(step, limits, last and last.step):
+            last = None
+        asks = Asks.of(step) if last is None else last.asks
+        late = asks.any or (self.plan.greedy and asks.draws)
+        before = self.seats.before(step, asks, last and last.step)
         wanted = scored(step, before)
         scores = wanted is not None and len(wanted.at) > 0
         tokens = limits.max_tokens if scores else len(step.tokens)
-        shape = make_shape(pick(tokens, limits), limits)
+        shape = next(shape for size, shape in self.shapes.items() if size >= tokens)
         program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed = self.packed = pack(step, shape, limits, chosen=not late, last=self.packed)
+        packed = self.packed = pack(step, shape, limits, asks, chosen=not late, last=last)
         ahead = [(EDIT, part) for part in packed.ahead] + [(COUNT, part) for part in pack_counts(step, asks, limits)]
         if len(step.copies):
             ahead.append((COPY, pack_copies(step, limits)))
@@ -158,7 +160,7 @@ class JaxBackend:
                 places = self._put(pack_scored(wanted, limits))
                 flight = replace(flight, prompts=beside[scorer](self.weights, kept.hidden, places))
             if not late:
-                _send(flight)
+                self._send(flight)
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)
         self._count(shape.tokens, len(step.tokens))
@@ -170,10 +172,6 @@ class JaxBackend:
         """One more step of a bucket."""
         steps, asked = self.buckets[size]
         self.buckets[size] = steps + 1, asked + tokens
-
-    def _put(self, value: NDArray[Any]) -> jax.Array:
-        """An array that nobody changes afterwards, whole on every device: half the host's time of jax.device_put."""
-        return jax.make_array_from_callback(value.shape, self.sharding, lambda _: value)
 
     def _ahead(self, name: Program, program: Any, given: jax.Array) -> None:
         """Run a program that changes what the step's program finds."""
@@ -195,7 +193,7 @@ class JaxBackend:
         if self.flights[ticket].logits is not None:
             try:
                 self.flights[ticket] = self._choose(step, self.flights[ticket], masks)
-                _send(self.flights[ticket])
+                self._send(self.flights[ticket])
             except jax.errors.JaxRuntimeError as error:
                 self._fail(error)
         self.unsampled = None
@@ -267,6 +265,12 @@ class JaxBackend:
         if self.closed:
             raise BackendLost("the jax backend is closed")
 
+    def _send(self, flight: Flight) -> None:
+        """Start the copies to the host, where the device is another."""
+        if self.plan.config.platform != "cpu":
+            for array in flight.arrays:
+                array.copy_to_host_async()
+
     def _finish(self) -> None:
         """Wait for the steps that are out, where a CPU was cut into devices: they wait for each other in collectives on
         the threads of one pool, and a queue of steps can stop them all (docs/decisions/0012)."""
@@ -297,12 +301,6 @@ def make_plan(spec: ModelSpec, config: Resolved) -> Plan:
     """What the programs of a configuration are made from."""
     limits, spec = Limits.of(spec, config, taps=True, **choosing(config)), eight(spec, config.cache_dtype)
     return Plan(spec=spec, config=config, limits=limits, mesh=open_mesh(config))
-
-
-def _send(flight: Flight) -> None:
-    """Start the copies to the host."""
-    for array in flight.arrays:
-        array.copy_to_host_async()
 
 
 def _result(ticket: Ticket, flight: Flight) -> StepResult:

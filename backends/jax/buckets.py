@@ -53,19 +53,24 @@ class Shape:
         """Entries of the packed buffer."""
         return sum(prod(shape) for shape in self.fields().values())
 
+    def part(self, buffer: I32, name: str) -> I32:
+        """A view of one part of a packed buffer."""
+        where, dims = _places(self)[name]
+        return buffer[where].reshape(dims)
+
     def split(self, buffer: I32) -> dict[str, I32]:
         """Views of the parts of a packed buffer, on the host or on the device."""
-        return {name: buffer[part].reshape(shape) for name, part, shape in _parts(self)}
+        return {name: buffer[where].reshape(dims) for name, (where, dims) in _places(self).items()}
 
 
 @lru_cache
-def _parts(shape: Shape) -> tuple[tuple[str, slice, tuple[int, ...]], ...]:
+def _places(shape: Shape) -> dict[str, tuple[slice, tuple[int, ...]]]:
     """Where each field of a buffer lies."""
-    out, at = [], 0
+    out, at = {}, 0
     for name, dims in shape.fields().items():
-        out.append((name, slice(at, at + prod(dims)), dims))
+        out[name] = slice(at, at + prod(dims)), dims
         at += prod(dims)
-    return tuple(out)
+    return out
 
 
 def make_shape(tokens: int, limits: Limits) -> Shape:
@@ -84,11 +89,6 @@ def make_shape(tokens: int, limits: Limits) -> Shape:
         edits=sum(rows + tokens // g.page for g in limits.groups),
         groups=len(limits.groups),
     )
-
-
-def pick(tokens: int, limits: Limits) -> int:
-    """The smallest bucket that holds `tokens` tokens."""
-    return next(b for b in ladder(limits) if b >= tokens)
 
 
 def ladder(limits: Limits) -> tuple[int, ...]:

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from backends.api.limits import Limits
+from backends.api.seats import Asks
 from backends.api.step import I32, PageTable, ScheduleStep
 from backends.jax.buckets import HEAD, ROWS, Shape, pad_slot
 from backends.jax.caches import columns
 
 EDITS = 1024
 """Edits of page tables that the program ahead of a step takes at once."""
+
+ALIGNED = 64
+"""Bytes at whose multiples XLA's buffers begin."""
 
 
 class Batch(NamedTuple):
@@ -52,42 +56,48 @@ class Packed:
     each, where it has too many."""
 
     step: ScheduleStep
+    asks: Asks
     shape: Shape
     chosen: bool
     buffer: I32
     ahead: list[I32]
 
 
-SAME = ("slots", "starts", "lens", "tokens", "output", "sampling")
-"""What steps share, as objects, while the same runs decode and none comes or goes (engine.sched.rows.build)."""
-
-
 def pack(
-    step: ScheduleStep, shape: Shape, limits: Limits, *, chosen: bool = True, last: Packed | None = None
+    step: ScheduleStep, shape: Shape, limits: Limits, asks: Asks, *, chosen: bool = True, last: Packed | None = None
 ) -> Packed:
     """The step in one buffer. chosen: by the step itself; otherwise it only finds its best tokens, and another program
-    chooses. last: the step before, whose buffer is taken where all but page tables is the same."""
-    if (
-        last is not None
-        and last.shape == shape
-        and last.chosen == chosen
-        and all(getattr(step, name) is getattr(last.step, name) for name in SAME)
-    ):
-        buffer = last.buffer.copy()
+    chooses. last: a step before, which shares all but page tables with this one."""
+    if last is not None and last.shape == shape and last.chosen == chosen:
+        buffer = _room(shape.size)
+        buffer[:] = last.buffer
     else:
         buffer = _lay(step, shape, limits, chosen)
-    at, rows, edits = shape.split(buffer), len(step.slots), []
+    rows, count, ahead = len(step.slots), 0, list[I32]()
+    base, place = shape.part(buffer, "base"), shape.part(buffer, "edits")
+    place[:] = pad_slot(limits), 0, 0
     for g, (table, column) in enumerate(zip(step.tables, columns(limits), strict=True)):
         assert isinstance(table, PageTable)
-        at["base"][g, :rows] = table.base
-        edits.append(table.edits + np.array([0, column, 0], np.int32))
-    at["edits"][:], ahead = _cut(np.concatenate(edits), shape.edits, limits)
-    return Packed(step=step, shape=shape, chosen=chosen, buffer=buffer, ahead=ahead)
+        base[g, :rows] = table.base
+        edits = table.edits + np.array([0, column, 0], np.int32) if column else table.edits
+        most = shape.edits - count
+        place[count : count + len(edits)] = edits[:most]
+        count = min(count + len(edits), shape.edits)
+        ahead += _ahead(edits[most:], limits)
+    return Packed(step=step, asks=asks, shape=shape, chosen=chosen, buffer=buffer, ahead=ahead)
+
+
+def _room(size: int) -> I32:
+    """int32[size], at an address that a CPU's devices take as it is, without a copy each."""
+    raw = np.empty(4 * size + ALIGNED, np.uint8)
+    skip = -raw.__array_interface__["data"][0] % ALIGNED
+    return raw[skip : skip + 4 * size].view(np.int32)
 
 
 def _lay(step: ScheduleStep, shape: Shape, limits: Limits, chosen: bool) -> I32:
     """The buffer without page tables."""
-    buffer = np.zeros(shape.size, np.int32)
+    buffer = _room(shape.size)
+    buffer.fill(0)
     at, rows, s = shape.split(buffer), len(step.slots), step.sampling
     first = np.cumsum(step.lens, dtype=np.int32) - step.lens
     at["tokens"][: len(step.tokens)] = step.tokens
@@ -114,16 +124,15 @@ def _lay(step: ScheduleStep, shape: Shape, limits: Limits, chosen: bool) -> I32:
     return buffer
 
 
-def _cut(edits: I32, room: int, limits: Limits) -> tuple[I32, list[I32]]:
-    """Edits in the step, int32[room, 3], and those ahead of it. Padding writes to the slot of padding."""
-
-    def padded(part: I32, size: int) -> I32:
-        out = np.tile(np.array([pad_slot(limits), 0, 0], np.int32), (size, 1))
-        out[: len(part)] = part
-        return out
-
-    rest = edits[room:]
-    return padded(edits[:room], room), [padded(rest[i : i + EDITS], EDITS) for i in range(0, len(rest), EDITS)]
+def _ahead(edits: I32, limits: Limits) -> list[I32]:
+    """Edits ahead of a step, int32[EDITS, 3] each. Padding writes to the slot of padding."""
+    out = []
+    for i in range(0, len(edits), EDITS):
+        part = np.empty((EDITS, 3), np.int32)
+        part[:] = pad_slot(limits), 0, 0
+        part[: len(edits) - i] = edits[i : i + EDITS]
+        out.append(part)
+    return out
 
 
 def pack_copies(step: ScheduleStep, limits: Limits) -> I32:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src.lib import xla_client
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from engine.config import Resolved
 from engine.errors import ConfigError
@@ -70,6 +73,28 @@ def laid(shape: Sequence[int], axes: Sequence[str], spec: MeshSpec) -> tuple[int
     repeated."""
     local = shard_shape(shape, axes, spec)
     return tuple(n * parts(axis, spec) for n, axis in zip(local, axes, strict=True))
+
+
+class Spread:
+    """Puts arrays whole on every device of a mesh.
+
+    It calls what jax.device_put and jax.make_array_from_callback end in (docs/decisions/0018-programs-ahead.md): their
+    way there takes longer than a step's transfer.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+        self._sharding = replicated(mesh)
+        self._avals: dict[tuple[tuple[int, ...], np.dtype[Any]], jax.core.ShapedArray] = {}
+
+    def __call__(self, value: NDArray[Any]) -> jax.Array:
+        """The array on the devices; nobody may change `value` afterwards."""
+        kind = value.shape, value.dtype
+        if kind not in self._avals:
+            self._avals[kind] = jax.core.ShapedArray(*kind)
+        aval, many = self._avals[kind], len(self._devices)
+        out: jax.Array = xla_client.batched_device_put(aval, self._sharding, [value] * many, self._devices)
+        return out
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
