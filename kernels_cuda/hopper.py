@@ -71,6 +71,17 @@ def seat(first, start, base, rows, skip, tiles, turn, KV_HEADS: gl.constexpr, QU
 
 
 @gluon.jit
+def seek(first, start, base, rows, skip, tiles, turn, KV_HEADS: gl.constexpr, QUERIES: gl.constexpr):
+    """The next turn that has queries, and its seat; without queries after the last."""
+    none = gl.to_tensor(0)
+    head, begin, length, count, before = none, none, none, none, none
+    while (before >= count) & (turn + 1 < gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
+        turn += 1
+        head, _row, begin, length, count, before = seat(first, start, base, rows, skip, tiles, turn, KV_HEADS, QUERIES)
+    return turn, head, begin, length, count, before
+
+
+@gluon.jit
 def places(line, n, last, none, PAGE: gl.constexpr, BOX: gl.constexpr, BOXES: gl.constexpr):
     """Entries that boxes of the keys from n on begin at; `none` of those past the row's last, which are zeros then."""
     out = ()
@@ -113,9 +124,10 @@ def produce(
 
 
 @gluon.jit
-def soften(s, peak, total, n, position, scale, MASKED: gl.constexpr):
-    """Powers of a block's scores, what sums before it are worth, and the new peak and total."""
-    if MASKED:
+def soften(s, peak, total, n, position, scale, edge):
+    """Powers of a block's scores, what sums before it are worth, and the new peak and total. edge: the first key that
+    some query does not see."""
+    if n + s.shape[1] > edge:
         keys = n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
         s = gl.where(keys[None, :] <= position[:, None], s, -float("inf"))
     top = gl.maximum(peak, gl.max(s, 1) * scale)
@@ -127,24 +139,53 @@ def soften(s, peak, total, n, position, scale, MASKED: gl.constexpr):
 @gluon.jit
 def advance(
     q, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty, order,
-    scores: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    scores: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, edge,
 ):  # fmt: skip
-    """Scores of block i, while the powers p of the block before it are multiplied by its values."""
+    """Scores of the first KEYS of block i, while the powers p of the block before it are multiplied by its values."""
     stage, old = i % STAGES, (i - 1) % STAGES
     mbarrier.wait(full_k.index(stage), (i // STAGES) & 1)
     mbarrier.wait(order.index(side), (i & 1) ^ (1 - side))
-    none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
-    s = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+    none = gl.zeros([HALF, KEYS], gl.float32, layout=scores)
+    keys = k_tiles.index(stage).slice(0, KEYS).permute((1, 0))
+    s = warpgroup_mma(q, keys, none, use_acc=False, is_async=True)
     mbarrier.wait(full_v.index(old), ((i - 1) // STAGES) & 1)
     acc = warpgroup_mma(p, v_tiles.index(old), acc, is_async=True)
     mbarrier.arrive(order.index(1 - side))
     s = warpgroup_mma_wait(1, deps=(s,))
-    made, fade, peak, total = soften(s, peak, total, n, position, scale, MASKED)
+    made, fade, peak, total = soften(s, peak, total, n, position, scale, edge)
     total = gl.inline_asm_elementwise(HOLD, "=f,f", [total], gl.float32, is_pure=False, pack=1)
     acc, p, made = warpgroup_mma_wait(0, deps=(acc, p, made))
     mbarrier.arrive(empty.index(old))
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
     return gl.convert_layout(made.to(p.dtype), p.type.layout), acc, peak, total
+
+
+@gluon.jit
+def lay(
+    of, head, begin, count, first, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, EACH: gl.constexpr, DIM: gl.constexpr,
+    lines: gl.constexpr,
+):  # fmt: skip
+    """A group's lines of a tensor `of`, from the row's query `first` on, and which of them there are."""
+    m = gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
+    d = gl.arange(0, DIM, layout=gl.SliceLayout(0, lines))
+    of += ((begin + first).to(gl.int64) * Q_HEADS + head * GROUP) * DIM
+    at = (m // GROUP * Q_HEADS + m % GROUP)[:, None] * DIM + d[None, :]
+    real = (first + m // GROUP < count) & (m < EACH * GROUP)
+    return of + at, real[:, None]
+
+
+@gluon.jit
+def finish(
+    p, acc, i, left, v_tiles, full_v, lines: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """The powers p of a tile's last block times the first KEYS of its values, of which `left` were written."""
+    values = v_tiles.index(i % STAGES).slice(0, KEYS)
+    mbarrier.wait(full_v.index(i % STAGES), (i // STAGES) & 1)
+    if left < KEYS:  # what no row wrote may be NaN
+        written = gl.arange(0, KEYS, layout=gl.SliceLayout(1, lines)) < left
+        values.store(gl.where(written[:, None], values.load(lines), 0.0))
+        fence_async_shared()
+    return warpgroup_mma_wait(0, deps=(warpgroup_mma(p, values, acc, is_async=True),))
 
 
 @gluon.jit
@@ -158,76 +199,66 @@ def consume(
     EACH: gl.constexpr = QUERIES // GROUPS
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    PART: gl.constexpr = STEP // 2
+    halves: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     line: gl.constexpr = gl.SliceLayout(1, scores)
+    half: gl.constexpr = gl.SliceLayout(1, halves)
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
-    m = gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
-    d = gl.arange(0, DIM, layout=gl.SliceLayout(0, lines))
     i = 0
-    head, _row, begin, length, count, before = seat(first, start, base, rows, skip, tiles, 0, KV_HEADS, QUERIES)
-    query = before + side * EACH + m // GROUP
-    real = (query < count) & (m < EACH * GROUP)
-    at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
-    asked = gl.load(q + at, mask=real[:, None], other=0)
-    for turn in range(gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
-        if before < count:
-            q_half.store(asked)
-            fence_async_shared()
-            position = length + before + side * EACH + gl.arange(0, HALF, layout=line) // GROUP
-            whole = (length + before + 1) // STEP * STEP
-            end = length + gl.minimum(before + QUERIES, count)
-            left = length + count - (end - 1) // STEP * STEP
-            to, there = at, real
-            mbarrier.wait(full_k.index(i % STAGES), (i // STAGES) & 1)
-            mbarrier.wait(order.index(side), (i & 1) ^ (1 - side))
-            none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
-            s = warpgroup_mma(q_half, k_tiles.index(i % STAGES).permute((1, 0)), none, use_acc=False, is_async=True)
-            mbarrier.arrive(order.index(1 - side))
-            head, _row, begin, length, count, before = seat(
-                first, start, base, rows, skip, tiles, turn + 1, KV_HEADS, QUERIES
-            )
-            s = warpgroup_mma_wait(0, deps=(s,))
-            peak = gl.full([HALF], -float("inf"), gl.float32, layout=line)
-            total = gl.zeros([HALF], gl.float32, layout=line)
-            p, _fade, peak, total = soften(s, peak, total, 0, position, scale, True)
-            p = gl.convert_layout(p.to(q.dtype.element_ty), gl.DotOperandLayout(0, sums, 2))
-            acc = gl.zeros([HALF, DIM], gl.float32, layout=sums)
-            for n in range(STEP, whole, STEP):
-                i += 1
-                p, acc, peak, total = advance(
-                    q_half, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty,
-                    order, scores, STEP, STAGES, False,
-                )  # fmt: skip
-            for n in range(gl.maximum(whole, STEP), end, STEP):
-                i += 1
-                p, acc, peak, total = advance(
-                    q_half, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty,
-                    order, scores, STEP, STAGES, True,
-                )  # fmt: skip
-            v_tile = v_tiles.index(i % STAGES)
-            mbarrier.wait(full_v.index(i % STAGES), (i // STAGES) & 1)
-            if left < STEP:  # what no row wrote may be NaN
-                written = gl.arange(0, STEP, layout=gl.SliceLayout(1, lines)) < left
-                v_tile.store(gl.where(written[:, None], v_tile.load(lines), 0.0))
-                fence_async_shared()
-            acc = warpgroup_mma(p, v_tile, acc, is_async=True)
-            query = before + side * EACH + m // GROUP
-            real = (query < count) & (m < EACH * GROUP)
-            at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
-            asked = gl.load(q + at, mask=real[:, None], other=0)
-            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-            mbarrier.arrive(empty.index(i % STAGES))
+    turn, head, begin, length, count, before = seek(
+        first, start, base, rows, skip, tiles, gl.to_tensor(-1), KV_HEADS, QUERIES
+    )
+    at, real = lay(q, head, begin, count, before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines)
+    asked = gl.load(at, mask=real, other=0)
+    while before < count:
+        q_half.store(asked)
+        fence_async_shared()
+        position = length + before + side * EACH + gl.arange(0, HALF, layout=line) // GROUP
+        edge = length + before + 1
+        end = length + gl.minimum(before + QUERIES, count)
+        left = length + count - (end - 1) // STEP * STEP
+        was_head, was_begin, was_count, was_before = head, begin, count, before
+        mbarrier.wait(full_k.index(i % STAGES), (i // STAGES) & 1)
+        mbarrier.wait(order.index(side), (i & 1) ^ (1 - side))
+        none = gl.zeros([HALF, STEP], gl.float32, layout=scores)
+        s = warpgroup_mma(q_half, k_tiles.index(i % STAGES).permute((1, 0)), none, use_acc=False, is_async=True)
+        mbarrier.arrive(order.index(1 - side))
+        turn, head, begin, length, count, before = seek(first, start, base, rows, skip, tiles, turn, KV_HEADS, QUERIES)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        peak = gl.full([HALF], -float("inf"), gl.float32, layout=line)
+        total = gl.zeros([HALF], gl.float32, layout=line)
+        p, _fade, peak, total = soften(s, peak, total, 0, position, scale, edge)
+        p = gl.convert_layout(p.to(q.dtype.element_ty), gl.DotOperandLayout(0, sums, 2))
+        acc = gl.zeros([HALF, DIM], gl.float32, layout=sums)
+        final = (end - 1) // STEP * STEP
+        few = (final > 0) & (end - final <= PART)  # the diagonal's block: half of it is enough
+        for n in range(STEP, gl.where(few, final, end), STEP):
             i += 1
-            acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, sums)))[:, None]
-            q_half.store(acc.to(q.dtype.element_ty))
-            gl.store(out + to, q_half.load(lines), mask=there[:, None])
+            p, acc, peak, total = advance(
+                q_half, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty,
+                order, scores, STEP, STAGES, edge,
+            )  # fmt: skip
+        at, real = lay(q, head, begin, count, before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines)
+        asked = gl.load(at, mask=real, other=0)
+        if few:
+            i += 1
+            part, acc, _peak, some = advance(
+                q_half, p, acc, gl.convert_layout(peak, half), gl.convert_layout(total, half), i, final,
+                gl.convert_layout(position, half), scale, side, k_tiles, v_tiles, full_k, full_v, empty, order,
+                halves, PART, STAGES, edge,
+            )  # fmt: skip
+            total = gl.convert_layout(some, line)
+            acc = finish(part, acc, i, left, v_tiles, full_v, lines, PART, STAGES)
         else:
-            head, _row, begin, length, count, before = seat(
-                first, start, base, rows, skip, tiles, turn + 1, KV_HEADS, QUERIES
-            )
-            query = before + side * EACH + m // GROUP
-            real = (query < count) & (m < EACH * GROUP)
-            at = ((begin + query).to(gl.int64) * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
-            asked = gl.load(q + at, mask=real[:, None], other=0)
+            acc = finish(p, acc, i, left, v_tiles, full_v, lines, STEP, STAGES)
+        mbarrier.arrive(empty.index(i % STAGES))
+        i += 1
+        acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, sums)))[:, None]
+        q_half.store(acc.to(q.dtype.element_ty))
+        at, real = lay(
+            out, was_head, was_begin, was_count, was_before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines
+        )  # fmt: skip
+        gl.store(at, q_half.load(lines), mask=real)
 
 
 FREE = ("rows", "width", "skip", "tiles")
