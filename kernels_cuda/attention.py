@@ -284,7 +284,8 @@ def attention(
         queries = tile(0, q.shape[2], q.element_size(), arch_of(q.device)).rows // group
         tiles = tokens // queries + long
         plain, arch = window is None and cap is None and sinks is None, arch_of(q.device)
-        if tokens >= WHOLE and hopper(arch, q.shape[2], group, q.dtype, store.dtype, page, plain=plain):
+        counted = q.numel() < 1 << 31  # in 32 bits
+        if tokens >= WHOLE and counted and hopper(arch, q.shape[2], group, q.dtype, store.dtype, page, plain=plain):
             from kernels_cuda.hopper import attention as by_copies
 
             by_copies(q, store, out, rows, plan, page=page, scale=scale * LOG2E)

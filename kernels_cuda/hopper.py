@@ -1,6 +1,9 @@
 """Causal attention of long rows over pages on sm_90, in Gluon: a warp brings keys and values by the copy engine, two
 groups of four warps multiply.
 
+Its code is kept short, one loop for all blocks and addresses made where they are used: what processors have for
+instructions holds little more than it.
+
 What `paged` does for long rows in one part, without windows, caps and sinks, for a store in the dtype of the queries.
 A program goes through tiles of queries of a kv head, each half of them a group's. While the tensor cores take the
 products of one block of keys, a group makes the softmax of the next.
@@ -162,16 +165,16 @@ def advance(
 
 @gluon.jit
 def lay(
-    of, head, begin, count, first, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, EACH: gl.constexpr, DIM: gl.constexpr,
+    head, count, first, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, EACH: gl.constexpr, DIM: gl.constexpr,
     lines: gl.constexpr,
 ):  # fmt: skip
-    """A group's lines of a tensor `of`, from the row's query `first` on, and which of them there are."""
+    """Where a group's queries from the row's `first` on lie, from the row's begin on, and which of them there are."""
     m = gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
     d = gl.arange(0, DIM, layout=gl.SliceLayout(0, lines))
-    of += ((begin + first).to(gl.int64) * Q_HEADS + head * GROUP) * DIM
-    at = (m // GROUP * Q_HEADS + m % GROUP)[:, None] * DIM + d[None, :]
-    real = (first + m // GROUP < count) & (m < EACH * GROUP)
-    return of + at, real[:, None]
+    query = first + m // GROUP
+    real = (query < count) & (m < EACH * GROUP)
+    at = (query * Q_HEADS + head * GROUP + m % GROUP)[:, None] * DIM + d[None, :]
+    return at, real[:, None]
 
 
 @gluon.jit
@@ -208,8 +211,8 @@ def consume(
     turn, head, begin, length, count, before = seek(
         first, start, base, rows, skip, tiles, gl.to_tensor(-1), KV_HEADS, QUERIES
     )
-    at, real = lay(q, head, begin, count, before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines)
-    asked = gl.load(at, mask=real, other=0)
+    at, real = lay(head, count, before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines)
+    asked = gl.load(q + begin.to(gl.int64) * (Q_HEADS * DIM) + at, mask=real, other=0)
     while before < count:
         q_half.store(asked)
         fence_async_shared()
@@ -238,8 +241,8 @@ def consume(
                 q_half, p, acc, peak, total, i, n, position, scale, side, k_tiles, v_tiles, full_k, full_v, empty,
                 order, scores, STEP, STAGES, edge,
             )  # fmt: skip
-        at, real = lay(q, head, begin, count, before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines)
-        asked = gl.load(at, mask=real, other=0)
+        at, real = lay(head, count, before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines)
+        asked = gl.load(q + begin.to(gl.int64) * (Q_HEADS * DIM) + at, mask=real, other=0)
         if few:
             i += 1
             part, acc, _peak, some = advance(
@@ -255,10 +258,8 @@ def consume(
         i += 1
         acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, sums)))[:, None]
         q_half.store(acc.to(q.dtype.element_ty))
-        at, real = lay(
-            out, was_head, was_begin, was_count, was_before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines
-        )  # fmt: skip
-        gl.store(at, q_half.load(lines), mask=real)
+        to, there = lay(was_head, was_count, was_before + side * EACH, Q_HEADS, GROUP, EACH, DIM, lines)
+        gl.store(out + was_begin.to(gl.int64) * (Q_HEADS * DIM) + to, q_half.load(lines), mask=there)
 
 
 FREE = ("rows", "width", "skip", "tiles")
