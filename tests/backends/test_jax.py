@@ -307,8 +307,10 @@ def test_many_rows_are_looked_through_some_at_a_time() -> None:
 
 
 def test_scanned_equals_listed() -> None:
-    """Inner values, over two repeats of a pattern of three kinds of layers in two cache groups."""
-    asks = [Ask(prompt=prompt(14), chunk=9, make=3), Ask(prompt=prompt(6), make=3)]
+    """Inner values, over two repeats of a pattern of three kinds of layers in two cache groups; and what is drawn, in
+    the step where layers are listed, behind it where they are scanned."""
+    values = {"temperature": 1.5, "seed": 5, "top_k": 40, "top_p": 0.95}
+    asks = [Ask(prompt=prompt(14), chunk=9, make=3), Ask(prompt=prompt(6), make=5, values=values)]
     names = ("layers.0.mlp", "layers.1", "layers.2.attention", "layers.4", "layers.5.attention", "logits")
     made = {}
     for stack in ("list", "scan"):
@@ -318,6 +320,7 @@ def test_scanned_equals_listed() -> None:
         taps = host.run([(text, host.row(text, prompt(12)))]).taps
         made[stack + " taps"] = [np.array(taps[name]) for name in names]
         assert set(taps) == set(names)
+        assert host.backend.plan.greedy == (stack == "scan")  # type: ignore[attr-defined]
         assert isinstance(host.backend.weights["layers"], list if stack == "list" else tuple)  # type: ignore[attr-defined]
     for a, b in zip(made["list"], made["scan"], strict=True):
         alike(a, b)
