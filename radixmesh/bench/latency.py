@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, path: Path, backend: str, settings: Mapping[str, Any]) -> None:
         decided = decide(load(None, {**settings, "model": str(path), "backend": backend}), path)
-        self.client = LocalClient(partial(start, decided, None))
+        self.client = LocalClient(partial(start, decided, lambda: None))
         self.vocab = decided.spec.vocab
         self.trips: dict[str, Trip] = {}
         self.lost: Exception | None = None
