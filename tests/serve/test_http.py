@@ -270,7 +270,7 @@ def test_server_info_has_everything_but_the_key(client: httpx.Client, door: Hous
     assert {"field": "backend", "value": "reference", "why": "backend.name"} in told["decisions"]
     assert told["limits"]["slots"] == 4
     assert told["versions"]["radixmesh"]
-    assert [s["name"] for s in told["stages"]] == ["device", "weights", "programs"]
+    assert [s["name"] for s in told["stages"]] == ["device", "weights", "programs", "tokenizer"]
 
 
 def test_a_fault_of_ours_is_told_and_the_server_goes_on(
