@@ -359,6 +359,11 @@ def test_a_fault_in_the_start_is_one_line_here(model: Tiny, capfd: pytest.Captur
     assert "Traceback" in capfd.readouterr().err
 
 
+def test_the_engine_process_imports_no_transformers() -> None:
+    look = "import engine.run.child, engine.text.detokenize, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
+
+
 def test_an_engine_waits_for_its_tokenizer(model: Tiny) -> None:
     words: Future[Words] = Future()
 
