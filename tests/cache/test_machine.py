@@ -10,7 +10,7 @@ from tests.cache.faults import FAULTS
 from tests.cache.machine import Machine
 from tests.planting import check_noticed
 
-QUICK = set(range(0, len(FAULTS), 3))
+QUICK = set(range(0, len(FAULTS), 4))
 """Faults that `make test` plants; `make test-all` plants all."""
 
 

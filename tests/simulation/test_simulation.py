@@ -13,7 +13,7 @@ from tests.simulation.faults import FAULTS
 from tests.simulation.scenes import SCENES, Stage
 from tests.simulation.trial import balance, trial
 
-QUICK = set(range(0, len(FAULTS), 3))
+QUICK = set(range(0, len(FAULTS), 4))
 """Faults that `make test` plants; `make test-all` plants all."""
 
 
