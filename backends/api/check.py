@@ -222,7 +222,7 @@ def _changed(step: ScheduleStep, limits: Limits) -> None:
     _array("copies", step.copies, INT, (0, 4))
     _tables(step, limits)
     most = limits.max_len + limits.max_draft
-    _unless(~_outside(step.upper - np.int32(1), most), "upper", f"not in 1 .. {most}")
+    _unless((step.upper >= 1) & (step.upper <= most), "upper", f"not in 1 .. {most}")
     _ends(step)
 
 

@@ -83,6 +83,7 @@ class JaxBackend:
         self.neutral: dict[int, tuple[jax.Array, jax.Array]] = {}
         self.memory = {"weights": 0, "cache": 0}
         self.packed: Packed | None = None
+        self.asks = Asks(counted=None, any=False, draws=False)
         self.version = 0
         self.closed = False
         self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
@@ -125,7 +126,7 @@ class JaxBackend:
         last = self.packed
         if not check_step(step, limits, last and last.step):
             last = None
-        asks = Asks.of(step) if last is None else last.asks
+        asks = Asks.of(step) if last is None else self.asks
         late = asks.any or (self.plan.greedy and asks.draws)
         before = self.seats.before(step, asks, last and last.step)
         wanted = scored(step, before)
@@ -133,7 +134,8 @@ class JaxBackend:
         tokens = limits.max_tokens if scores else len(step.tokens)
         shape = next(shape for size, shape in self.shapes.items() if size >= tokens)
         program = self.programs.take(Program("step", shape.tokens, tuple(sorted(step.taps))))
-        packed = self.packed = pack(step, shape, limits, asks, chosen=not late, last=last)
+        packed = self.packed = pack(step, shape, limits, chosen=not late, last=last)
+        self.asks = asks
         ahead = [(EDIT, part) for part in packed.ahead] + [(COUNT, part) for part in pack_counts(step, asks, limits)]
         if len(step.copies):
             ahead.append((COPY, pack_copies(step, limits)))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from backends.api.limits import Limits
-from backends.api.seats import Asks
 from backends.api.step import I32, PageTable, ScheduleStep
 from backends.jax.buckets import HEAD, ROWS, Shape, pad_slot
 from backends.jax.caches import columns
@@ -56,7 +55,6 @@ class Packed:
     each, where it has too many."""
 
     step: ScheduleStep
-    asks: Asks
     shape: Shape
     chosen: bool
     buffer: I32
@@ -64,7 +62,7 @@ class Packed:
 
 
 def pack(
-    step: ScheduleStep, shape: Shape, limits: Limits, asks: Asks, *, chosen: bool = True, last: Packed | None = None
+    step: ScheduleStep, shape: Shape, limits: Limits, *, chosen: bool = True, last: Packed | None = None
 ) -> Packed:
     """The step in one buffer. chosen: by the step itself; otherwise it only finds its best tokens, and another program
     chooses. last: a step before, which shares all but page tables with this one."""
@@ -84,7 +82,7 @@ def pack(
         place[count : count + len(edits)] = edits[:most]
         count = min(count + len(edits), shape.edits)
         ahead += _ahead(edits[most:], limits)
-    return Packed(step=step, asks=asks, shape=shape, chosen=chosen, buffer=buffer, ahead=ahead)
+    return Packed(step=step, shape=shape, chosen=chosen, buffer=buffer, ahead=ahead)
 
 
 def _room(size: int) -> I32:

@@ -59,12 +59,12 @@ class Link:
             raise BackendLost(f"the first order was {type(order).__name__}")
         return order
 
-    def words(self) -> Words | None:
-        """The order after the first, where Words follow. None when it is to stop."""
+    def words(self) -> Words:
+        """The order after the first, where Words follow. Raises BackendLost when another comes, such as to stop."""
         order = decode_order(self._orders.recv())
-        if not isinstance(order, Words | Shutdown):
+        if not isinstance(order, Words):
             raise BackendLost(f"{type(order).__name__} came before the tokenizer's words")
-        return None if isinstance(order, Shutdown) else order
+        return order
 
     def receive(self, block: bool) -> Sequence[Message] | None:
         """As a Carrier wants it. What can't be read is named on stderr and dropped."""

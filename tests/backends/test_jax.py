@@ -18,7 +18,6 @@ from backends.api.check import shares
 from backends.api.choice import Choice, kept
 from backends.api.conformance.bench import FULL, SPEC, Ask, Weights, alike, config, generate, one, prompt, refused
 from backends.api.limits import Limits
-from backends.api.seats import Asks
 from backends.api.step import NONFINITE
 from backends.jax import sampler
 from backends.jax.backend import JaxBackend
@@ -182,7 +181,7 @@ def test_packed_buffer_holds_the_step() -> None:
         Row(slot=1, tokens=[-1], upper=9, top_k=4, min_p=0.125, seed=2**40 + 1),
     ]
     step = build(limits, 1, rows, [[(3, 0, 7)], [(1, 2, 5)]])
-    packed = pack(step, shape, limits, Asks.of(step))
+    packed = pack(step, shape, limits)
     buffer, ahead = packed.buffer, packed.ahead
     batch = jax.jit(unpack, static_argnums=1)(buffer, shape)
     assert not ahead
@@ -207,7 +206,7 @@ def test_a_packed_buffer_is_used_again_where_only_page_tables_differ() -> None:
     first = build(limits, 1, rows, [[(3, 0, 7)], [(1, 2, 5)]])
     tables = build(limits, 2, rows, [[(1, 4, 2)], []]).tables
     second = replace(first, step=2, tables=(tables[0], replace(tables[1], base=np.array([0, 4], np.int32))))
-    last = pack(first, shape, limits, Asks.of(first))
+    last = pack(first, shape, limits)
     kept = last.buffer.copy()
     for step, chosen in (
         (second, True),
@@ -219,13 +218,11 @@ def test_a_packed_buffer_is_used_again_where_only_page_tables_differ() -> None:
         (replace(second, sampling=replace(second.sampling, top_k=np.array([0, 9], np.int32))), True),
     ):
         assert shares(step, first) == (step is second)
-        asks = Asks.of(step)
-        again = pack(step, shape, limits, asks, chosen=chosen, last=last if shares(step, first) else None)
-        assert np.array_equal(again.buffer, pack(step, shape, limits, asks, chosen=chosen).buffer)
+        again = pack(step, shape, limits, chosen=chosen, last=last if shares(step, first) else None)
+        assert np.array_equal(again.buffer, pack(step, shape, limits, chosen=chosen).buffer)
         assert np.array_equal(last.buffer, kept)
     small = make_shape(8, limits)
-    asks = Asks.of(second)
-    assert np.array_equal(pack(second, small, limits, asks, last=last).buffer, pack(second, small, limits, asks).buffer)
+    assert np.array_equal(pack(second, small, limits, last=last).buffer, pack(second, small, limits).buffer)
 
 
 @pytest.mark.parametrize("partitionable", [True, False])
