@@ -18,7 +18,8 @@ MAX_ID = 128
 class Traffic:
     """Gives every request an id, its own X-Request-Id where it has a decent one, and sends it back; counts.
 
-    count: told the route ("other" where there is none) and the status; 499 is a client that went away.
+    count: told the route ("other" where there is none) and the status, before the last of the answer is sent, so that
+    who has it reads it in the metrics; 499 is a client that went away before an answer began.
     """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
@@ -32,7 +33,13 @@ class Traffic:
         text = given.decode("latin-1")
         decent = 0 < len(text) <= MAX_ID and text.isascii() and text.isprintable()
         scope["request_id"] = text if decent else uuid4().hex
-        status = 499
+        status, counted = 499, False
+
+        def ended() -> None:
+            nonlocal counted
+            if not counted:
+                counted = True
+                self.count(getattr(scope.get("endpoint"), "path", "other"), status)
 
         async def tell(message: Message) -> None:
             nonlocal status
@@ -40,6 +47,8 @@ class Traffic:
                 status = message["status"]
                 mark = (b"x-request-id", scope["request_id"].encode())
                 message = {**message, "headers": [*message.get("headers", ()), mark]}
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                ended()
             await send(message)
 
         try:
@@ -48,7 +57,7 @@ class Traffic:
             status = 500
             raise
         finally:
-            self.count(getattr(scope.get("endpoint"), "path", "other"), status)
+            ended()
 
 
 class Keys:

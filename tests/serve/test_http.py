@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 import engine.serve.exchange as exchange
 import engine.serve.http as http
 from engine.errors import BackendLost, ConfigError
 from engine.run.messages import News
-from engine.serve.keys import OPEN
+from engine.serve.keys import OPEN, Traffic
 from engine.serve.sockets import listen
 from tests.serve.harness import NAME, House, folder, house
 
@@ -226,6 +229,39 @@ def test_metrics(client: httpx.Client, door: House) -> None:
     assert sum(pages.values()) == 64
     openmetrics = client.get("/metrics", headers={"accept": "application/openmetrics-text"})
     assert openmetrics.text.endswith("# EOF\n")
+
+
+def test_an_answer_is_counted_before_it_is_whole() -> None:
+    """Who has an answer finds it in the metrics."""
+    counted: list[tuple[str, int]] = []
+    sent: list[tuple[Message, int]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": scope["status"], "headers": []})
+        if scope["status"] == 206:
+            return  # its client went away
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+        await asyncio.sleep(0)
+        if scope["status"] == 201:
+            raise ValueError("after the answer")
+
+    async def receive() -> Message:
+        raise AssertionError("nobody asks")
+
+    async def send(message: Message) -> None:
+        sent.append((message, len(counted)))
+
+    async def body() -> None:
+        traffic = Traffic(app, lambda *told: counted.append(told))
+        for status in (200, 201, 206):
+            with suppress(ValueError):
+                await traffic({"type": "http", "headers": [], "status": status}, receive, send)
+
+    asyncio.run(body())
+    assert counted == [("other", 200), ("other", 201), ("other", 206)]
+    assert [n for _, n in sent] == [0, 0, 1, 1, 1, 2, 2]
+    assert dict(sent[0][0]["headers"])[b"x-request-id"]
 
 
 def test_unknown_fields_are_passed_over_counted_and_said_once(
