@@ -62,20 +62,18 @@ def check_step(step: ScheduleStep, limits: Limits, last: ScheduleStep | None = N
     the rows. What depends on the backend's state (depth, order of calls, a slot never seated) the backend refuses.
     """
     known = last is not None and shares(step, last)
-    if known and _plain(step, limits):
-        return True
-    if known and type(step.copies) is np.ndarray and not len(step.copies):
-        _changed(step, limits)
-    else:
+    if not (known and _plain(step, limits)):
         _shapes(step, limits)
         _features(step, limits)
         _ranges(step, limits)
         _rows(step, limits)
         _choices(step, limits)
         _tokens(step, limits)
-    for g, group in enumerate(limits.groups):
-        _table(step, limits, g, group)
-    _ragged(step, limits, known)
+        for g, group in enumerate(limits.groups):
+            _table(step, limits, g, group)
+        _ragged(step, limits)
+    elif len(step.shared) and any(len(table.edits) for table in step.tables if isinstance(table, PageTable)):
+        _shared(step, limits)
     return known
 
 
@@ -178,8 +176,8 @@ def _tables(step: ScheduleStep, limits: Limits) -> None:
 
 
 def _plain(step: ScheduleStep, limits: Limits) -> bool:
-    """Whether what is new in a step that shares the rest with one that passed is right at a glance: no row is seated or
-    has a first page past position 0, nothing is copied. That is most steps, and few operations."""
+    """Whether what is new in a step that shares the rest with one that passed is right at a glance: no row is seated,
+    nothing is copied, and every table is of pages. That is most steps, and few operations."""
     shape, upper, copies = step.slots.shape, step.upper, step.copies
     if step.step < 0 or len(step.tables) != len(limits.groups):
         return False
@@ -190,16 +188,20 @@ def _plain(step: ScheduleStep, limits: Limits) -> bool:
         return False
     if np.count_nonzero((upper < step.lens) | (upper > limits.max_len + limits.max_draft)):
         return False
-    for g, table in enumerate(step.tables):
-        if type(table) is not PageTable or limits.groups[g].kind == "state":
+    for g, (table, group) in enumerate(zip(step.tables, limits.groups, strict=True)):
+        if type(table) is not PageTable or group.kind == "state":
             return False
         edits, base = table.edits, table.base
         for value in (edits, base):
             if type(value) is not np.ndarray or value.dtype != INT:
                 return False
-        if base.shape != shape or np.count_nonzero(base) or edits.ndim != 2 or edits.shape[1] != 3:
+        if base.shape != shape or edits.ndim != 2 or edits.shape[1] != 3 or len(edits) > limits.max_edits:
             return False
-        if len(edits) > (limits.max_edits if not len(step.shared) else 0) or not _edited(edits, limits, g):
+        if np.count_nonzero(base):
+            bad = group.kind == "full" or (base < 0) | (base >= upper) | (base % group.page != 0)
+            if np.count_nonzero(bad):
+                return False
+        if not _edited(edits, limits, g):
             return False
     return True
 
@@ -212,18 +214,6 @@ def _edited(edits: NDArray[np.int32], limits: Limits, g: int) -> bool:
     bounds = limits.slots, limits.max_row_pages[g], limits.pages[g]
     inside = all(min(v) >= 0 and max(v) < bound for v, bound in zip((slots, index, page), bounds, strict=True))
     return inside and len(set(zip(slots, index, strict=True))) == len(slots)
-
-
-def _changed(step: ScheduleStep, limits: Limits) -> None:
-    """What is new in a step that shares the rest with one that passed."""
-    if step.step < 0:
-        _refuse("step", "must not be negative")
-    _array("upper", step.upper, INT, step.slots.shape)
-    _array("copies", step.copies, INT, (0, 4))
-    _tables(step, limits)
-    most = limits.max_len + limits.max_draft
-    _unless((step.upper >= 1) & (step.upper <= most), "upper", f"not in 1 .. {most}")
-    _ends(step)
 
 
 def _features(step: ScheduleStep, limits: Limits) -> None:
@@ -409,9 +399,8 @@ def _table(step: ScheduleStep, limits: Limits, g: int, group: CacheGroup) -> Non
         _unless((starts < 0) | (base <= seen), at + ".base", "past the first position that the row sees")
 
 
-def _ragged(step: ScheduleStep, limits: Limits, known: bool) -> None:
-    """The fields that have a length of their own: copies, shared prefixes, bias, history. known: of a step that passed,
-    so that of its groups only what the edits say of them is new."""
+def _ragged(step: ScheduleStep, limits: Limits) -> None:
+    """The fields that have a length of their own: copies, shared prefixes, bias, history."""
     rows, s = len(step.slots), step.sampling
     if len(step.copies):
         _entries("copies", step.copies[:, :2], (len(limits.groups), limits.shards), "group or shard")
@@ -420,9 +409,7 @@ def _ragged(step: ScheduleStep, limits: Limits, known: bool) -> None:
             _refuse("copies", "a page is out of range")
     if len(step.shared):
         _entries("shared", step.shared, (rows, rows, limits.max_len, limits.max_len), "row or position")
-        edited = any(isinstance(table, PageTable) and len(table.edits) for table in step.tables)
-        if (edited or not known) and (found := wrong(step, limits)) is not None:
-            _refuse("shared", *found)
+        _shared(step, limits)
     if len(s.bias):
         whole = s.bias[:, :2]
         if not ((whole >= 0) & (whole < np.array([rows, limits.vocab])) & (whole == np.floor(whole))).all():
@@ -435,6 +422,12 @@ def _ragged(step: ScheduleStep, limits: Limits, known: bool) -> None:
         going = s.history[step.starts[s.history[:, 0]] < 0, 0]
         if len(going):
             _refuse("sampling.history", "is sent when a slot is seated", np.unique(going))
+
+
+def _shared(step: ScheduleStep, limits: Limits) -> None:
+    """Groups of rows, whose entries are in range."""
+    if (found := wrong(step, limits)) is not None:
+        _refuse("shared", *found)
 
 
 def _entries(field: str, entries: NDArray[np.int32], bounds: tuple[int, ...], what: str) -> None:
