@@ -20,10 +20,13 @@ import zmq
 
 from engine.config import Config, load
 from engine.errors import BackendLost, ConfigError, InvalidRequest, ModelError, Overloaded, RadixmeshError
+from engine.run.child import Link
 from engine.run.client import Client, Streams
+from engine.run.ipc import ORDERS, REPORTS, Shutdown, encode_order
 from engine.run.local import LocalClient
 from engine.run.messages import Abort, Flush, News, Submit
 from engine.run.process import ProcessClient
+from engine.run.spawn import bind
 from engine.run.start import decide, start
 from engine.sampling import SamplingParams
 from engine.sched.request import Output, Request
@@ -376,6 +379,17 @@ def test_an_engine_waits_for_its_tokenizer(model: Tiny) -> None:
     client.shutdown()
 
 
+def test_an_engine_told_to_stop_while_it_waits_for_its_tokenizer_ends() -> None:
+    with tempfile.TemporaryDirectory() as folder, zmq.Context() as context:
+        orders, reports = (bind(context, folder, name) for name in (ORDERS, REPORTS))
+        with orders, reports:
+            link = Link(folder)
+            orders.send(encode_order(Shutdown()))
+            with pytest.raises(BackendLost, match="Shutdown came before the tokenizer's words"):
+                link.words()
+            link.close()
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_tokenizer_that_can_not_be_opened_ends_the_start(model: Tiny, late: bool) -> None:
     threads, files = threading.active_count(), open_files()
@@ -421,6 +435,7 @@ import os, signal, sys, time
 from pathlib import Path
 from engine.config import load
 from engine.run.process import ProcessClient
+from engine.run.spawn import bind
 client = ProcessClient(load(None, {"model": sys.argv[1], "backend": "reference"}), Path("none"))
 heavy = [name for name in ("jax", "torch", "transformers") if name in sys.modules]
 print(client.pid, client._folder, heavy, flush=True)
