@@ -4,6 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Python keeps the bytecode of what it imports, whatever the environment says: pip makes none, as that of all 16,000
+# files is as much work as half of the rest of an install.
+export PYTHONDONTWRITEBYTECODE =
+PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: serve run test test-all test-next lint proto clean
 
@@ -33,7 +37,7 @@ test-next:
 	@'$(NEXT)' -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
 		|| { echo "test-next: $(NEXT) is no python >= 3.12" >&2; exit 2; }
 	test -x $(NEXT_BIN)/python || '$(NEXT)' -m venv $(VENV)-next
-	$(NEXT_BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[next]'
+	$(NEXT_BIN)/python $(PIP) --upgrade --upgrade-strategy eager -e '.[next]'
 	$(NEXT_BIN)/python $(TEST) -m "not slow" tests/backends/test_jax*.py tests/compile \
 		tests/test_rooms.py --ignore tests/compile/test_golden.py --ignore tests/compile/test_gpu.py
 
@@ -50,10 +54,10 @@ proto: $(READY)
 $(READY): pyproject.toml
 	@echo "installing into $(VENV): some 3 GB, a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python $(PIP) -e '.[dev]'
 	@# openai 2.x beside 3.x, for tests/serve/test_openai2.py: all that they don't share
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
-		--target $(VENV)/openai2 'openai>=2,<3' 'distro>=1.7,<2'
+	$(BIN)/python $(PIP) --upgrade --no-deps --target $(VENV)/openai2 'openai>=2,<3' 'distro>=1.7,<2'
+	$(BIN)/python -c 'import engine.run.child, engine.serve.http, backends.jax.backend, backends.torch.backend'
 	touch $(READY)
 
 clean:
