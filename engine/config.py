@@ -38,8 +38,9 @@ class Resolved:
     "int8", "fp8" or "fp8-row" (engine.model.quant); activations: "wide", or "fp8" where many rows are multiplied with
     those. page: tokens per page; pages: pages of each cache group.
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
-    token_buckets: ladder that steps are padded to, last = max_tokens. depth: steps in flight. radix: prefix cache on.
-    policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
+    token_buckets: ladder that steps are padded to, last = max_tokens. edits: page-table edits of one step, 0 = what a
+    whole table and the growth of its rows need (a backend within another is told).
+    depth: steps in flight. radix: prefix cache on. policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
     eviction: what of it goes first. events: address where its events are published, replay: where they can be had
     again; "" is none.
     deterministic: what a request gets never depends on what else runs, to the bit.
@@ -63,6 +64,7 @@ class Resolved:
     max_rows: int = 32
     max_tokens: int = 512
     token_buckets: tuple[int, ...] = (1, 8, 32, 128, 512)
+    edits: int = 0
     depth: int = 2
     radix: bool = True
     scales: str = ""

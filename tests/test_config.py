@@ -172,7 +172,7 @@ def test_every_decision_has_a_reason_and_is_what_was_resolved() -> None:
         resolved, decisions = resolve(load(), model(), device(platform))
         made = {d.field: d.value for d in decisions}
         left = {f.name for f in dataclasses.fields(resolved)} - set(made)
-        assert left == {"options"}  # nothing to decide before they are built
+        assert left == {"options", "edits"}  # told by whoever opens a backend within: nothing to decide
         assert all(d.why for d in decisions)
         assert all(getattr(resolved, name) == value for name, value in made.items())
 

@@ -72,8 +72,10 @@ def check_step(step: ScheduleStep, limits: Limits, last: ScheduleStep | None = N
         for g, group in enumerate(limits.groups):
             _table(step, limits, g, group)
         _ragged(step, limits)
-    elif len(step.shared) and any(len(table.edits) for table in step.tables if isinstance(table, PageTable)):
-        _shared(step, limits)
+    elif last is not None and len(step.shared):
+        edited = any(len(table.edits) for table in step.tables if isinstance(table, PageTable))
+        if edited or np.count_nonzero(step.upper < last.upper):
+            _shared(step, limits)
     return known
 
 

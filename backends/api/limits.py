@@ -68,7 +68,7 @@ class Limits:
             groups=groups,
             pages=config.pages,
             max_row_pages=tables,
-            max_edits=max(tables) + growth,
+            max_edits=config.edits or max(tables) + growth,
             slots=config.slots,
             max_rows=config.max_rows,
             max_tokens=config.max_tokens,

@@ -76,7 +76,8 @@ class Seats:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asks:
     """What a step asks beyond its likeliest tokens. counted bool[R]: rows with penalties, None = there are none. any:
-    whether any row has a penalty, a bias, a mask or logprobs of its tokens; draws: whether any has a temperature."""
+    whether any row has a penalty, a bias, a mask or logprobs of its tokens; draws: whether any that returns a token
+    has a temperature."""
 
     counted: Bool | None
     any: bool
@@ -90,7 +91,7 @@ class Asks:
         if np.count_nonzero(apart):
             counted = apart.any(axis=1)
         more = len(s.bias) or np.count_nonzero(step.masked) or np.count_nonzero(s.logprobs != -1)
-        draws = bool(np.count_nonzero(s.temperature))
+        draws = bool(np.count_nonzero(s.temperature[step.output != 0]))
         return cls(counted=counted, any=counted is not None or bool(more), draws=draws)
 
 

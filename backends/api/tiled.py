@@ -32,7 +32,7 @@ from backends.api.step import (
 )
 from backends.api.turns import may_collect, may_forward, may_sample
 from engine.config import Resolved
-from engine.errors import DeviceFailed, StepRefused
+from engine.errors import BackendLost, DeviceFailed, StepRefused
 from engine.model.spec import ModelSpec
 from engine.model.weights import WeightSource
 
@@ -78,14 +78,16 @@ def size(config: Resolved) -> int:
     return min(LARGE if (config.backend, config.platform) == ("torch", "gpu") else TILE, config.max_len)
 
 
-def within(config: Resolved) -> Resolved:
-    """The configuration of the backend within: steps of a tile, and a slot and pages for the row that pads."""
+def within(spec: ModelSpec, config: Resolved) -> Resolved:
+    """The configuration of the backend within: steps of a tile, a slot and pages for the row that pads, and the page
+    edits of a whole step, which may all be of one tile."""
     tile = size(config)
     return replace(
         config,
         max_tokens=tile,
         max_rows=tile,
         token_buckets=(tile,),
+        edits=Limits.of(spec, config).max_edits + spare(tile, config.page),
         slots=config.slots + 1,
         pages=tuple(n + spare(tile, config.page) for n in config.pages),
         depth=config.depth * (config.max_rows + -(-config.max_tokens // tile)),
@@ -97,28 +99,19 @@ def spare(tile: int, page: int) -> int:
     return -(-tile // page)
 
 
-def cut(step: ScheduleStep, edits: Sequence[I32], room: int, tile: int = TILE) -> list[list[Piece]]:
-    """Tiles of a step, in the order of its rows. A row's guesses stay together, and its page edits (edits[g] int32[R]:
-    how many) come with its first piece; room: edits of each group in one tile of `tile` tokens."""
+def cut(step: ScheduleStep, tile: int = TILE) -> list[list[Piece]]:
+    """Tiles of a step, in the order of its rows. A row's guesses stay together."""
     tiles: list[list[Piece]] = [[]]
-    free, left = tile, [room] * len(edits)
-
-    def turn() -> None:
-        nonlocal free, left
-        tiles.append([])
-        free, left = tile, [room] * len(edits)
-
+    free = tile
     for row, (n, drafts) in enumerate(zip(step.lens.tolist(), step.drafts.tolist(), strict=True)):
-        need = [int(e[row]) for e in edits]
         at, whole = 0, n - drafts - 1  # what may be cut anywhere
         while at < n:
             rest = n - at
             count = rest if rest <= free else min(free, whole - at)
-            if count <= 0 or (not at and any(a > b for a, b in zip(need, left, strict=True))):
-                turn()
+            if count <= 0:
+                tiles.append([])
+                free = tile
                 continue
-            if not at:
-                left = [b - a for a, b in zip(need, left, strict=True)]
             tiles[-1].append(Piece(row=row, first=at, count=count, last=count == rest))
             at, free = at + count, free - count
     return [pieces for pieces in tiles if pieces]
@@ -130,12 +123,13 @@ class Tiled:
     def __init__(self, spec: ModelSpec, config: Resolved, make: Callable[[ModelSpec, Resolved], Backend]) -> None:
         """make: opens the backend within."""
         self.tile = size(config)
-        self.inner = make(spec, within(config))
+        self.inner = make(spec, within(spec, config))
         built: dict[str, Any] = {name: getattr(self.inner.limits, name) for name in FEATURES}
         self.limits = replace(
             Limits.of(spec, config, **built),
             max_masks=config.max_rows if self.inner.limits.max_masks else 0,
             token_buckets=(),
+            max_edits=self.inner.limits.max_edits - spare(self.tile, config.page),
         )
         self.flights: OrderedDict[Ticket, Flight] = OrderedDict()
         self._waiting: ScheduleStep | None = None
@@ -153,7 +147,7 @@ class Tiled:
         """Enqueue the tiles of a step, up to the first that waits for a mask."""
         may_forward(step, True, self._waiting, self.flights, self.limits)
         check_step(step, self.limits)
-        flight = Flight(step=step, tiles=cut(step, self._counts(step), self.inner.limits.max_edits, self.tile))
+        flight = Flight(step=step, tiles=cut(step, self.tile))
         self._go(flight, None)
         self.flights[step.step], self._waiting = flight, step
         return step.step
@@ -188,14 +182,6 @@ class Tiled:
         self._waiting = None
         self.inner.close()
 
-    def _counts(self, step: ScheduleStep) -> list[I32]:
-        """Page edits of each row, for each group."""
-        out = []
-        for table in step.tables:
-            edits = table.edits[:, 0] if isinstance(table, PageTable) else np.zeros(0, np.int32)
-            out.append(np.bincount(edits, minlength=self.limits.slots)[step.slots].astype(np.int32))
-        return out
-
     def _go(self, flight: Flight, masks: U32 | None) -> None:
         """Enqueue the tiles that are left; without masks, up to the first that needs one."""
         rank = np.cumsum(flight.step.masked) - 1
@@ -216,7 +202,7 @@ class Tiled:
         except StepRefused as refusal:
             rows = [tile[r].row for r in refusal.rows if r < len(tile)]
             if flight.sampled:  # some of it is on its way already, and can't be taken back
-                raise DeviceFailed(f"the backend refused a part of a step: {refusal}") from refusal
+                raise BackendLost(f"the backend refused a part of a step: {refusal}") from refusal
             raise StepRefused(str(refusal), rows=rows, field=refusal.field) from refusal
 
     def _tile(self, flight: Flight, tile: Sequence[Piece]) -> ScheduleStep:

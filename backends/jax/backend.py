@@ -115,7 +115,7 @@ class JaxBackend:
         self.programs.warm()
 
     def forward(self, step: ScheduleStep) -> Ticket:
-        """Enqueue the whole step, sampling included: where no row is masked they are one program."""
+        """Enqueue the whole step, sampling included: one program, unless a row asks for what `choose` does."""
         with self.programs.served:
             return self._forward(step)
 

@@ -1,6 +1,7 @@
 """What few steps ask, in programs of their own: penalties, bias, vocabulary masks, logprobs, scores of prompts.
 
-A step whose rows want none of these is one program. The others run the same one, which leaves its logits and hidden
+A step whose rows want none of these is one program. Where that only finds the likeliest tokens (Plan.greedy), a draw is
+among what few steps ask. The others run the same one, which leaves its logits and hidden
 states on the device, and then these: so no step pays for what it does not ask, and no bucket is compiled twice.
 """
 

@@ -42,7 +42,7 @@ PARTS = {
     *("input_avals", "input_shardings", "xla_in_layouts", "dispatch_in_layouts"),
     *("output_avals", "output_shardings", "xla_out_layouts"),
 }
-"""What jax keeps around an executable, as jax 0.10 has it."""
+"""What jax keeps around an executable, as jax 0.10 and 0.12 have it."""
 
 
 def freeze(compiled: jax.stages.Compiled) -> tuple[Data, bytes]:

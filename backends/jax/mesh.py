@@ -86,14 +86,17 @@ class Spread:
         self._devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         self._sharding = replicated(mesh)
         self._avals: dict[tuple[tuple[int, ...], np.dtype[Any]], jax.core.ShapedArray] = {}
+        self._direct = getattr(xla_client, "batched_device_put", None)  # jax's own, and not for us: it may go
 
     def __call__(self, value: NDArray[Any]) -> jax.Array:
         """The array on the devices; nobody may change `value` afterwards."""
+        if self._direct is None:
+            return jax.device_put(value, self._sharding)
         kind = value.shape, value.dtype
         if kind not in self._avals:
             self._avals[kind] = jax.core.ShapedArray(*kind)
         aval, many = self._avals[kind], len(self._devices)
-        out: jax.Array = xla_client.batched_device_put(aval, self._sharding, [value] * many, self._devices)
+        out: jax.Array = self._direct(aval, self._sharding, [value] * many, self._devices)
         return out
 
 

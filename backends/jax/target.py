@@ -37,7 +37,7 @@ REFUSED = (NotImplementedError, ValueError)
 def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:
     """The plan of a backend on the first devices of a described topology ("v6e:2x4"), or on this CPU where it is "".
     Deterministic, of the backend within."""
-    config = within(config) if config.deterministic else config
+    config = within(spec, config) if config.deterministic else config
     if topology:
         mesh = make_mesh(config.mesh, topologies.get_topology_desc(topology, "tpu").devices)
     else:

@@ -128,7 +128,7 @@ class Programs:
     def rooms(self) -> list[int]:
         """The largest steps that there are programs for, one after the other: one, unless ready early."""
         limits = self.plan.limits
-        if not self.plan.config.ready_early:
+        if not self.plan.config.ready_early or self.found is not None:  # a bundle has all of the largest steps
             return [limits.max_tokens]
         return [size for size in ladder(limits) if size >= limits.max_rows]
 
@@ -145,13 +145,15 @@ class Programs:
     def warm(self) -> None:
         """Make all that is planned: load it from a bundle or what an earlier start kept, or compile it. Ready early,
         only what the smallest steps need, which hold a row for each slot; the rest comes on a thread behind."""
+        if self.ready:
+            return
         keep(self.plan.config.programs)
         first, *rest = self.rooms()
         self._make(self.planned(first), os.cpu_count() or 1)
         self.limits = cut(self.plan.limits, first)
         self.served.compiles = 0
         self.ready = True
-        if rest and self._behind is None:
+        if rest:
             self._behind = threading.Thread(target=self._grow, args=(rest,), name="radixmesh-programs", daemon=True)
             self._behind.start()
 
@@ -180,7 +182,7 @@ class Programs:
                     if self._closed:
                         return
                     self._make([program])
-            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            except Exception as error:  # noqa: BLE001  (kernels say ValueError of shapes that they aren't for)
                 what = f"steps stay at {self.limits.max_tokens} tokens: {' '.join(str(error).split())[:200]}"
                 print(f"radixmesh: a program of {room} tokens can't be made; {what}", file=sys.stderr, flush=True)
                 return
@@ -236,6 +238,7 @@ def cut(limits: Limits, tokens: int) -> Limits:
 
 def _compile(lowered: jax.stages.Lowered, options: Any) -> tuple[Executable, str]:
     """The executable, and whether jax's cache had it."""
+    chosen = known(options)  # may compile
     with Heard() as heard:
-        executable = lowered.compile(known(options))
+        executable = lowered.compile(chosen)
     return executable, "cache" if heard.hits else "compiler"

@@ -227,7 +227,7 @@ class TorchBackend:
             sent = None if masks is None else send_masks(masks, self.device)
             scores = None
             if now.shape is not None and now.fed.batch.wishes is None and self.graphs is not None:
-                made = self.graphs.choose(now.shape, now.step.sampling)
+                made = self.graphs.choose(now.shape, now.step)
             else:
                 made, scores = step.sample(now.fed, self.config, self.caches, sent, most)
             made = self._bring(made)

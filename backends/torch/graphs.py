@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from backends.api.limits import Limits
-from backends.api.step import Sampling, ScheduleStep
+from backends.api.step import ScheduleStep
 from backends.torch.branches import Layout
 from backends.torch.buckets import Shape, fit
 from backends.torch.caches import Caches
@@ -217,9 +217,10 @@ class Graphs:
         one.forward()
         return one.fed, order
 
-    def choose(self, shape: Shape, s: Sampling) -> torch.Tensor:
+    def choose(self, shape: Shape, step: ScheduleStep) -> torch.Tensor:
         """Enqueue the choice; int64[2, rows], which the next step writes over."""
-        one, drawn = self.captured[shape], s.temperature > 0
+        one, s = self.captured[shape], step.sampling
+        drawn = (s.temperature > 0) & (step.output != 0)
         cut = drawn & ((s.top_k > 0) | (s.top_p < 1))
         (one.cut if cut.any() else one.drawn if drawn.any() else one.greedy)()
         return self.made[: 2 * shape.rows].view(2, shape.rows)

@@ -14,12 +14,13 @@ class Late:
     """Counts them. Triton tells whoever asks, in one place of the process: what asked before is told too."""
 
     def __init__(self) -> None:
-        self.count, self._on = 0, False
+        self.count, self._on, self._told = 0, False, False
 
     def listen(self, device: torch.device) -> None:
         """From now on, where the device has Triton's kernels."""
-        if device.type != "cuda" or find_spec("triton") is None:
+        if self._told or device.type != "cuda" or find_spec("triton") is None:
             return
+        self._told = True
         from triton import knobs
 
         before = knobs.runtime.jit_post_compile_hook

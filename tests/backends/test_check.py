@@ -93,6 +93,15 @@ def test_good_steps_pass() -> None:
     check_step(change(step, sampling_prompt_logprobs=scores), BUILT)
 
 
+def test_a_shared_prefix_is_cached_also_where_a_step_shares_the_rest() -> None:
+    step = replace(build(BUILT, 0, going()), shared=np.array([[1, 2, 0, 7]], np.int32))
+    check_step(step, BUILT)
+    assert check_step(replace(step, step=1, upper=step.upper + 1), BUILT, step)
+    with pytest.raises(StepRefused, match="not cached") as error:
+        check_step(replace(step, step=1, upper=np.array([10, 11, 8], np.int32)), BUILT, step)
+    assert error.value.rows == (2,)
+
+
 def test_the_limits_are_inclusive() -> None:
     full = [*going(4), Row(slot=8, tokens=[3] * 8, start=0, upper=8)]
     check_step(build(BARE, 0, full), BARE)

@@ -18,11 +18,13 @@ from backends.api.check import shares
 from backends.api.choice import Choice, kept
 from backends.api.conformance.bench import FULL, SPEC, Ask, Weights, alike, config, generate, one, prompt, refused
 from backends.api.limits import Limits
+from backends.api.seats import Asks
 from backends.api.step import NONFINITE
 from backends.jax import sampler
 from backends.jax.backend import JaxBackend
 from backends.jax.buckets import make_shape
 from backends.jax.inputs import pack, unpack
+from backends.jax.mesh import Spread, make_mesh
 from backends.jax.warmup import COPY, COUNT, Program
 from backends.reference.backend import ReferenceBackend
 from engine.errors import BackendLost, ConfigError, DeviceFailed, ModelError
@@ -324,6 +326,22 @@ def test_scanned_equals_listed() -> None:
     for name, a, b in zip(names, made["list taps"], made["scan taps"], strict=True):
         assert np.abs(a - b).max() < 1e-4, name
     assert len({float(np.abs(tap).sum()) for tap in made["list taps"]}) == len(names), "the values tell layers apart"
+
+
+def test_a_row_that_returns_no_token_draws_none(warm: Host) -> None:
+    """Else each part of a prompt would wait for a choice that nobody reads."""
+    rows = [Row(slot=0, tokens=[-1], upper=5, temperature=0.0), Row(slot=1, tokens=[-1], upper=5, temperature=0.7)]
+    for output, draws in ((0, False), (1, True)):
+        assert Asks.of(build(warm.backend.limits, 0, [rows[0], replace(rows[1], output=output)])).draws is draws
+
+
+def test_arrays_go_to_the_devices_without_what_is_jaxs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh, value = make_mesh(MeshSpec(), jax.devices()), np.arange(6, dtype=np.int32).reshape(2, 3)
+    made = [Spread(mesh)(value)]
+    monkeypatch.setattr("backends.jax.mesh.xla_client", object())
+    made.append(Spread(mesh)(value))
+    assert [np.asarray(array).tolist() for array in made] == [value.tolist()] * 2
+    assert made[0].sharding == made[1].sharding
 
 
 @pytest.mark.parametrize(("dtype", "cache"), [("float32", "bfloat16"), ("bfloat16", "bfloat16")])

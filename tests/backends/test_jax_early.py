@@ -4,7 +4,7 @@ counted."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,8 @@ import pytest
 
 from backends.api.build import Host
 from backends.api.conformance.bench import FULL, SPEC, Ask, Weights, config, one, prompt, refused
-from backends.jax.backend import JaxBackend
-from backends.jax.warmup import Programs
+from backends.jax.backend import JaxBackend, make_plan
+from backends.jax.warmup import Program, Programs
 from backends.reference.backend import ReferenceBackend
 from engine.config import load
 from engine.resolve import resolve
@@ -77,7 +77,39 @@ def test_limits_rise_as_programs_come_and_nothing_is_late(gate: threading.Semaph
         assert (status.programs == status.sources.planned) == (tokens == 16)
         gate.release()
     assert {size for size, steps, _ in status.buckets if steps} == {1, 4, 16}
+    early.warmup()
+    assert early.limits == whole, "limits never shrink"
     early.close()
+
+
+def test_with_a_bundle_nothing_is_left_for_later() -> None:
+    """It has what steps of the largest size need, and not what smaller ones would."""
+    plan, taken = make_plan(FLAT, config("jax", **SIZES, ready_early=True)), set[Program]()
+
+    def found(program: Program) -> Any:
+        taken.add(program)
+
+    programs = Programs(plan, found)
+    programs.warm()
+    assert taken == set(programs.planned())
+    assert (programs.limits, programs.sources().bundle) == (plan.limits, programs.sources().planned)
+
+
+def test_whatever_a_larger_program_fails_of_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a kernel that is for no such shape, which says ValueError."""
+    programs = Programs(make_plan(FLAT, config("jax", **SIZES, ready_early=True)))
+
+    def make(self: Programs, wanted: Sequence[Program], workers: int = 1) -> None:
+        if any(program.size == 16 for program in wanted):
+            raise ValueError("no such\nshape")
+
+    monkeypatch.setattr(Programs, "_make", make)
+    programs.warm()
+    programs.close()
+    assert programs.limits.max_tokens == 4
+    assert "a program of 16 tokens can't be made; steps stay at 4 tokens: no such shape" in capfd.readouterr().err
 
 
 def test_an_engine_that_is_ready_early_feeds_in_small_steps_first(
