@@ -207,9 +207,10 @@ class ProcessClient:
     def _hear(self, process: subprocess.Popen[bytes]) -> None:
         """Take what the engine says until its process has ended and all is read. Raises why it could not start,
         or its tokenizer not be opened."""
-        words = self._words
+        words, decided = self._words, False
         while True:
-            if words is not None and words.done():
+            # a model that is not there is told as the engine tells it, which looks at all of it
+            if words is not None and words.done() and (decided or words.exception() is None):
                 frame = encode_order(words.result())
                 with self._said, suppress(zmq.Again):  # again: it is gone, or has yet to connect
                     self._orders.send(frame, zmq.NOBLOCK)
@@ -229,6 +230,7 @@ class ProcessClient:
                 raise report.error
             else:
                 shutil.rmtree(self._folder, ignore_errors=True)  # both sockets are connected
+                decided = decided or report == Stage("device")
                 self._start.put(report)
 
     def _tell(self, news: News) -> None:

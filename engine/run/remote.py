@@ -57,7 +57,7 @@ class RemoteBackend:
         self._crew = _Crew(config.mesh.size, program)
         self._finalizer = weakref.finalize(self, self._crew.end, 0.0)
         try:
-            self._crew.tell(wire.Open(spec=spec, config=config))
+            self._tell(wire.Open(spec=spec, config=config))
             opened = self._hear(OPEN_SECONDS)
         except BaseException:
             self.close()
@@ -133,9 +133,10 @@ class RemoteBackend:
         if self.closed:
             raise BackendLost("the backend is closed")
 
-    def _tell(self, message: Any) -> None:
+    def _tell(self, message: Any, rank: int | None = None) -> None:
+        """To one process, or all."""
         try:
-            self._crew.tell(message)
+            self._crew.tell(message, rank)
         except zmq.Again:
             self._lose(self._crew.blame() or "a process is gone")
 
@@ -148,7 +149,7 @@ class RemoteBackend:
             said = self._crew.hear()
             for rank, message in said:
                 if isinstance(message, wire.Read) and weights is not None:
-                    self._crew.tell(_read(weights, message), rank)
+                    self._tell(_read(weights, message), rank)
                 elif isinstance(message, wire.Raised) and weights is None:
                     self._fail(rank, message.error)
                 else:

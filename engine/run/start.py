@@ -130,6 +130,8 @@ def start(
         scheduler = _scheduler(decided.resolved, backend.limits, queue, queue_tokens)
         with staged("tokenizer"):
             known = words()
+            if known is not None:
+                known.stages()  # may import the tokenizers' library, for which no step is to wait
         publisher = _publisher(decided.resolved)
     except BaseException:
         backend.close()

@@ -16,6 +16,8 @@ from engine.sched.request import Request, Run
 HIGH, LOW, RISE, FALL = 0.7, 0.1, 0.1, 0.001
 MAX_TIMEOUT = 7 * 86400.0
 """Seconds that a request may give itself."""
+MAX_PRIORITY = 2**31 - 1
+"""It crosses to other processes in 32 bits."""
 FORESEEN = 4096
 """Tokens still to be made that are counted of one request at most: many could, few do."""
 
@@ -95,6 +97,10 @@ def check_request(request: Request, limits: Limits, room: int, taken: Container[
             f"prompt: {len(request.tokens)} tokens, and the context holds {room} with at least one for the answer",
             field="prompt",
         )
+    if isinstance(request.priority, bool) or not isinstance(request.priority, int):
+        raise InvalidRequest(f"priority: must be an integer, not {request.priority!r}", field="priority")
+    if abs(request.priority) > MAX_PRIORITY:
+        raise InvalidRequest(f"priority: must be between {-MAX_PRIORITY} and {MAX_PRIORITY}", field="priority")
     if request.deadline is not None and not isfinite(request.deadline):
         raise InvalidRequest("deadline: must be a finite number of seconds", field="deadline")
     check_features(request, limits)

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.config import Config, Serve
-from engine.errors import InvalidRequest
+from engine.errors import ConfigError, InvalidRequest
 from engine.serve import native, openai
 from engine.serve.call import Call
 from engine.serve.exchange import Endpoint, Exchange, Handler, trouble
@@ -75,7 +75,15 @@ class Face:
             raise InvalidRequest(f"rid: must be 1 to {MAX_ID} printable ASCII characters", field="rid")
         if rid is not None and rid in self._taken:
             raise InvalidRequest(f"rid: {rid!r} is in use", field="rid")
-        name = rid or (x.id if x.id not in self._taken else uuid4().hex)
+        try:
+            return await self._open(x, asks, rid or (x.id if x.id not in self._taken else uuid4().hex))
+        except InvalidRequest as error:
+            if rid is not None or error.field != "rid":
+                raise
+        # its X-Request-Id is that of a request which has yet to end: who lost patience asks again under the same
+        return await self._open(x, asks, uuid4().hex)
+
+    async def _open(self, x: Exchange, asks: Sequence[Ask], name: str) -> Call:
         self._taken.add(name)
         x.names.append(name)
         return await self.service.open(asks, name, x.route)
@@ -142,7 +150,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
 async def _broken(request: Request, error: Exception) -> Response:
     """A fault of ours: uvicorn logs it with its traceback."""
     body = trouble("the server made a mistake; its log says which", "server_error", code="internal_error")
-    return Response(body, 500, media_type="application/json")
+    mark = {"x-request-id": request.scope["request_id"]}  # what Traffic adds stands within this
+    return Response(body, 500, headers=mark, media_type="application/json")
 
 
 async def serve(
@@ -190,8 +199,11 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn does, and say so."""
-        await super().startup(sockets=sockets)
+        """As uvicorn does, and say so. Raises ConfigError for a socket whose port another took meanwhile."""
+        try:
+            await super().startup(sockets=sockets)
+        except OSError as error:
+            raise ConfigError(f"serve.port: can't listen: {error.strerror}", field="serve.port") from error
         self._up()
 
 

@@ -18,8 +18,8 @@ MAX_ID = 128
 class Traffic:
     """Gives every request an id, its own X-Request-Id where it has a decent one, and sends it back; counts.
 
-    count: told the route ("other" where there is none) and the status, before the last of the answer is sent, so that
-    who has it reads it in the metrics; 499 is a client that went away before an answer began.
+    count: told the route ("other" where there is none) and the status, before the last of the answer is sent (of an
+    error, the first), so that who has it reads it in the metrics; 499 is a client that went away before that.
     """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
@@ -47,7 +47,7 @@ class Traffic:
                 status = message["status"]
                 mark = (b"x-request-id", scope["request_id"].encode())
                 message = {**message, "headers": [*message.get("headers", ()), mark]}
-            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            elif message["type"] == "http.response.body" and (status >= 400 or not message.get("more_body", False)):
                 ended()
             await send(message)
 

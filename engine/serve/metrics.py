@@ -141,7 +141,7 @@ class Metrics(Collector):
         )
         yield _counter(
             "radixmesh:http_requests",
-            "HTTP requests, by route and status; 499 is a client that went away.",
+            "HTTP requests, by route and status; 499 is a client that went away before its answer began.",
             ("route", "status"),
             {(route, str(status)): n for (route, status), n in self.answers.items()},
         )

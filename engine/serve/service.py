@@ -122,7 +122,11 @@ class Service:
         try:
             for index, answer in enumerate(opened.answers):
                 self._calls[answer.request.rid] = (opened, index)
-                self.client.say(Submit(request=answer.request))
+                try:
+                    self.client.say(Submit(request=answer.request))
+                except BaseException:  # the engine knows nothing of it, and will say nothing
+                    self._calls.pop(answer.request.rid, None)
+                    raise
             await opened.first()
         except BaseException:
             opened.close()

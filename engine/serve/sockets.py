@@ -8,13 +8,14 @@ from engine.errors import ConfigError
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, bound before anything slow is started; 0 asks for any port.
+    """A socket to listen with, bound before anything slow is started; 0 asks for any port. It does not listen before
+    there is somebody to answer. A name that stands for both has its IPv4 address.
 
-    Raises ConfigError when it can't be had.
+    Raises ConfigError when it can't be had, as when somebody listens there.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, address = found[0]
+        family, kind, proto, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
         sock = socket.socket(family, kind, proto)
     except OSError as error:
         raise ConfigError(f"serve.host: {host}: {error.strerror or error}", field="serve.host") from error

@@ -288,7 +288,7 @@ def _stage(state: Mapping[str, Any], joined: bool) -> Stage | None:
         return Stripped(state["content"], state["start"])
     raise ModelError(
         f"tokenizer: its decoder {kind} can't be streamed exactly{' after its tokens are joined' if joined else ''}; "
-        "use another tokenizer.json, or skip_tokenizer",
+        "use another tokenizer.json, or in Python skip_tokenizer",
         field="tokenizer",
     )
 

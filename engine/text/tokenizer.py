@@ -55,7 +55,7 @@ class Tokenizer:
             raise ModelError(f"tokenizer: no folder {folder}; give the folder of a model", field="tokenizer")
         if not any((folder / name).is_file() for name in FILES):
             raise ModelError(
-                f"tokenizer: {folder} has no tokenizer.json; add one, or use skip_tokenizer and token_ids",
+                f"tokenizer: {folder} has no tokenizer.json; add one, or in Python use skip_tokenizer and token_ids",
                 field="tokenizer",
             )
         try:

@@ -74,6 +74,11 @@ def run(config: Config) -> RadixmeshError | None:
     began = time.monotonic()
     from engine.serve.sockets import listen
 
+    if config.serve.grpc_port and config.serve.grpc_port == config.serve.port:
+        raise ConfigError(
+            f"serve.grpc_port: {config.serve.port} is the port of HTTP too; give another with --grpc-port",
+            field="serve.grpc_port",
+        )
     sock = listen(config.serve.host, config.serve.port)
     try:
         if config.serve.grpc_port:
@@ -233,6 +238,8 @@ async def _drain(service: Service, seconds: float) -> None:
     count = service.open_requests
     print(f"radixmesh: stopping; {count} open requests have {seconds:g} s, a second signal ends at once", flush=True)
     cut = await service.drain(seconds)
+    if service.lost is not None:  # which is told, and ended them
+        return
     print(f"radixmesh: stopped; {count - cut} ended, {cut} were aborted", flush=True)
 
 

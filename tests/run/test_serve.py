@@ -137,14 +137,15 @@ def test_it_starts_drains_and_ends(folder: Path) -> None:
         assert re.search(r"gRPC at 127\.0\.0\.1:\d+ \(model small, reference on cpu\)", s.lines[-1])
         stages = ["imports", "decisions", "device", "weights", "programs", "tokenizer", "memory"]
         assert [line.split()[0] for line in s.lines[:-1]] == stages
-        assert httpx.get(f"{url}/readyz").status_code == 200
-        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "small"
-        reader = Reader(url, max_tokens=400)
-        s.process.send_signal(signal.SIGTERM)
-        s.find("stopping; 1 open requests have 30 s")
-        assert httpx.get(f"{url}/readyz").status_code == 503
-        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 503
-        assert "[DONE]" in reader.end()
+        with httpx.Client(base_url=url) as client:
+            assert client.get("/readyz").status_code == 200
+            assert client.get("/v1/models").json()["data"][0]["id"] == "small"
+            reader = Reader(url, max_tokens=400)
+            s.process.send_signal(signal.SIGTERM)
+            s.find("stopping; 1 open requests have 30 s")
+            assert client.get("/readyz").status_code == 503
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+            assert "[DONE]" in reader.end()
         assert s.end() == 0
         assert s.lines[-1] == "radixmesh: stopped; 1 ended, 0 were aborted"
         records = [json.loads(line) for line in s.lines if line.startswith("{")]
@@ -221,6 +222,7 @@ def test_what_is_wrong_is_said_before_the_engine_is_started(
         assert re.search(rf"serve\.port: .*:{port}: .* choose another with --port$", say("--port", port))
         wrong = say("--port", "0", "--grpc-port", port)
         assert re.search(rf"serve\.grpc_port: .*:{port}; .* choose another with --grpc-port$", wrong)
+    assert "serve.grpc_port: 4321 is the port of HTTP too" in say("--port", "4321", "--grpc-port", "4321")
     assert "did you mean sched.slots" in say("--set", "sched.slotz=3")
     assert "serve.host: 256.1.1.1" in say("--host", "256.1.1.1")
 

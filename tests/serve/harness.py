@@ -7,11 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import uvloop
 
@@ -27,6 +27,7 @@ from tests.text.made import byte_level
 from tests.tiny import tiny
 
 T = TypeVar("T")
+Slow: TypeAlias = Callable[[float], AbstractContextManager[None]]
 NAME = "tiny"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 SMALL: dict[str, Any] = {"backend": "reference", "slots": 4, "max_tokens": 32, "cache_tokens": 1024}
@@ -34,8 +35,8 @@ SMALL: dict[str, Any] = {"backend": "reference", "slots": 4, "max_tokens": 32, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class House:
-    """A server. sock: what it listens on; pace: seconds that the engine's loop waits before each turn; records: of the
-    requests that ended."""
+    """A server. sock: what it listens on; slow: makes every turn of the engine's loop take so many seconds; records: of
+    the requests that ended."""
 
     url: str
     port: int
@@ -46,21 +47,12 @@ class House:
     loop: asyncio.AbstractEventLoop
     tokenizer: Tokenizer
     config: Config
-    pace: list[float]
+    slow: Slow
     records: list[Record] = field(default_factory=list)
 
     def run(self, awaitable: Awaitable[T]) -> T:
         """Await something on the server's event loop."""
         return asyncio.run_coroutine_threadsafe(_await(awaitable), self.loop).result(60)
-
-    @contextmanager
-    def slow(self, seconds: float) -> Iterator[None]:
-        """Every turn of the engine's loop takes so long."""
-        self.pace[0] = seconds
-        try:
-            yield
-        finally:
-            self.pace[0] = 0.0
 
     def settle(self, seconds: float = 20.0) -> None:
         """Wait until no request is open and no page is held."""
@@ -96,10 +88,10 @@ def house(path: Path, **keys: Any) -> Iterator[House]:
     """A server of the model in a folder. keys: of the configuration, flat or dotted, over SMALL."""
     config = load(None, SMALL | keys)
     sock = listen("127.0.0.1", 0)
-    decided, tokenizer, pace = decide(config, path), Tokenizer.open(path), [0.0]
+    decided, tokenizer = decide(config, path), Tokenizer.open(path)
     bounds = {"queue": config.serve.queue, "queue_tokens": config.serve.queue_tokens}
     client = LocalClient(partial(start, decided, lambda: tokenizer.words, **bounds))
-    _slow(client, pace)
+    slow = slowed(client)
     loop, ready, made = uvloop.new_event_loop(), threading.Event(), []
 
     async def main() -> None:
@@ -123,10 +115,9 @@ def house(path: Path, **keys: Any) -> Iterator[House]:
     try:
         yield House(
             url=f"http://127.0.0.1:{port}", port=port, sock=sock, app=app, service=service, client=client, loop=loop,
-            tokenizer=tokenizer, config=config, pace=pace, records=records,
+            tokenizer=tokenizer, config=config, slow=slow, records=records,
         )  # fmt: skip
     finally:
-        pace[0] = 0.0
         loop.call_soon_threadsafe(stop.set)
         thread.join(20)
         client.shutdown()
@@ -134,12 +125,21 @@ def house(path: Path, **keys: Any) -> Iterator[House]:
         loop.close()
 
 
-def _slow(client: LocalClient, pace: list[float]) -> None:
-    """Make the loop wait before each turn."""
-    turn = client.carrier.loop.turn
+def slowed(client: LocalClient) -> Slow:
+    """What makes every turn of an engine's loop take so many seconds, for a while."""
+    turn, pace = client.carrier.loop.turn, [0.0]
 
     def slowly() -> None:
         time.sleep(pace[0])
         turn()
 
+    @contextmanager
+    def slow(seconds: float) -> Iterator[None]:
+        pace[0] = seconds
+        try:
+            yield
+        finally:
+            pace[0] = 0.0
+
     client.carrier.loop.turn = slowly  # type: ignore[method-assign]
+    return slow

@@ -70,6 +70,7 @@ SAMPLED: Mapping[str, Sequence[Any]] = {
     "presence_penalty": ("x", 3, NAN),
     "frequency_penalty": ("x", -3, INF),
     "repetition_penalty": ("x", 0, -INF),
+    "priority": ("x", 1.5, True, 1 << 31, -(1 << 70), 10**40),
     "ignore_eos": ("x", 1),
     "stream": ("yes", 1),
     "stream_options": (1, "x"),

@@ -31,6 +31,7 @@ from engine.serve.pb import radixmesh_pb2 as pb
 from engine.serve.pb import radixmesh_pb2_grpc as rpc
 from engine.serve.service import Ask, Service
 from engine.text.tokenizer import Tokenizer
+from tests.serve.harness import Slow, slowed
 from tests.text.made import byte_level
 from tests.tiny import tiny
 
@@ -43,7 +44,7 @@ LONG = {"max_new_tokens": 150, "ignore_eos": True, "temperature": 0.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Door:
-    """A service with a gRPC server on an event loop of its own thread. slow: the engine waits so long at each turn."""
+    """A service with a gRPC server on an event loop of its own thread. slow: as House has it."""
 
     service: Service
     client: LocalClient
@@ -51,6 +52,7 @@ class Door:
     run: Callable[[Any], Any]
     tokenizer: Tokenizer
     server: Any
+    slow: Slow
 
     def channel(self, key: str | None = None) -> grpc.Channel:
         channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
@@ -97,6 +99,7 @@ def opened(folder: Path, key: str | None = None, **config: Any) -> Iterator[Door
     decided = decide(load(None, SMALL | config), folder)
     tokenizer = Tokenizer.open(folder)
     client = LocalClient(partial(start, decided, lambda: tokenizer.words, queue=4))
+    slow = slowed(client)
 
     async def begin() -> tuple[Service, Any, int]:
         service = Service(client, tokenizer, Serve(n=4, body=1 << 20), "tiny")
@@ -104,7 +107,7 @@ def opened(folder: Path, key: str | None = None, **config: Any) -> Iterator[Door
 
     service, server, port = run(begin())
     try:
-        yield Door(service=service, client=client, port=port, run=run, tokenizer=tokenizer, server=server)
+        yield Door(service=service, client=client, port=port, run=run, tokenizer=tokenizer, server=server, slow=slow)
     finally:
         run(server.stop(0))
         client.shutdown()
@@ -230,11 +233,12 @@ def test_prompts_that_were_seen_are_cached(stub: Any) -> None:
 def test_cancel_aborts(door: Door, stub: Any) -> None:
     reasons: list[str] = []
     door.service.finished.append(lambda record: reasons.append(record.reason))
-    call = stub.Generate(pb.GenerateRequest(text="the", sampling=pb.SamplingParams(**LONG), n=2))
-    next(call)
-    assert door.service.open_requests
-    call.cancel()
-    door.settle()
+    with door.slow(0.02):
+        call = stub.Generate(pb.GenerateRequest(text="the", sampling=pb.SamplingParams(**LONG), n=2))
+        next(call)
+        assert door.service.open_requests
+        call.cancel()
+        door.settle()
     door.service.finished.clear()
     assert reasons == ["abort", "abort"]
 
@@ -260,11 +264,12 @@ def test_a_deadline_aborts(door: Door, stub: Any) -> None:
 
 def test_abort_by_id(door: Door, stub: Any) -> None:
     request = pb.GenerateRequest(text="the", sampling=pb.SamplingParams(**LONG), n=2, request_id="mine")
-    call = stub.Generate(request)
-    first = next(call)
-    assert first.request_id == "mine"
-    fails(stub.Generate(request.__class__(text="a", request_id="mine-0")), INVALID, "request_id")
-    assert stub.Abort(pb.AbortRequest(request_id="mine")).aborted == 2
+    with door.slow(0.02):
+        call = stub.Generate(request)
+        first = next(call)
+        assert first.request_id == "mine"
+        fails(stub.Generate(request.__class__(text="a", request_id="mine-0")), INVALID, "request_id")
+        assert stub.Abort(pb.AbortRequest(request_id="mine")).aborted == 2
     _, _, ends, _ = gather([first, *call])
     assert {e.reason for e in ends.values()} == {"abort"}
     assert stub.Abort(pb.AbortRequest(request_id="mine")).aborted == 0
@@ -443,9 +448,10 @@ def test_health_follows_the_service(folder: Path) -> None:
         watch = stub.Watch(ask(), timeout=20)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         generate = rpc.RadixmeshStub(channel).Generate
-        open_ = generate(pb.GenerateRequest(text="the", sampling=pb.SamplingParams(**LONG)))
-        next(open_)
-        door.client.shutdown()
+        with door.slow(0.02):
+            open_ = generate(pb.GenerateRequest(text="the", sampling=pb.SamplingParams(**LONG)))
+            next(open_)
+            door.client.shutdown()
         fails(open_, grpc.StatusCode.UNAVAILABLE, None)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         fails(generate(pb.GenerateRequest(text="a")), grpc.StatusCode.UNAVAILABLE, None)
@@ -453,7 +459,7 @@ def test_health_follows_the_service(folder: Path) -> None:
 
 
 def test_a_clean_stop_ends_what_is_open(folder: Path) -> None:
-    with opened(folder) as door, door.channel() as channel:
+    with opened(folder) as door, door.channel() as channel, door.slow(0.02):
         call = rpc.RadixmeshStub(channel).Generate(
             pb.GenerateRequest(text="the", sampling=pb.SamplingParams(**LONG), n=4)
         )

@@ -23,7 +23,9 @@ import engine.serve.exchange as exchange
 import engine.serve.http as http
 from engine.errors import BackendLost, ConfigError
 from engine.run.messages import News
+from engine.sampling import SamplingParams
 from engine.serve.keys import OPEN, Traffic
+from engine.serve.service import Ask
 from engine.serve.sockets import listen
 from tests.serve.harness import NAME, House, folder, house
 
@@ -123,6 +125,21 @@ def test_one_id_for_two_requests_at_once(client: httpx.Client, door: House) -> N
         assert client.post("/abort_request", json={"rid": "cmpl-same"}).json() == {"aborted": 1}
         assert first.read().endswith(b"data: [DONE]\n\n")
     assert client.post("/generate", json={"text": "a", "rid": "same"}).json()["meta_info"]["id"] == "same"
+
+
+def test_an_id_of_a_request_that_has_yet_to_end_is_another_at_its_next_use(client: httpx.Client, door: House) -> None:
+    """As when a client lost patience: its first request ends with the step that it is in."""
+    params = SamplingParams(max_new_tokens=100, ignore_eos=True)
+    with door.slow(0.02):
+        calls = [door.run(door.service.open([Ask(text="a", params=params)], rid)) for rid in ("again", "many-1")]
+        for name, more in (("again", {}), ("many", {"n": 2})):
+            answer = client.post("/v1/completions", json=ASK | more, headers={"x-request-id": name})
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-request-id"] == name
+            assert answer.json()["id"] != f"cmpl-{name}"
+            refused(client.post("/v1/completions", json=ASK | more | {"rid": name}), 400, "rid")
+        for call in calls:
+            door.loop.call_soon_threadsafe(call.close)
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(client: httpx.Client, door: House) -> None:
@@ -316,7 +333,9 @@ def test_a_fault_of_ours_is_told_and_the_server_goes_on(
         raise ZeroDivisionError("a fault")
 
     monkeypatch.setattr(door.service, "abort", broken)
-    error = refused(client.post("/abort_request", json={"rid": "a"}), 500, None, "internal_error")
+    answer = client.post("/abort_request", json={"rid": "a"}, headers={"x-request-id": "broke"})
+    error = refused(answer, 500, None, "internal_error")
+    assert answer.headers["x-request-id"] == "broke"
     assert "a fault" not in error["message"]
     door.until(lambda: any(r.exc_info and "a fault" in str(r.exc_info[1]) for r in caplog.records), "it is not logged")
     monkeypatch.undo()
@@ -358,3 +377,18 @@ def test_a_port_that_is_taken_is_said_in_one_line(door: House) -> None:
     with pytest.raises(ConfigError) as caught:
         listen("no.such.host.invalid", 0)
     assert caught.value.field == "serve.host"
+
+
+def test_a_port_that_is_taken_while_a_model_loads_is_said_in_one_line() -> None:
+    with listen("127.0.0.1", 0) as first, listen("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        with pytest.raises(ConfigError, match=r"serve\.port: can't listen: .*in use"):
+            asyncio.run(http.serve(lambda *_: None, second, lambda port: None, asyncio.Event()))
+
+
+def test_a_name_of_both_has_its_ipv4_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))]
+    both += [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]  # type: ignore[list-item]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    with listen("localhost", 0) as sock:
+        assert sock.family == socket.AF_INET

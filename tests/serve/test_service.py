@@ -15,6 +15,7 @@ from backends.api.random import fold
 from engine.config import Config, load
 from engine.errors import BackendLost, ContextOverflow, InvalidRequest, Overloaded
 from engine.run.local import LocalClient
+from engine.run.messages import Message, Submit
 from engine.run.start import decide, start
 from engine.sampling import SamplingParams
 from engine.serve.call import Piece, Record
@@ -126,6 +127,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ids": [5], "params": SamplingParams(stop_token_ids=(10**6,))}, InvalidRequest, "stop_token_ids"),
     ({"text": "\ud800"}, InvalidRequest, "prompt"),
     ({"messages": []}, InvalidRequest, "messages"),
+    ({"ids": [5], "priority": 1 << 31}, InvalidRequest, "priority"),
+    ({"ids": [5], "priority": 0.5}, InvalidRequest, "priority"),
     ({}, InvalidRequest, "prompt"),
 ]
 
@@ -140,6 +143,23 @@ def test_what_is_refused_names_its_field_and_nothing_is_open(
         assert caught.value.field == field
         assert service.open_requests == 0
         assert await texts(service, ask())
+
+    case.run(body)
+
+
+def test_what_can_not_be_said_to_the_engine_is_not_open(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(service: Service) -> None:
+        def say(message: Message) -> None:
+            if isinstance(message, Submit) and message.request.rid.endswith("-1"):
+                raise InvalidRequest("it can't cross")
+            said(message)
+
+        said = service.client.say
+        monkeypatch.setattr(service.client, "say", say)
+        with pytest.raises(InvalidRequest, match="it can't cross"):
+            await service.open([ask(params=LONG, n=3)])
+        monkeypatch.undo()
+        await settle(service)
 
     case.run(body)
 
