@@ -40,7 +40,8 @@ class Resolved:
     max_len: positions a request may reach. slots: requests on the device at once; max_rows, max_tokens: of one step.
     token_buckets: ladder that steps are padded to, last = max_tokens. edits: page-table edits of one step, 0 = what a
     whole table and the growth of its rows need (a backend within another is told).
-    depth: steps in flight. radix: prefix cache on. policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
+    depth: steps in flight. radix: prefix cache on.
+    policy, priority_preemption, ageing: of those that wait (engine.sched.scheduler.Scheduler).
     eviction: what of it goes first. events: address where its events are published, replay: where they can be had
     again; "" is none.
     deterministic: what a request gets never depends on what else runs, to the bit.
