@@ -16,6 +16,8 @@ INF = 0x7F800000
 """Bits of float32 infinity: the largest distance there is."""
 ROWS = 16
 """Rows that are looked through at once: two registers' worth of a TPU's lines."""
+BLOCK = 8192
+"""Tokens of the vocabulary whose noise is made at once."""
 
 
 class Wants(NamedTuple):
@@ -158,10 +160,24 @@ def threefry(key: tuple[Array, Array], count: tuple[Array, Array]) -> tuple[Arra
 
 
 def gumbel(rows: Wants, vocab: int) -> Array:
-    """Noise float32[R, vocab] of each row's seed and position: backends.api.random.gumbel on the device."""
+    """Noise float32[R, vocab] of each row's seed and position: backends.api.random.gumbel on the device. It is made a
+    block of tokens at a time: of a whole vocabulary a TPU's compiler makes code without a loop, for half a minute."""
     zero = jnp.zeros((1, 1), jnp.uint32)
     seed = rows.seed_high[:, None], rows.seed_low[:, None]
     folded = threefry(seed, (zero, rows.position[:, None].astype(jnp.uint32)))
-    x0, x1 = threefry(folded, (zero, jnp.arange(vocab, dtype=jnp.uint32)[None]))
-    u = (((x0 ^ x1) >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
-    return -jnp.log(-jnp.log(u))
+
+    def block(first: Any, size: int) -> Array:
+        tokens = jnp.uint32(first) + jnp.arange(size, dtype=jnp.uint32)
+        x0, x1 = threefry(folded, (zero, tokens[None]))
+        u = (((x0 ^ x1) >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
+        return -jnp.log(-jnp.log(u))
+
+    if vocab <= BLOCK:
+        return block(0, vocab)
+    turns = -(-vocab // BLOCK)
+    made = jnp.zeros((rows.position.shape[0], turns * BLOCK), jnp.float32)
+
+    def put(i: Any, out: Array) -> Array:
+        return jax.lax.dynamic_update_slice(out, block(i * BLOCK, BLOCK), (0, i * BLOCK))
+
+    return jax.lax.fori_loop(0, turns, put, made)[:, :vocab]

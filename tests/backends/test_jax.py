@@ -227,11 +227,11 @@ def test_a_packed_buffer_is_used_again_where_only_page_tables_differ() -> None:
     assert np.array_equal(pack(second, small, limits, last=last).buffer, pack(second, small, limits).buffer)
 
 
-@pytest.mark.parametrize("partitionable", [True, False])
-def test_noise_is_that_of_jax_random(partitionable: bool) -> None:
-    """The bits are those of jax.random, and ours do not depend on how jax is configured."""
+@pytest.mark.parametrize(("partitionable", "vocab"), [(True, 257), (False, 257), (True, 2 * sampler.BLOCK + 3)])
+def test_noise_is_that_of_jax_random(partitionable: bool, vocab: int) -> None:
+    """The bits are those of jax.random, also in blocks, and ours do not depend on how jax is configured."""
     seeds = np.array([0, 1, 2**32 - 1, 2**32 + 7, 0xDEADBEEF_12345678, 2**64 - 1], np.uint64)
-    positions, vocab = np.array([0, 1, 17, 2**31 - 1, 5, 4096], np.int32), 257
+    positions = np.array([0, 1, 17, 2**31 - 1, 5, 4096], np.int32)
 
     def theirs(seed: int, position: int) -> NDArray[np.float32]:
         key = jax.random.wrap_key_data(jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32), impl="threefry2x32")

@@ -106,7 +106,7 @@ def with_trees(kind: Kind, seed: int, rows: list[Row] | None = None) -> Case:
     return make(kind, seed, BLOCKS.queries[-1], rows, TOKENS + TREE, BLOCKS.small)
 
 
-@pytest.mark.parametrize(("name", "seed"), [(name, 0) for name in ("grouped", "int8")])
+@pytest.mark.parametrize(("name", "seed"), [("int8", 0)])
 def test_guesses_as_trees_see_whom_they_follow(name: str, seed: int) -> None:
     case = with_trees(KINDS[name], seed)
     assert any(len(row.parents) > 28 for row in case.rows)
@@ -188,7 +188,7 @@ def test_a_planted_fault_is_caught(fault: str) -> None:
     place, above = list(FAULTS).index(fault), ["kernels_pallas.ragged", "kernels_pallas.attention"]
     large = place > 7
     module = "kernels_pallas.large" if large else "kernels_pallas.softmax" if place > 4 else above.pop(0)
-    kind = KINDS["grouped" if large else "float32"]
+    kind = KINDS["float32"]
     case = with_trees(kind, 5) if fault in TREES else make(kind, 5, BLOCKS.queries[-1], EDGE if place > 10 else LONG)
     with planted(module, *FAULTS[fault], *above) as broken:
         assert caught(case, broken, CUTS if large else ONE)
