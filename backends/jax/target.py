@@ -26,12 +26,9 @@ from backends.jax.caches import cache_shapes, count_shape, state_shapes
 from backends.jax.mesh import make_mesh, open_mesh
 from backends.jax.params import shapes
 from backends.jax.step import Plan
-from backends.jax.warmup import Program, Programs, known, options
+from backends.jax.warmup import REFUSED, Program, Programs, known, options
 from engine.config import Resolved
 from engine.model.spec import ModelSpec, eight
-
-REFUSED = (NotImplementedError, ValueError)
-"""What a kernel raises of shapes that it can't be made for."""
 
 
 def plan_for(spec: ModelSpec, config: Resolved, topology: str) -> Plan:

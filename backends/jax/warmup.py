@@ -55,6 +55,8 @@ SOON: dict[str, bool | int | str] = {
 as fast, and sums of one row would be unrolled kernel by kernel (docs/decisions/0018-programs-ahead.md)."""
 GONE = ("xla_cpu_use_fusion_emitters",)
 """Options that jax 0.12 has no more."""
+REFUSED = (NotImplementedError, ValueError)
+"""What a kernel raises of shapes that it can't be made for."""
 LARGE = 256
 LIBRARY: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 """From so many tokens, a GPU's matrix products are the library's, not XLA's own, and none are joined, for which their
@@ -182,7 +184,7 @@ class Programs:
                     if self._closed:
                         return
                     self._make([program])
-            except Exception as error:  # noqa: BLE001  (kernels say ValueError of shapes that they aren't for)
+            except (jax.errors.JaxRuntimeError, MemoryError, *REFUSED) as error:
                 what = f"steps stay at {self.limits.max_tokens} tokens: {' '.join(str(error).split())[:200]}"
                 print(f"radixmesh: a program of {room} tokens can't be made; {what}", file=sys.stderr, flush=True)
                 return

@@ -121,12 +121,8 @@ class Service:
                 raise InvalidRequest(f"rid: {answer.request.rid!r} is in use", field="rid")
         try:
             for index, answer in enumerate(opened.answers):
+                self.client.say(Submit(request=answer.request))  # what can't be said is not open: no news will end it
                 self._calls[answer.request.rid] = (opened, index)
-                try:
-                    self.client.say(Submit(request=answer.request))
-                except BaseException:  # the engine knows nothing of it, and will say nothing
-                    self._calls.pop(answer.request.rid, None)
-                    raise
             await opened.first()
         except BaseException:
             opened.close()

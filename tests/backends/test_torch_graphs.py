@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from backends.api.build import Host
+from backends.api.build import Host, Row, build
 from backends.api.conformance import CHECKS, Opener
 from backends.api.conformance.bench import ASKS, FULL, SPEC, Ask, Made, Weights, config, generate, prompt
 from backends.torch import step as steps
@@ -242,6 +243,20 @@ def test_a_long_list_of_edits_goes_ahead() -> None:
         made.append([first, int(each.run([(text, each.row(text, prompt(13)[12:]))]).tokens[0, 0])])
     assert made[0] == made[1]
     assert made[0][0] == made[0][1]
+
+
+def test_the_choice_that_is_replayed_is_what_rows_that_return_a_token_want() -> None:
+    graphs = opened(Plain()).backend.graphs  # type: ignore[attr-defined]
+    shape, ran = graphs.shapes[0], list[str]()
+    graphs.captured[shape] = replace(
+        graphs.captured[shape],
+        **{name: partial(ran.append, name) for name in ("greedy", "drawn", "cut")},
+    )
+    for output in (0, 1):
+        for values in ({"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 3}):
+            row: Any = {"slot": 0, "tokens": [-1], "upper": 5, "output": output} | values
+            graphs.choose(shape, build(graphs.limits, 0, [Row(**row)]))
+    assert ran == ["greedy"] * 3 + ["greedy", "drawn", "cut"]
 
 
 def test_new_weights_are_what_captured_steps_read() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from backends.torch.late import Late
 from tests.backends.serve_pretended import CASES
 
 FEW = ("shared",)
@@ -33,6 +35,19 @@ def test_nothing_compiles_late() -> None:
     pytest.importorskip("triton")
     done = run(*FEW)
     assert done.stdout == "done\n", f"{done.args}: {done.stdout}{done.stderr[-2000:]}"
+
+
+def test_a_kernel_is_counted_once_however_often_a_backend_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    before: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: before.append(event["key"]))
+    late = Late()
+    for _ in range(2):
+        late.listen(torch.device("cuda"))
+    with late.inside(True):
+        knobs.runtime.jit_post_compile_hook(key="a")
+    knobs.runtime.jit_post_compile_hook(key="b")
+    assert (late.count, before) == (1, ["a", "b"])
 
 
 @pytest.mark.slow

@@ -395,6 +395,14 @@ def test_an_engine_told_to_stop_while_it_waits_for_its_tokenizer_ends() -> None:
             link.close()
 
 
+def test_the_decoder_of_stop_strings_is_made_before_ready(model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may import a library, for which no step is to wait."""
+    words, made = Tokenizer.open(model.path).words, list[Words]()
+    monkeypatch.setattr(Words, "stages", lambda self: made.append(self))
+    start(decide(config(model), Path("none")), lambda: words).backend.close()
+    assert made == [words]
+
+
 def test_a_model_that_is_not_there_is_told_as_the_engine_tells_it() -> None:
     words: Future[Words] = Future()
     words.set_exception(ModelError("tokenizer: no folder nowhere", field="tokenizer"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,13 +15,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from engine.errors import BackendLost
 from radixmesh import cli
-from radixmesh.commands import doctor
+from radixmesh.commands import doctor, serve
 from tests.text.made import made
 from tests.tiny import tiny
 
@@ -225,6 +228,17 @@ def test_what_is_wrong_is_said_before_the_engine_is_started(
     assert "serve.grpc_port: 4321 is the port of HTTP too" in say("--port", "4321", "--grpc-port", "4321")
     assert "did you mean sched.slots" in say("--set", "sched.slotz=3")
     assert "serve.host: 256.1.1.1" in say("--host", "256.1.1.1")
+
+
+def test_an_engine_that_is_lost_while_it_drains_is_not_told_as_a_clean_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    async def drain(seconds: float) -> int:
+        return 0
+
+    for lost, lines in ((None, ["stopping; 5", "stopped; 5"]), (BackendLost("gone"), ["stopping; 5"])):
+        service: Any = SimpleNamespace(open_requests=5, drain=drain, lost=lost)
+        asyncio.run(serve._drain(service, 1.0))
+        said = capsys.readouterr().out.splitlines()
+        assert [line.removeprefix("radixmesh: ")[: len(want)] for line, want in zip(said, lines, strict=True)] == lines
 
 
 def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
