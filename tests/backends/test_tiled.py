@@ -16,6 +16,7 @@ from backends import open_backend
 from backends.api.build import Host, Row, build
 from backends.api.conformance import CHECKS, Opener, config
 from backends.api.conformance.bench import SPEC, Ask, Made, Weights, compare, generate, one, prompt
+from backends.api.limits import Limits
 from backends.api.tiled import TILE, Tiled, cut
 from engine.config import Resolved
 from engine.errors import BackendLost
@@ -127,7 +128,7 @@ def test_all_page_edits_of_a_step_may_be_of_one_tile(name: str) -> None:
     limits = backend.limits
     entries = [(slot, i, 0) for slot in range(limits.slots) for i in range(limits.max_row_pages[0])]
     most = entries[: limits.max_edits]
-    assert len(most) >= max(limits.max_row_pages) + limits.max_rows
+    assert min(len(most), limits.max_edits) >= Limits.of(SPEC, whole(name)).max_edits
     rows = [Row(slot=0, tokens=[1], start=0, upper=1), Row(slot=1, tokens=[2], start=0, upper=1)]
     backend.sample(backend.forward(build(limits, 0, rows, [most] * len(limits.groups))))
     assert backend.collect(0).counts.tolist() == [1, 1]
